@@ -1,0 +1,1 @@
+"""Benchmarks: run from the clone, `python -m benchmarks.speed`."""

@@ -1,0 +1,1 @@
+"""Examples that use relattn; nothing in the package itself imports them."""

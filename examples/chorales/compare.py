@@ -1,0 +1,181 @@
+"""Absolute against relative attention, against both, on Bach chorales: BERT predicts masked notes.
+
+Interrupted or killed, the same command continues where it was; arms that are finished are not trained again. Under
+torchrun several processes share each batch. Results: --out DIR/results.json, loss.png and config.json.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from .corpus import available_cores
+from .model import ARMS, NOTEBOOK_POSITIONS
+from .settings import PRESETS, Settings
+from .storage import read_json, write_json
+
+_TOKENS_PER_THREAD = 2048
+
+# Options that override the preset: flag, field of Settings, type, help.
+_OVERRIDES = (
+    ("--window", "window", int, "tokens per window; beyond 128 the model gets more positions and parameters"),
+    ("--stride", "stride", int, "tokens between the starts of windows"),
+    ("--masking", "masking", str, "hidden together: token, time (four tokens), step (a time step of the music)"),
+    ("--epochs", "epochs", float, "passes over the training windows"),
+    ("--batch", "batch", int, "windows per micro-batch, over all processes"),
+    ("--accumulation", "accumulation", int, "micro-batches per optimizer step"),
+    ("--learning-rate", "learning_rate", float, "peak learning rate"),
+    ("--warmup", "warmup", int, "warm-up steps"),
+    ("--weight-decay", "weight_decay", float, "AdamW's weight decay"),
+    ("--evaluations", "evaluations", int, "evaluations and checkpoints per arm"),
+    ("--train-windows", "train_windows", int, "use at most so many training windows"),
+    ("--valid-windows", "valid_windows", int, "use at most so many validation windows"),
+    ("--test-windows", "test_windows", int, "use at most so many test windows"),
+    ("--max-relative-position", "max_relative_position", int, "clip of relative distances (default: window - 1)"),
+    ("--seed", "seed", int, "of weights, order, dropout and training masks"),
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.chorales.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", metavar="PATH", help="classic JSON, npz or pickle file (default: music21's corpus)")
+    parser.add_argument("--preset", choices=PRESETS, default="quick", help="default: quick")
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"default: {','.join(ARMS)}")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="default: runs/chorales-<preset>")
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
+    parser.add_argument("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
+    for flag, field, kind, text in _OVERRIDES:
+        choices = ("token", "time", "step") if field == "masking" else None
+        parser.add_argument(flag, dest=field, type=kind, choices=choices, help=text)
+    options = parser.parse_args(arguments)
+    options.out = options.out or Path("runs") / f"chorales-{options.preset}"
+    options.arms = list(dict.fromkeys(options.arms.split(",")))
+    for arm in options.arms:
+        if arm not in ARMS:
+            parser.error(f"--arms: expected some of {','.join(ARMS)}, got {arm!r}")
+    overrides = {field: getattr(options, field) for _, field, _, _ in _OVERRIDES if getattr(options, field) is not None}
+    try:
+        preset = PRESETS[options.preset]
+        if "window" in overrides:  # the preset's clip belongs to the preset's window
+            preset = dataclasses.replace(preset, window=overrides["window"], max_relative_position=None)
+        options.settings = dataclasses.replace(preset, **overrides)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def prepare_process(settings: Settings) -> None:
+    """Choose threads before torch is loaded. What the user has set stays.
+
+    One thread per 2048 tokens of a batch, as far as there are cores: below that a second one gains less than a fifth on
+    idle cores, and on busy ones it halves the speed, because threads wait for each other. Those that wait must not spin.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = min(available_cores(), settings.batch * settings.window // _TOKENS_PER_THREAD) // processes
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
+
+
+def require_packages() -> None:
+    missing = [name for name in ("transformers", "accelerate", "matplotlib", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f'the comparison needs {", ".join(missing)}: pip install "relattn[chorales]"')
+
+
+def prepare_folder(out: Path, config: dict, overwrite: bool) -> None:
+    """Write config.json, or check that the one from an earlier run agrees.
+
+    Raises:
+        ValueError: the folder holds a run with another configuration.
+    """
+    path = out / "config.json"
+    if overwrite:
+        for name in ("config.json", "results.json", "loss.png"):
+            (out / name).unlink(missing_ok=True)
+        for arm in ARMS:
+            shutil.rmtree(out / arm, ignore_errors=True)
+    if path.is_file():
+        earlier = read_json(path)
+        changed = [f"{k} {earlier.get(k)!r} -> {config.get(k)!r}" for k in config if earlier.get(k) != config.get(k)]
+        if changed:
+            raise ValueError(
+                f"--out {out}: holds a run with other settings ({'; '.join(changed)}); choose another folder, or --overwrite to delete it"
+            )
+    else:
+        write_json(path, config)
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Train the arms, score the baseline, write the files; returns the content of results.json."""
+    require_packages()
+    import torch
+    import transformers
+    from accelerate import PartialState
+
+    from .baseline import score_baseline
+    from .data import Chorales
+    from .report import environment, table, write_results
+    from .training import cut_windows, evaluation_collators, run_arm
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # its bars for saving a small model only break ours
+    settings: Settings = options.settings
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():  # the first process parses and caches, the others read the cache
+        chorales = Chorales.load(options.data)
+    config = {
+        **settings.as_dict(),
+        "vocabulary": len(chorales.vocabulary),
+        "data": "file" if options.data else "music21",
+        "data_fingerprint": chorales.fingerprint(),
+    }
+    if state.is_main_process:
+        prepare_folder(options.out, config, options.overwrite)
+        if settings.window > NOTEBOOK_POSITIONS:
+            print(f"window {settings.window} exceeds {NOTEBOOK_POSITIONS}: positions raised to {settings.window}")
+    state.wait_for_everyone()
+    windows = cut_windows(chorales, settings)
+    arms = {}
+    for arm in options.arms:
+        arms[arm] = run_arm(arm, chorales, windows, settings, options.out / arm, state, options.workers)
+    if not state.is_main_process:
+        return {}
+    collators = evaluation_collators(windows, settings, len(chorales.vocabulary))
+    baseline = {name: score_baseline(collator, chorales.tokens["train"], chorales.vocabulary) for name, collator in collators.items()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    results = {
+        "arms": arms,
+        "baseline": baseline,
+        "config": config,
+        "windows": {name: len(split) for name, split in windows.items()},
+        "environment": environment(state.num_processes, device),
+    }
+    write_results(options.out, results)
+    print(f"\n{table(results)}\nWritten: {options.out}/results.json, loss.png, config.json", flush=True)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    prepare_process(options.settings)
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What runs on the device, imported as ``relattn.kernels``: ``gpu`` (Triton) and ``cpu`` (C++)."""

@@ -1,0 +1,30 @@
+"""relattn: exact relative attention in O(L D) memory. See `relative_attention` and `RelativeMultiheadAttention`."""
+
+from importlib.util import find_spec as _find_spec
+
+if _find_spec("relattn.kernels") is None:
+    raise ImportError(
+        "this is relattn's source tree, without its kernels (they lie in kernels/ beside it); install it from there: pip install -e ."
+    )
+
+from relattn._version import __version__
+from relattn.cache import KeyValueCache
+from relattn.dispatch import backends
+from relattn.functional import Explanation, explain, relative_attention
+from relattn.module import RelativeMultiheadAttention
+from relattn.operators import RelativeAttentionFunction
+from relattn.reference import shaw_relative_scores, skew, unskew
+
+__all__ = [
+    "Explanation",
+    "KeyValueCache",
+    "RelativeAttentionFunction",
+    "RelativeMultiheadAttention",
+    "__version__",
+    "backends",
+    "explain",
+    "relative_attention",
+    "shaw_relative_scores",
+    "skew",
+    "unskew",
+]

@@ -1,0 +1,111 @@
+"""``python -m relattn [--json]``: versions, devices, and each backend: usable here, or why not."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from relattn._version import __version__
+from relattn.dispatch import backends
+
+# What a package is imported as -> the distributions that provide it.
+OPTIONAL = {
+    "triton": ("triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows"),
+    "transformers": ("transformers",),
+}
+
+
+def installed_version(distributions: tuple[str, ...]) -> str | None:
+    """The version of the first of these distributions that is installed, found without importing it."""
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return None
+
+
+def cpu_name() -> str:
+    """The processor's model name, or its architecture where the system does not tell."""
+    try:
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                key, _, value = line.partition(":")
+                if key.strip() == "model name":
+                    return value.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int | None:
+    """The cores this process may run on, where the system tells; else the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def accelerators() -> list[dict[str, str]]:
+    """torch's accelerator devices (CUDA, ROCm, MPS, XPU): device and name."""
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    device_name = getattr(torch.get_device_module(kind), "get_device_name", None)
+    return [
+        {"device": f"{kind.type}:{index}", "name": device_name(index) if device_name else kind.type}
+        for index in range(torch.accelerator.device_count())
+    ]
+
+
+def report() -> dict[str, Any]:
+    """What this machine can run, as plain data."""
+    return {
+        "versions": {
+            "relattn": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            **{name: installed_version(distributions) for name, distributions in OPTIONAL.items()},
+        },
+        "cpu": {"name": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads()},
+        "accelerators": accelerators(),
+        "backends": {name: {"usable": reason is None, "reason": reason} for name, reason in backends().items()},
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The report as text: a heading per group, one line per fact."""
+    cpu = facts["cpu"]
+    groups = {
+        "versions": {name: version or "not installed" for name, version in facts["versions"].items()},
+        "devices": {"cpu": f"{cpu['name']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads"}
+        | {one["device"]: one["name"] for one in facts["accelerators"]},
+        "backends, fastest first": {
+            name: "usable" if state["usable"] else f"not here: {state['reason']}"
+            for name, state in facts["backends"].items()
+        },
+    }
+    width = max(len(name) for rows in groups.values() for name in rows)
+    lines = []
+    for heading, rows in groups.items():
+        lines += [heading, *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m relattn", description="What relattn can run on this machine.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    facts = report()
+    print(json.dumps(facts, indent=2) if options.json else table(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,569 @@
+"""Relative attention a strip of queries at a time, in plain PyTorch: any device, no compiler, O(strip x L) extra memory.
+
+A strip is a block of queries of a group of heads against all the keys they may see. Its scores never leave the strip: the forward pass
+keeps only the output and its log-sum-exp, the backward pass computes the strip again (Dao et al. 2022, FlashAttention's recomputation).
+
+The skew is free. For a strip of `rows` queries and `keys` keys the distances present are `columns = rows + keys - 1` consecutive
+numbers. The product q.rel_k^T is stored with one column per distance; the entry for (row m, key n) then stands in column
+n - m + rows - 1, at address m * columns + n - m + rows - 1 = m * (columns - 1) + n + rows - 1: seen with a row stride of columns - 1 the
+same memory *is* the strip with one column per key, and the product q.k^T accumulates onto it in place. The other way round, gradients
+written through that view stand one column per distance, provided the entries that belong to no key are zero.
+
+Inside a group the heads come before the batch where tables differ by head, so that theirs is one batched product over heads; else the
+inputs' own order stays and contiguous ones are not copied. Shapes below say (P, Q, ...) for (H, B, ...) or (B, H, ...).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout, lse_dtype
+from relattn.philox import dropout_keep
+from relattn.reference import hidden_from
+
+# Scores of a strip. On a CPU a strip and its gradient should stay in the caches; elsewhere launches should be large.
+_STRIP_SCORES_CPU = 2**20
+_STRIP_SCORES = 2**25
+_STRIP_ROWS = 128  # queries of a strip
+_SMALL = 2**14  # scores of a strip of one head up to which a copy costs less than torch's loop over the heads
+_KEY_CHUNK = 64  # keys of a tile of the rel_q term
+
+# The fused kernel under torch's scaled_dot_product_attention on CPUs, which alone also returns the log-sum-exp.
+_torch_kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq)."""
+    batch, heads, length, _ = tensors.query.shape
+    output = empty_with_layout(tensors.query, (batch, heads, length, tensors.value.shape[3]))
+    lse = tensors.query.new_empty((batch, heads, length), dtype=lse_dtype(tensors.query.dtype))
+    for group in _groups(tensors, settings, seed):
+        for strip in group.strips():
+            group.forward(strip, group.of_strip(output, strip), group.of_strip(lse, strip))
+    return output, lse
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    tensors: Tensors,
+    settings: Settings,
+    output: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of the differentiable tensors for which `needs` is True, in the order of `DIFFERENTIABLE`. One deterministic pass."""
+    accumulate = lse_dtype(tensors.query.dtype)
+    needed = {name: tensor for name, tensor, need in zip(DIFFERENTIABLE, tensors, needs, strict=False) if need}
+    sums = {}  # gradients to which several strips or groups contribute: summed in the dtype of accumulation
+    results = {}
+    for name, tensor in needed.items():
+        grouped = name in ("key", "value") and tensor.shape[1] != tensors.query.shape[1]
+        if name in ("query", "key", "value") and not grouped:
+            results[name] = empty_gradient(tensor)
+        else:
+            sums[name] = torch.zeros(tensor.shape, dtype=accumulate, device=tensor.device)
+    if tensors.query.numel() == 0 or tensors.key.numel() == 0:
+        for result in results.values():
+            result.zero_()
+    for group in _groups(tensors, settings, seed):
+        group.backward(grad_output, grad_lse, output, lse, results | sums)
+    for name, total in sums.items():
+        results[name] = total if total.dtype == needed[name].dtype and total.dim() < 4 else empty_gradient(needed[name]).copy_(total)
+    return [results[name] for name in needed]
+
+
+class _Strip(NamedTuple):
+    """Queries start..stop against keys first..last, and where their distances lie in the tables.
+
+    Of the `columns` distances the first `left` lie below the tables' range and read row `row`, the last `right` beyond it and read row
+    `last_row - 1`; those between, the band, read the rows row..last_row one by one.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    row: int
+    last_row: int
+    left: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def keys(self) -> int:
+        return self.last - self.first
+
+    @property
+    def columns(self) -> int:
+        return self.rows + self.keys - 1
+
+    @property
+    def right(self) -> int:
+        return self.columns - self.left - (self.last_row - self.row)
+
+
+def _groups(tensors: Tensors, settings: Settings, seed: Tensor) -> Iterator[_Group]:
+    """Cut the heads and the batch into groups whose strips fit the budget."""
+    batch, heads, length, _ = tensors.query.shape
+    keys = tensors.key.shape[2]
+    if batch == 0 or heads == 0 or length == 0:
+        return
+    if tensors.query_offsets is not None:
+        starts = [(index, 1, settings.query_offset + offset) for index, offset in enumerate(tensors.query_offsets.tolist())]
+    else:
+        starts = [(0, batch, settings.query_offset)]
+    if settings.window_left is not None and (settings.is_causal or settings.window_right is not None):
+        keys = min(keys, settings.window_left + _STRIP_ROWS + (0 if settings.is_causal else settings.window_right))
+    budget = _STRIP_SCORES_CPU if tensors.query.device.type == "cpu" else _STRIP_SCORES
+    size = max(1, budget // (min(length, _STRIP_ROWS) * max(keys, 1)))  # pairs of a head and a batch element
+    for first_batch, count, offset in starts:
+        for head in range(0, heads, max(1, size // count)):
+            last_head = min(heads, head + max(1, size // count))
+            for start in range(first_batch, first_batch + count, size):
+                stop = min(first_batch + count, start + size)
+                yield _Group(tensors, settings._replace(query_offset=offset), seed, slice(head, last_head), slice(start, stop))
+
+
+class _Group:
+    """Some heads of some batch elements: their inputs in the dtype of accumulation, and what is done with a strip of them.
+
+    G = P x Q = number of heads x batch elements. T = 1 where the heads share a table, else the number of heads.
+    """
+
+    def __init__(self, tensors: Tensors, settings: Settings, seed: Tensor, heads: slice, batch: slice) -> None:
+        self.tensors, self.settings, self.seed, self.heads, self.batch = tensors, settings, seed, heads, batch
+        self.dtype, self.device = lse_dtype(tensors.query.dtype), tensors.query.device
+        self.rel_k, self.rel_q, self.rel_v = (self._table(table, 3) for table in (tensors.rel_k, tensors.rel_q, tensors.rel_v))
+        self.rel_bias = self._table(tensors.rel_bias, 2)
+        tables = (self.rel_k, self.rel_q, self.rel_v, self.rel_bias)
+        self.heads_first = any(table is not None and table.shape[0] > 1 for table in tables)
+        self.query = self._order(tensors.query[batch, heads])  # (P, Q, Lq, D)
+        self.shape = self.query.shape[:2]
+        ratio = tensors.query.shape[1] // max(tensors.key.shape[1], 1)
+        self.key_heads = heads if ratio == 1 else [head // ratio for head in range(heads.start, heads.stop)]
+        self.kept_share = (1.0 - settings.dropout_p) or 1.0  # nothing is kept where this is 0
+        self.hidden = self._hidden_keys()
+        self.may_hide_all = (
+            settings.is_causal or settings.window_left is not None or settings.window_right is not None
+            or tensors.attn_mask is not None or self.hidden is not None
+        )  # fmt: skip
+
+    @functools.cached_property
+    def key(self) -> Tensor:
+        """(G, Lk, D)"""
+        return self._flat(self.tensors.key[self.batch, self.key_heads])
+
+    @functools.cached_property
+    def value(self) -> Tensor:
+        """(G, Lk, Dv)"""
+        return self._flat(self.tensors.value[self.batch, self.key_heads])
+
+    def _order(self, tensor: Tensor) -> Tensor:
+        """From (B, H, ...) to (P, Q, ...), or back."""
+        return tensor.transpose(0, 1) if self.heads_first else tensor
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        """(B, H, L, D) of this group as (G, L, D)."""
+        return self._order(tensor).to(self.dtype).reshape(-1, *tensor.shape[2:])
+
+    def _table(self, table: Tensor | None, dims: int) -> Tensor | None:
+        """(T, R, ...)"""
+        if table is None:
+            return None
+        return (table[None] if table.dim() < dims else table[self.heads]).to(self.dtype)
+
+    def _hidden_keys(self) -> Tensor | None:
+        """True where key_mask or key_lengths hide a key: (P, Q, 1, Lk) with a 1 for the heads."""
+        hidden = None
+        if self.tensors.key_mask is not None:
+            hidden = ~self.tensors.key_mask[self.batch]
+        if self.tensors.key_lengths is not None:
+            beyond = torch.arange(self.tensors.key.shape[2], device=self.device) >= self.tensors.key_lengths[self.batch, None]
+            hidden = beyond if hidden is None else hidden | beyond
+        return None if hidden is None else self._order(hidden[:, None, None, :])
+
+    def strips(self) -> Iterator[_Strip]:
+        settings = self.settings
+        length, keys = self.query.shape[2], self.tensors.key.shape[2]
+        ahead = 0 if settings.is_causal else settings.window_right
+        for start in range(0, length, _STRIP_ROWS):
+            stop = min(length, start + _STRIP_ROWS)
+            lowest_position, highest_position = start + settings.query_offset, stop - 1 + settings.query_offset
+            first = 0 if settings.window_left is None else max(0, lowest_position - settings.window_left)
+            last = keys if ahead is None else min(keys, highest_position + ahead + 1)
+            if first >= last:
+                yield _Strip(start, stop, 0, 0, 0, 0, 0)
+                continue
+            lowest, highest = first - highest_position, last - 1 - lowest_position
+            low, high = (min(max(end, -settings.left), settings.right) for end in (lowest, highest))
+            left = min(max(low - lowest, 0), highest - lowest)
+            yield _Strip(start, stop, first, last, low + settings.left, high + settings.left + 1, left)
+
+    def of_strip(self, tensor: Tensor, strip: _Strip) -> Tensor:
+        """The view (P, Q, rows, ...) of a (B, H, Lq, ...) tensor."""
+        return self._order(tensor[self.batch, self.heads, strip.start : strip.stop])
+
+    def flat_strip(self, tensor: Tensor, strip: _Strip) -> Tensor:
+        """(G, rows, D) in the dtype of accumulation from a (B, H, Lq, D) tensor."""
+        return self.of_strip(tensor, strip).to(self.dtype).contiguous().view(-1, strip.rows, tensor.shape[3])
+
+    def scaled_query(self, strip: _Strip) -> tuple[Tensor, Tensor]:
+        """scale * (q + u) and scale * (q + v), each (G, rows, D)."""
+        query = self.query[:, :, strip.start : strip.stop].to(self.dtype)
+
+        def plus(bias: Tensor | None) -> Tensor:
+            total = query if bias is None else query + self._order(bias[None, self.heads, None].to(self.dtype))
+            scaled = torch.mul(total, self.settings.scale, out=torch.empty(total.shape, dtype=self.dtype, device=total.device))
+            return scaled.view(-1, *total.shape[2:])
+
+        content = plus(self.tensors.pos_bias_u)
+        same = self.tensors.pos_bias_u is None and self.tensors.pos_bias_v is None
+        return content, content if same or self.rel_k is None else plus(self.tensors.pos_bias_v)
+
+    def forward(self, strip: _Strip, output: Tensor, lse: Tensor) -> None:
+        """Write the strip's output (P, Q, rows, Dv) and log-sum-exp (P, Q, rows)."""
+        if strip.keys == 0:
+            output.zero_()
+            lse.fill_(-torch.inf)
+            return
+        if strip.rows * strip.keys <= _SMALL and self._fits_torch_kernel():
+            self._forward_small(strip, output, lse)
+            return
+        scores, buffer = self.scores(strip, *self.scaled_query(strip))
+        highest = scores.amax(-1, keepdim=True)
+        if self.may_hide_all:
+            highest.masked_fill_(highest == -torch.inf, 0.0)
+        total = scores.sub_(highest).exp_().sum(-1, keepdim=True)
+        lse.copy_(highest.add_(total.log()).view(lse.shape))
+        if self.may_hide_all:
+            total.masked_fill_(total == 0.0, 1.0)
+        if self.settings.dropout_p > 0.0:
+            scores.mul_(self.keep(strip))
+            total.mul_(self.kept_share)
+        result = torch.bmm(scores, self.value[:, strip.first : strip.last])
+        if self.rel_v is not None:
+            result += _product(self._table_sums(strip, scores, buffer), self.rel_v[:, strip.row : strip.last_row]).view(result.shape)
+        output.copy_(result.div_(total).view(output.shape))
+
+    def _fits_torch_kernel(self) -> bool:
+        query, key, value = self.tensors[:3]
+        return (
+            _torch_kernel is not None and self.device.type == "cpu" and query.dtype == self.dtype and isinstance(self.key_heads, slice)
+            and self.rel_q is None and self.rel_v is None and self.settings.dropout_p == 0.0 and query.shape[3] == value.shape[3]
+            and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        )  # fmt: skip
+
+    def _forward_small(self, strip: _Strip, output: Tensor, lse: Tensor) -> None:
+        """As `forward`, by torch's fused attention, which saves copies and calls: what is relative is its mask, a strip at a time.
+
+        (For long strips reading such a mask costs more than the products of `scores` do.)
+        """
+        query = self._order(self.of_strip(self.tensors.query, strip))  # (B, H, rows, D)
+        bias = None
+        if self.rel_k is not None or self.rel_bias is not None:
+            position = self.scaled_query(strip)[1]
+            bias = _skewed(self._by_distance(strip, position, self.rel_k, self.rel_bias), strip)
+        elif self.may_hide_all:
+            bias = torch.zeros((self.shape[0] * self.shape[1], strip.rows, strip.keys), dtype=self.dtype, device=self.device)
+        if bias is not None:
+            self._hide(bias, strip)
+            bias = self._order(bias.view(*self.shape, strip.rows, strip.keys))
+        if self.tensors.pos_bias_u is not None:
+            query = query + self.tensors.pos_bias_u[self.heads, None].to(self.dtype)
+        index = (self.batch, self.heads, slice(strip.first, strip.last))
+        key, value = self.tensors.key[index], self.tensors.value[index]
+        result, result_lse = _torch_kernel(query, key, value, 0.0, False, attn_mask=bias, scale=self.settings.scale)
+        output.copy_(self._order(result))
+        lse.copy_(self._order(result_lse))
+        if self.may_hide_all:
+            lse.masked_fill_(self._order(bias.amax(-1)) == -torch.inf, -torch.inf)
+
+    def backward(
+        self, grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor, grads: dict[str, Tensor]
+    ) -> None:
+        """Write this group's part of the gradients in `grads`, or add it where other groups share them."""
+        strips = list(self.strips())
+        # Only the first strip writes, the others add; what it does not reach starts from zero.
+        start = torch.empty_like if strips[0].keys == self.key.shape[1] else torch.zeros_like
+        grad_key, grad_value = start(self.key), start(self.value)
+        for strip in strips:
+            if strip.keys > 0:
+                upstream = self.flat_strip(grad_output, strip)  # (G, rows, Dv)
+                row_sum = (upstream * self.flat_strip(output, strip)).sum(-1, keepdim=True)
+                if grad_lse is not None:
+                    row_sum -= self.of_strip(grad_lse, strip).reshape(row_sum.shape)
+                lse_strip = self.of_strip(lse, strip).reshape(row_sum.shape)
+                self._backward_strip(strip, upstream, row_sum, lse_strip, grad_key, grad_value, grads)
+            elif "query" in grads:
+                self.of_strip(grads["query"], strip).zero_()
+        for name, gradient in (("key", grad_key), ("value", grad_value)):
+            if name in grads:
+                gradient = self._order(gradient.view(*self.shape, *gradient.shape[1:]))
+                if isinstance(self.key_heads, slice):
+                    grads[name][self.batch, self.key_heads].copy_(gradient)
+                else:
+                    for index, head in enumerate(self.key_heads):
+                        grads[name][self.batch, head] += gradient[:, index]
+
+    def _backward_strip(
+        self,
+        strip: _Strip,
+        upstream: Tensor,  # gradient of the output, (G, rows, Dv)
+        row_sum: Tensor,  # sum_j w_ij dw_ij, which is do_i.o_i, less the gradient of lse: (G, rows, 1)
+        lse: Tensor,  # (G, rows, 1)
+        grad_key: Tensor,
+        grad_value: Tensor,
+        grads: dict[str, Tensor],
+    ) -> None:
+        settings, keys = self.settings, slice(strip.first, strip.last)
+        if self.may_hide_all:
+            lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # such rows have weight 0 everywhere
+        content, position = self.scaled_query(strip)
+        weights, buffer = self.scores(strip, content, position)
+        weights.sub_(lse).exp_()
+        dropped = weights
+        if settings.dropout_p > 0.0:
+            keep = self.keep(strip).to(self.dtype).div_(self.kept_share)
+            dropped = weights * keep
+        if "value" in grads:
+            grad_value[:, keys].baddbmm_(dropped.transpose(1, 2), upstream, beta=0 if strip.start == 0 else 1)
+        if "rel_v" in grads:
+            self._add_table_gradient(grads["rel_v"], self._table_sums(strip, dropped), upstream, strip)
+
+        value = self.value[:, keys].transpose(1, 2)
+        if self.rel_v is None:
+            grad_weights = torch.bmm(upstream, value)
+        else:
+            grad_weights = _skewed(self._by_distance(strip, upstream, self.rel_v), strip).baddbmm_(upstream, value)
+        if settings.dropout_p > 0.0:
+            grad_weights.mul_(keep)
+        grad_scores = weights.mul_(grad_weights.sub_(row_sum))
+
+        if "attn_mask" in grads:
+            target = self.mask_strip(grads["attn_mask"], strip)
+            target += grad_scores.view(*self.shape, strip.rows, strip.keys).sum_to_size(target.shape)
+        grad_content = torch.bmm(grad_scores, self.key[:, keys])
+        grad_key[:, keys].baddbmm_(grad_scores.transpose(1, 2), content, beta=0 if strip.start == 0 else 1)
+        if self.rel_q is not None:
+            self._rel_q_gradients(strip, grad_scores, grad_key, grads)
+        if "pos_bias_u" in grads:
+            grads["pos_bias_u"][self.heads].add_(self._sum_rows(grad_content), alpha=settings.scale)
+        if self.rel_k is not None or self.rel_bias is not None:
+            band = self._table_sums(strip, grad_scores, buffer)
+            if "rel_bias" in grads:
+                target = grads["rel_bias"][..., strip.row : strip.last_row]
+                if target.dim() == 1:
+                    target += band.sum((0, 1, 2))
+                else:
+                    target[self.heads] += self._order(band).sum((0, 2))
+            if self.rel_k is not None:
+                if "rel_k" in grads:
+                    self._add_table_gradient(grads["rel_k"], band, position, strip)
+                grad_position = _product(band, self.rel_k[:, strip.row : strip.last_row]).view(content.shape)
+                grad_content += grad_position
+                if "pos_bias_v" in grads:
+                    grads["pos_bias_v"][self.heads].add_(self._sum_rows(grad_position), alpha=settings.scale)
+        if "query" in grads:
+            target = self.of_strip(grads["query"], strip)
+            target.copy_(grad_content.mul_(settings.scale).view(target.shape))
+
+    def _sum_rows(self, tensor: Tensor) -> Tensor:
+        """(G, rows, D) summed to (H, D)."""
+        return self._order(tensor.view(*self.shape, *tensor.shape[1:])).sum((0, 2))
+
+    def _add_table_gradient(self, grad: Tensor, band: Tensor, rows: Tensor, strip: _Strip) -> None:
+        """Add band^T rows to the band's rows of a table's gradient: band (P, Q, rows, band), rows (G, rows, D)."""
+        grad = grad[None] if grad.dim() == 2 else grad[self.heads]
+        target, band = grad[:, strip.row : strip.last_row], _merge(band, grad)
+        rows = rows.view(grad.shape[0], -1, rows.shape[-1])
+        if grad.shape[0] == 1:
+            target[0].addmm_(band[0].T, rows[0])
+        else:
+            target.baddbmm_(band.transpose(1, 2), rows)
+
+    def scores(self, strip: _Strip, content: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The strip's scores, (G, rows, keys), hidden ones -inf; and, if they are its skewed view, the buffer (P, Q, rows, columns)."""
+        key = self.key[:, strip.first : strip.last].transpose(1, 2)
+        buffer = None
+        if self.rel_k is None and self.rel_bias is None:
+            scores = torch.bmm(content, key)
+        else:
+            buffer = self._by_distance(strip, position, self.rel_k, self.rel_bias)
+            if strip.rows * strip.keys > _SMALL:
+                scores = _skewed(buffer, strip).baddbmm_(content, key)
+            else:  # torch's batched product into a strided result is a loop: for many small matrices an addition is faster
+                scores, buffer = torch.bmm(content, key).add_(_skewed(buffer, strip)), None
+        if self.rel_q is not None:
+            table = self._descending(strip).transpose(1, 2)
+            for chunk, window, keys in self._key_chunks(strip):
+                product = _product(keys, table[..., window])
+                scores.view(*self.shape, strip.rows, -1)[..., chunk].add_(_skewed_keys(product, strip), alpha=self.settings.scale)
+        self._hide(scores, strip)
+        return scores, buffer
+
+    def _by_distance(self, strip: _Strip, rows: Tensor, table: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        """rows.table + bias with one column per distance, (P, Q, rows, columns), from rows (G, rows, D), table (T, R, D), bias (T, R).
+
+        Columns beyond the table are copies of its edge rows': clipping saves their product.
+        """
+        buffer = torch.empty((*self.shape, strip.rows, strip.columns), dtype=self.dtype, device=self.device)
+        band = _band(buffer, strip)
+        if table is not None:
+            _product(rows.view(*self.shape, strip.rows, -1), table[:, strip.row : strip.last_row].transpose(1, 2), band)
+        if bias is not None:
+            bias = bias[:, None, None, strip.row : strip.last_row]
+            band.copy_(bias) if table is None else band.add_(bias)
+        if strip.left:
+            buffer[..., : strip.left] = band[..., :1]
+        if strip.right:
+            buffer[..., -strip.right :] = band[..., -1:]
+        return buffer
+
+    def _table_sums(self, strip: _Strip, scores: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """Scores or their gradients summed over the keys of each table row, (P, Q, rows, band).
+
+        With the buffer that they are the skewed view of this happens in place, and consumes them.
+        """
+        if buffer is None:
+            buffer = torch.zeros((*self.shape, strip.rows, strip.columns), dtype=self.dtype, device=self.device)
+            _skewed(buffer, strip).copy_(scores)
+        else:
+            _clear_gaps(buffer, strip)
+        return _fold_edges(buffer, strip)
+
+    def _rel_q_gradients(self, strip: _Strip, grad_scores: Tensor, grad_key: Tensor, grads: dict[str, Tensor]) -> None:
+        table = self._descending(strip)
+        grad_table = torch.zeros_like(table)
+        grad_scores = grad_scores.view(*self.shape, strip.rows, -1)
+        for chunk, window, keys in self._key_chunks(strip):
+            product = keys.new_zeros((*self.shape, keys.shape[2], keys.shape[2] + strip.rows - 1))
+            _skewed_keys(product, strip).copy_(grad_scores[..., chunk]).mul_(self.settings.scale)
+            target = grad_key[:, strip.first + chunk.start : strip.first + chunk.stop]
+            target += _product(product, table[:, window]).view(target.shape)
+            grad_table[:, window].baddbmm_(_merge(product, table).transpose(1, 2), _merge(keys, table))
+        if "rel_q" in grads:
+            # The table's rows beyond the edges are copies of the edge rows.
+            folded = _fold_edges(grad_table.flip(1).transpose(1, 2), strip).transpose(1, 2)
+            target = grads["rel_q"] if grads["rel_q"].dim() == 3 else grads["rel_q"][None]
+            target[self.heads if target.shape[0] > 1 else slice(None), strip.row : strip.last_row] += folded
+
+    def _key_chunks(self, strip: _Strip) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Tiles of the rel_q term. Their rows are keys, and their columns distances from high to low (torch has no negative strides).
+
+        Yields the chunk within the strip's keys, its window within the columns of `_descending`, and its keys (P, Q, chunk, D).
+        """
+        for start in range(0, strip.keys, _KEY_CHUNK):
+            stop = min(strip.keys, start + _KEY_CHUNK)
+            keys = self.key[:, strip.first + start : strip.first + stop].reshape(*self.shape, stop - start, -1)
+            yield slice(start, stop), slice(strip.keys - stop, strip.keys - start + strip.rows - 1), keys
+
+    def _descending(self, strip: _Strip) -> Tensor:
+        """rel_q with one row per distance of the strip, the highest first: (T, columns, D)."""
+        rows = torch.arange(strip.columns - 1, -1, -1, device=self.device) - strip.left
+        return self.rel_q.index_select(1, rows.clamp_(0, strip.last_row - strip.row - 1).add_(strip.row))
+
+    def _hide(self, scores: Tensor, strip: _Strip) -> None:
+        """Add a floating mask and set what may not be seen to -inf, in place."""
+        settings, rows, keys = self.settings, strip.rows, strip.keys
+        if self.tensors.attn_mask is not None:
+            mask = self.mask_strip(self.tensors.attn_mask, strip)
+            scores = scores.view(*self.shape, rows, keys)
+            if mask.dtype == torch.bool:
+                scores.masked_fill_(~mask, -torch.inf)
+            else:
+                scores.add_(mask).masked_fill_(mask <= hidden_from(mask.dtype), -torch.inf)
+        if self.hidden is not None:
+            scores.view(*self.shape, rows, keys).masked_fill_(self.hidden[..., strip.first : strip.last], -torch.inf)
+        # Only keys near an edge of what may be seen need the comparison: the others are seen by every query of the strip.
+        ahead = 0 if settings.is_causal else settings.window_right
+        if ahead is None and settings.window_left is None:
+            return
+        query = torch.arange(strip.start, strip.stop, device=scores.device)[:, None] + settings.query_offset
+        if ahead is not None:
+            safe = min(max(strip.start + settings.query_offset + ahead + 1, strip.first), strip.last)
+            key = torch.arange(safe, strip.last, device=scores.device)
+            scores[..., safe - strip.first :].masked_fill_(key - query > ahead, -torch.inf)
+        if settings.window_left is not None:
+            safe = min(max(strip.stop - 1 + settings.query_offset - settings.window_left, strip.first), strip.last)
+            key = torch.arange(strip.first, safe, device=scores.device)
+            scores[..., : safe - strip.first].masked_fill_(key - query < -settings.window_left, -torch.inf)
+
+    def mask_strip(self, mask: Tensor, strip: _Strip) -> Tensor:
+        """The part of a mask broadcastable to (B, Hq, Lq, Lk), or of its gradient, as (P, Q, rows, keys) with its sizes of 1 kept."""
+        mask = mask[(None,) * (4 - mask.dim())]
+        index = (self.batch, self.heads, slice(strip.start, strip.stop), slice(strip.first, strip.last))
+        full = slice(None)
+        return self._order(mask[tuple(full if size == 1 else part for size, part in zip(mask.shape, index, strict=True))])
+
+    def keep(self, strip: _Strip) -> Tensor:
+        """Which weights survive dropout, (G, rows, keys)."""
+        device = self.device
+        head = self._order(torch.arange(self.heads.start, self.heads.stop, device=device)[None, :, None])
+        batch = self._order(torch.arange(self.batch.start, self.batch.stop, device=device)[:, None, None])
+        query = torch.arange(strip.start, strip.stop, device=device)
+        keep = dropout_keep(self.seed, self.settings.dropout_p, batch, head, query, strip.first, strip.last)
+        return keep.reshape(-1, strip.rows, strip.keys)
+
+
+def _skewed(buffer: Tensor, strip: _Strip) -> Tensor:
+    """The view (G, rows, keys) of a buffer with one column per distance, (P, Q, rows, columns)."""
+    stride = max(strip.columns - 1, strip.keys)  # they differ for a single row, whose stride only has to look valid
+    shape = (buffer.shape[0] * buffer.shape[1], strip.rows, strip.keys)
+    return buffer.as_strided(shape, (strip.rows * strip.columns, stride, 1), strip.rows - 1)
+
+
+def _skewed_keys(product: Tensor, strip: _Strip) -> Tensor:
+    """The view (P, Q, rows, chunk) of a tile with keys as rows and distances from high to low, (P, Q, chunk, chunk + rows - 1)."""
+    heads, batch, chunk, columns = product.shape
+    strides = (batch * chunk * columns, chunk * columns, 1, max(columns - 1, 1))
+    return product.as_strided((heads, batch, strip.rows, chunk), strides, chunk - 1)
+
+
+def _band(buffer: Tensor, strip: _Strip) -> Tensor:
+    return buffer[..., strip.left : strip.columns - strip.right]
+
+
+def _clear_gaps(buffer: Tensor, strip: _Strip) -> None:
+    """Zero what belongs to no key: before the first row, between the rows, after the last."""
+    rows, keys, columns = strip.rows, strip.keys, strip.columns
+    if rows > 1:
+        flat = buffer.view(-1, rows * columns)
+        flat[:, : rows - 1] = 0
+        flat[:, 1 - rows :] = 0
+        flat.as_strided((flat.shape[0], rows - 1, rows - 2), (rows * columns, columns - 1, 1), rows - 1 + keys).zero_()
+
+
+def _fold_edges(buffer: Tensor, strip: _Strip) -> Tensor:
+    """Add the columns beyond the table to the edge rows' columns; return the band."""
+    band = _band(buffer, strip)
+    if strip.left:
+        band[..., 0] += buffer[..., : strip.left].sum(-1)
+    if strip.right:
+        band[..., -1] += buffer[..., -strip.right :].sum(-1)
+    return band
+
+
+def _merge(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """(P, Q, rows, n) as (H, B * rows, n), or as (1, H * B * rows, n) if `like`, (T, ...), is shared by the heads."""
+    groups = tensor.shape[0] if like is None or like.shape[0] > 1 else 1
+    return tensor.reshape(groups, -1, tensor.shape[-1])
+
+
+def _product(rows: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
+    """rows (P, Q, rows, n) times table (T, n, m): (P, Q, rows, m), into `out` if given."""
+    merged = _merge(rows, table)
+    target = None if out is None else out.view(merged.shape[0], -1, out.shape[-1])
+    if table.shape[0] == 1:  # one plain product: much faster than a batch of one
+        product = torch.mm(merged[0], table[0], out=None if target is None else target[0])
+    else:
+        product = torch.bmm(merged, table, out=target)
+    return product.view(*rows.shape[:3], -1) if out is None else out

@@ -1,0 +1,69 @@
+"""Which backend computes a call, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from relattn import blocked
+from relattn.arguments import Settings, Tensors
+
+
+class Backend(NamedTuple):
+    """An implementation of the operators behind `relative_attention`.
+
+    `unavailable()` says why this machine cannot run it, `unsupported(tensors, settings)` why it cannot take a call; None = it can.
+    `forward(tensors, settings, seed)` returns (output, lse); `backward(grad_output, grad_lse, tensors, settings, output, lse, seed,
+    needs)` the gradients of the differentiable tensors for which `needs` is True, in their order (see `relattn.operators`).
+    """
+
+    unavailable: Callable[[], str | None]
+    unsupported: Callable[[Tensors, Settings], str | None]
+    forward: Callable[[Tensors, Settings, Tensor], tuple[Tensor, Tensor]] | None = None
+    backward: Callable[..., list[Tensor]] | None = None
+
+
+def _never(*_: object) -> None:
+    return None
+
+
+# Fastest first: the order in which a call is offered to them. The reference takes everything but is only used when asked for
+# by name, since blocked, before it, takes everything too.
+BACKENDS: dict[str, Backend] = {
+    "triton": Backend(lambda: "this version of relattn has no Triton kernel yet", _never),
+    "cpu": Backend(lambda: "this version of relattn has no native CPU kernel yet", _never),
+    "blocked": Backend(_never, _never, blocked.forward, blocked.backward),
+    "reference": Backend(_never, _never),  # plain differentiable PyTorch, outside the operators
+}
+
+
+def backends() -> dict[str, str | None]:
+    """Each backend's name, fastest first, and why this machine cannot run it (None = it can)."""
+    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+
+
+def reasons(tensors: Tensors, settings: Settings) -> dict[str, str | None]:
+    """Each backend's name, fastest first, and why it cannot take this call (None = it can)."""
+    return {name: _reason(backend, tensors, settings) for name, backend in BACKENDS.items()}
+
+
+def select(tensors: Tensors, settings: Settings, name: str | None) -> str:
+    """The backend named, if it can take the call, or else the fastest that can.
+
+    Raises:
+        ValueError: no backend has this name, or the one named cannot take the call (the message says why).
+    """
+    if name is None:
+        return next(name for name, backend in BACKENDS.items() if _reason(backend, tensors, settings) is None)
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    reason = _reason(BACKENDS[name], tensors, settings)
+    if reason is not None:
+        raise ValueError(f"backend: {name!r} cannot take this call: {reason}")
+    return name
+
+
+def _reason(backend: Backend, tensors: Tensors, settings: Settings) -> str | None:
+    return backend.unavailable() or backend.unsupported(tensors, settings)

@@ -1,0 +1,341 @@
+"""The public function: validation, casting, choice of a backend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from relattn import dispatch, reference
+from relattn.arguments import DIFFERENTIABLE, Settings, Tensors
+from relattn.operators import RelativeAttentionFunction
+from relattn.philox import draw_seed
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TABLES = ("rel_k", "rel_q", "rel_v", "rel_bias")
+
+
+def relative_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_k: Tensor | None = None,
+    *,
+    rel_q: Tensor | None = None,
+    rel_v: Tensor | None = None,
+    rel_bias: Tensor | None = None,
+    pos_bias_u: Tensor | None = None,
+    pos_bias_v: Tensor | None = None,
+    max_relative_position: int | tuple[int, int] | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    query_offset: int | Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Exact attention whose scores depend on the query's content and on the distance to the key.
+
+    For batch b, query head h, query i and key j::
+
+        d(i,j) = j - (i + query_offset)
+        r(i,j) = clamp(d, -left, right) + left
+        s_ij   = scale * [(q_i + u_h).k_j + (q_i + v_h).rel_k[h,r] + k_j.rel_q[h,r]] + rel_bias[h,r] + attn_mask[b,h,i,j]
+        w_ij   = dropout(softmax_j(s_ij))
+        o_i    = sum_j w_ij (v_j + rel_v[h,r])
+        lse_i  = logsumexp_j s_ij
+
+    Memory is O(L D), or O(block x L), never L x L, on every backend but ``"reference"``. Below B is the batch, Hq and Hkv the numbers
+    of query and key heads, Lq and Lk the lengths, D and Dv the head sizes, R = left + right + 1 the number of table rows; row 0
+    belongs to the farthest distance to the left. Every floating-point tensor gets a gradient.
+
+    Args:
+        query: (B, Hq, Lq, D); float32, float64, bfloat16 or float16.
+        key: (B, Hkv, Lk, D), of the query's dtype.
+        value: (B, Hkv, Lk, Dv), of the query's dtype.
+        rel_k: (R, D) shared by the heads, or (Hq, R, D). Shaw et al. 2018 (a^K), Huang et al. 2018 (E^r), Transformer-XL (W R).
+        rel_q: (R, D) or (Hq, R, D); BERT's ``relative_key_query``, DeBERTa's position-to-content term.
+        rel_v: (R, Dv) or (Hq, R, Dv), added to the values; Shaw et al. 2018 (a^V), VITS.
+        rel_bias: (R,) or (Hq, R), added to the scaled scores; T5, ALiBi as a table.
+        pos_bias_u, pos_bias_v: (Hq, D), added to the query before the content and the position product; Transformer-XL (Dai et al.
+            2019), Conformer.
+        max_relative_position: k for (k, k), or (left, right): distances beyond clamp to the edge rows. None: the tables' R is odd and
+            they are symmetric. Independent of `is_causal`; a causal call may use (left, 0).
+        attn_mask: broadcastable to (B, Hq, Lq, Lk). Boolean: True = may attend. Floating (the query's dtype or float32): added; an
+            entry at or below half of its dtype's lowest finite number hides the key.
+        key_mask: bool (B, Lk), True = may be attended to.
+        key_lengths: integer (B,): keys from there on are not seen.
+        is_causal: keys with d > 0 are not seen.
+        window: (left, right): only keys with -left <= d <= right are seen; None on a side = unbounded.
+        query_offset: position of query 0 relative to key 0, an int or an integer tensor (B,) (or of shape ()). None = 0, but an error
+            if `is_causal` and Lq != Lk, where the two customary meanings differ.
+        dropout_p: probability of dropping a weight. The mask is a function of a seed drawn from torch's generator, the same in all
+            backends.
+        scale: None = 1 / sqrt(D).
+        enable_gqa: allow Hq to be a multiple of Hkv; query head h then reads key head h // (Hq / Hkv).
+        return_lse: also return the log-sum-exp of the scores.
+        backend: None = the fastest that supports the call; "triton", "cpu", "blocked" or "reference" insists on one. See `explain`.
+
+    Returns:
+        (B, Hq, Lq, Dv) of the query's dtype, in the query's memory order; with `return_lse` also the natural-log log-sum-exp before
+        dropout, (B, Hq, Lq), float32 (float64 for float64), differentiable. A query that may see no key (also when Lk = 0) gets
+        output 0, lse -inf and no gradient, never NaN. Lq = 0 gives an empty output.
+
+    Raises:
+        ValueError: a shape, size or setting does not fit; or the backend named cannot take the call. The message names the argument.
+        TypeError: a dtype or type is not supported.
+        RuntimeError: on a second derivative, which only ``backend="reference"`` has.
+
+    Under autocast all floating tensors but float64 ones are cast to autocast's dtype, as torch's own attention does. Outside it tables
+    and biases may be float32 beside half-precision query, key and value.
+
+    Packed sequences (``cu_seqlens``) and two-dimensional positions (SAM, Swin) are not supported.
+    """
+    call = _validated(
+        query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, max_relative_position, attn_mask, key_mask,
+        key_lengths, is_causal, window, query_offset, dropout_p, scale, enable_gqa,
+    )  # fmt: skip
+    chosen = dispatch.select(*call, backend)
+    tensors, settings = call
+    if chosen == "reference":
+        seed = draw_seed(query.device) if settings.dropout_p > 0.0 else None
+        output, lse, _ = reference.attention(tensors, settings, seed)
+    else:
+        attend = torch.ops.relattn.forward if torch.compiler.is_compiling() else RelativeAttentionFunction.apply
+        output, lse, _ = attend(chosen, *tensors, *settings)
+    return (output, lse) if return_lse else output
+
+
+class Explanation(NamedTuple):
+    """Which backend a call uses, and why not the others."""
+
+    backend: str
+    reasons: dict[str, str]  # for each backend that cannot take the call: why
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}"] + [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor | None = None, **arguments) -> Explanation:
+    """Which backend `relative_attention` would use for these arguments (the same as it takes), and why not the others.
+
+    Returns:
+        `Explanation(backend, reasons)`; print it for a readable answer. Nothing is computed.
+
+    Raises:
+        as `relative_attention` does for bad arguments.
+    """
+    backend = arguments.pop("backend", None)
+    arguments.pop("return_lse", None)
+    defaults = dict.fromkeys(
+        ("rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v", "max_relative_position", "attn_mask", "key_mask", "key_lengths")
+    )
+    defaults |= dict(is_causal=False, window=None, query_offset=None, dropout_p=0.0, scale=None, enable_gqa=False)
+    unknown = arguments.keys() - defaults.keys()
+    if unknown:
+        raise TypeError(f"explain() got unexpected arguments: {', '.join(sorted(unknown))}")
+    call = _validated(query, key, value, rel_k, **(defaults | arguments))
+    chosen = dispatch.select(*call, backend)
+    return Explanation(chosen, {name: reason for name, reason in dispatch.reasons(*call).items() if reason is not None})
+
+
+def _validated(
+    query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, max_relative_position, attn_mask, key_mask,
+    key_lengths, is_causal, window, query_offset, dropout_p, scale, enable_gqa,
+) -> tuple[Tensors, Settings]:  # fmt: skip
+    """Check every argument, cast under autocast, and return what backends work on."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_tensor(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions (batch, heads, length, head size), got shape {_shape(tensor)}")
+    batch, heads, query_length, head_size = query.shape
+    key_heads, key_length, value_size = key.shape[1], key.shape[2], value.shape[3]
+    if head_size == 0:
+        raise ValueError(f"query: expected a head size of at least 1, got shape {_shape(query)}")
+    if key.shape[0] != batch or key.shape[3] != head_size:
+        raise ValueError(f"key: expected ({batch}, heads, length, {head_size}) as query is {_shape(query)}, got {_shape(key)}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value: expected ({batch}, {key_heads}, {key_length}, size) as key is {_shape(key)}, got {_shape(value)}"
+        )
+    if heads != key_heads:
+        if not enable_gqa:
+            raise ValueError(f"key: expected {heads} heads as query has, got {key_heads} (enable_gqa=True allows fewer)")
+        if key_heads == 0 or heads % key_heads != 0:
+            raise ValueError(f"key: expected a number of heads that divides query's {heads}, got {key_heads}")
+
+    rows = None
+    for name, table, size in (("rel_k", rel_k, head_size), ("rel_q", rel_q, head_size), ("rel_v", rel_v, value_size)):
+        if table is not None:
+            _check_tensor(name, table)
+            fits = table.dim() in (2, 3) and table.shape[-1] == size and (table.dim() == 2 or table.shape[0] == heads)
+            if not fits:
+                raise ValueError(f"{name}: expected (R, {size}) or ({heads}, R, {size}), got {_shape(table)}")
+            rows = _check_rows(name, table.shape[-2], rows)
+    if rel_bias is not None:
+        _check_tensor("rel_bias", rel_bias)
+        if not (rel_bias.dim() == 1 or (rel_bias.dim() == 2 and rel_bias.shape[0] == heads)):
+            raise ValueError(f"rel_bias: expected (R,) or ({heads}, R), got {_shape(rel_bias)}")
+        rows = _check_rows("rel_bias", rel_bias.shape[-1], rows)
+    left, right = _clip(max_relative_position, rows)
+    for name, bias in (("pos_bias_u", pos_bias_u), ("pos_bias_v", pos_bias_v)):
+        if bias is not None:
+            _check_tensor(name, bias)
+            if bias.shape != (heads, head_size):
+                raise ValueError(f"{name}: expected ({heads}, {head_size}), got {_shape(bias)}")
+
+    if attn_mask is not None:
+        _check_tensor("attn_mask", attn_mask)
+        target = (batch, heads, query_length, key_length)
+        sizes = tuple(attn_mask.shape)
+        if len(sizes) > 4 or any(size not in (1, full) for size, full in zip(sizes[::-1], target[::-1], strict=False)):
+            raise ValueError(f"attn_mask: expected a shape broadcastable to {_shape(target)}, got {_shape(attn_mask)}")
+    if key_mask is not None:
+        _check_tensor("key_mask", key_mask)
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask: expected torch.bool, got {key_mask.dtype}")
+        if key_mask.shape != (batch, key_length):
+            raise ValueError(f"key_mask: expected ({batch}, {key_length}), got {_shape(key_mask)}")
+    if key_lengths is not None:
+        _check_integers("key_lengths", key_lengths, batch)
+    offsets = None
+    if query_offset is None:
+        if is_causal and query_length != key_length:
+            raise ValueError(
+                f"query_offset: is_causal with {query_length} queries and {key_length} keys needs it; give {key_length - query_length}"
+                " if the last query stands at the last key, 0 if the first stands at the first"
+            )
+        query_offset = 0
+    elif isinstance(query_offset, Tensor):
+        if query_offset.dim() == 0:
+            query_offset = query_offset.expand(batch)
+        _check_integers("query_offset", query_offset, batch)
+        query_offset, offsets = 0, query_offset
+    elif isinstance(query_offset, bool) or not isinstance(query_offset, (int, torch.SymInt)):
+        raise TypeError(f"query_offset: expected an int or an integer tensor, got {type(query_offset).__name__}")
+    window_left, window_right = _window(window, is_causal)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+
+    tensors = Tensors(
+        query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, attn_mask, key_mask, key_lengths, offsets
+    )
+    if torch.is_autocast_enabled(query.device.type):
+        tensors = _autocast(tensors)
+    _check_dtypes(tensors)
+    settings = Settings(
+        left, right, bool(is_causal), window_left, window_right, query_offset, float(dropout_p),
+        head_size**-0.5 if scale is None else float(scale),
+    )  # fmt: skip
+    return tensors, settings
+
+
+def _shape(of) -> str:
+    sizes = tuple(of.shape) if isinstance(of, Tensor) else tuple(of)
+    return "(" + ", ".join(map(str, sizes)) + ("," if len(sizes) == 1 else "") + ")"
+
+
+def _check_tensor(name: str, tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{name}: nested tensors are not supported; pad them and give key_lengths")
+
+
+def _check_integers(name: str, tensor, batch: int) -> None:
+    _check_tensor(name, tensor)
+    if tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
+    if tensor.shape != (batch,):
+        raise ValueError(f"{name}: expected ({batch},), got {_shape(tensor)}")
+
+
+def _check_rows(name: str, rows: int, others: int | None) -> int:
+    if rows == 0:
+        raise ValueError(f"{name}: expected at least one row, got 0")
+    if others is not None and rows != others:
+        raise ValueError(f"{name}: expected {others} rows as the other tables have, got {rows}")
+    return rows
+
+
+def _clip(max_relative_position, rows: int | None) -> tuple[int, int]:
+    """(left, right) from the argument and the number of table rows (None: no table)."""
+    if max_relative_position is None:
+        if rows is None:
+            return 0, 0
+        if rows % 2 == 0:
+            raise ValueError(
+                f"max_relative_position: tables of {rows} rows, an even number, need it as (left, right) with left + right + 1 = {rows}"
+            )
+        return rows // 2, rows // 2
+    clip = max_relative_position
+    if isinstance(clip, (int, torch.SymInt)) and not isinstance(clip, bool):
+        clip = (clip, clip)
+    if not (isinstance(clip, (tuple, list)) and len(clip) == 2 and all(isinstance(side, (int, torch.SymInt)) for side in clip)):
+        raise TypeError(f"max_relative_position: expected an int or (left, right), got {max_relative_position!r}")
+    left, right = clip
+    if left < 0 or right < 0:
+        raise ValueError(f"max_relative_position: expected numbers of at least 0, got {max_relative_position!r}")
+    if rows is None:
+        raise ValueError(f"max_relative_position: given as {max_relative_position!r} but there is no table (rel_k, rel_q, rel_v, rel_bias)")
+    if rows != left + right + 1:
+        raise ValueError(
+            f"max_relative_position: {max_relative_position!r} means tables of {left} + {right} + 1 = {left + right + 1} rows, got {rows}"
+        )
+    return left, right
+
+
+def _window(window, is_causal: bool) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    if not (isinstance(window, (tuple, list)) and len(window) == 2):
+        raise TypeError(f"window: expected (left, right), each a number or None, got {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt))):
+            raise TypeError(f"window: expected (left, right), each a number or None, got {window!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"window: expected numbers of at least 0, got {window!r}")
+    left, right = window
+    if is_causal and right is not None and right > 0:
+        raise ValueError(f"window: {window!r} looks ahead of the query, which is_causal=True forbids; give (left, 0) or (left, None)")
+    return left, right
+
+
+def _autocast(tensors: Tensors) -> Tensors:
+    """Cast as torch casts the arguments of scaled_dot_product_attention: all floating tensors but float64."""
+    dtype = torch.get_autocast_dtype(tensors.query.device.type)
+
+    def cast(tensor):
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(dtype)
+
+    return Tensors(*(cast(tensor) for tensor in tensors))
+
+
+def _check_dtypes(tensors: Tensors) -> None:
+    """One dtype; tables, biases and mask may be float32 beside half precision. One device."""
+    query = tensors.query
+    if query.dtype not in _FLOATS:
+        raise TypeError(f"query: expected one of {', '.join(str(dtype) for dtype in _FLOATS)}, got {query.dtype}")
+    for name, tensor in zip(Tensors._fields, tensors, strict=True):
+        if tensor is None:
+            continue
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected device {query.device} as query, got {tensor.device}")
+        if name not in DIFFERENTIABLE or tensor.dtype == query.dtype or (name == "attn_mask" and tensor.dtype == torch.bool):
+            continue
+        if name in ("key", "value"):
+            raise TypeError(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
+        if tensor.dtype != torch.float32 or query.dtype == torch.float64:
+            allowed = f"{query.dtype}" + ("" if query.dtype in (torch.float32, torch.float64) else " or torch.float32")
+            allowed += " or torch.bool" if name == "attn_mask" else ""
+            raise TypeError(f"{name}: expected {allowed} beside a query of {query.dtype}, got {tensor.dtype}")

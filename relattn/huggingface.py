@@ -1,0 +1,495 @@
+"""relattn in Hugging Face models: the attention implementation "relattn", and BERT-like models with relative positions.
+
+Importing this module registers
+- ``attn_implementation="relattn"``: `relattn.relative_attention` with its mask function. An attention module without
+  relative tables computes what "sdpa" does (but a query that may see no key gets 0), and also gives the weights when
+  `output_attentions=True` asks;
+- the model types ``relattn-bert`` and ``relattn-roberta`` with the Auto classes. `add_relative_positions` turns a model
+  into one of them.
+
+A checkpoint of such a model does not load silently as the plain model, which would drop the tables. Without this module
+the Auto classes do not know the model type, and ``BertForMaskedLM.from_pretrained`` meets ``"attn_implementation":
+"relattn"`` in config.json, which is not registered; both raise a ValueError. With this module imported the plain class
+loads, but its first forward pass raises a RuntimeError. What remains is ``BertForMaskedLM.from_pretrained(folder,
+attn_implementation="eager")``, where the caller overrules the configuration: transformers then only logs the foreign
+model type, the unexpected tables and the missing position embeddings.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import transformers
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ImportError('relattn.huggingface needs transformers; install it with: pip install "relattn[huggingface]"') from None
+
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    BertConfig,
+    PreTrainedModel,
+    RobertaConfig,
+)
+from transformers import initialization as init
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.models.bert import modeling_bert
+from transformers.models.roberta import modeling_roberta
+
+from relattn import reference
+from relattn.arguments import Settings, Tensors
+from relattn.functional import relative_attention
+from relattn.philox import draw_seed
+
+__all__ = ["TERMS", "add_relative_positions", "from_pretrained", "relattn_attention", "relattn_mask"]
+
+IMPLEMENTATION = "relattn"
+TERMS = ("rel_k", "rel_q", "rel_v", "rel_bias")  # the tables a model can have, named as in `relattn.relative_attention`
+
+# ---- the attention implementation ----
+
+# What transformers hands to some attention functions and this one cannot honour: to ignore it would change the result.
+_REFUSED = {
+    "position_bias": "takes no materialised (batch, heads, length, length) bias; use attn_implementation='sdpa'",
+    "softcap": "does not cap scores; use attn_implementation='eager'",
+    "s_aux": "has no attention sinks; use attn_implementation='eager'",
+    "cache": "does not read a paged cache; use attn_implementation='sdpa'",
+}
+
+
+def relattn_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """The mask that transformers builds for "relattn": compact where only padding hides keys, also in a causal model.
+
+    Called as every function of ``AttentionMaskInterface``. `attention_mask` is bool (batch_size, number of keys ever
+    seen), True for a token.
+
+    Returns:
+        None or bool (batch_size, kv_length), True = may be attended to, if the pattern is plain bidirectional or plain
+        causal (`relattn_attention` applies the module's `is_causal`); else what "sdpa" gets, bool (batch_size, 1,
+        q_length, kv_length).
+
+    Raises:
+        ValueError: `attention_mask` is neither 2-D nor the 4-D one that transformers passes through; or a model with
+            relative tables has a cache whose last key is not the last query (a StaticCache), so that distances would be
+            wrong.
+    """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask: expected (batch, keys) or (batch, 1 or heads, queries, keys), got {tuple(attention_mask.shape)}")
+    # relattn_attention knows only lengths: it takes the last query to stand at the last key, as in a DynamicCache.
+    aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
+    if mask_function is bidirectional_mask_function or (mask_function is causal_mask_function and aligned):
+        if attention_mask is None:
+            return None
+        seen = attention_mask[:, kv_offset : kv_offset + kv_length]
+        return nn.functional.pad(seen, (0, kv_length - seen.shape[1])).expand(batch_size, -1)
+    if not aligned and getattr(kwargs.get("config"), "relative_attention", None) is not None:
+        raise ValueError(
+            "past_key_values: relative positions need a cache that ends with the newest token (a DynamicCache), got "
+            f"{kv_length} keys for {q_length} queries from position {q_offset}"
+        )
+    # "None, and let the attention be causal" is a shortcut that needs the alignment.
+    kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and aligned
+    given: Any = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
+    return sdpa_mask(*given, **kwargs)
+
+
+def relattn_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """`relattn.relative_attention` as an attention function of transformers, with the tables of `module` if it has any.
+
+    Args:
+        module: the calling layer; read are `relative_tables`, `is_causal` and `config`.
+        query: (B, Hq, Lq, D).
+        key, value: (B, Hkv, Lk, D), Hq a multiple of Hkv. The last query stands at the last key.
+        attention_mask: as `relattn_mask` makes it: (B, Lk), True = may be attended to; or broadcastable to (B, Hq, Lq,
+            Lk), boolean or added to the scores, and then the whole mask (`is_causal` is ignored, as by "sdpa").
+        dropout, scaling: probability of dropping a weight; None = 1 / sqrt(D).
+        is_causal: None = the module's, True if it has none (as in "sdpa").
+
+    Returns:
+        The output (B, Lq, Hq, D), and with `output_attentions` (an argument, or the configuration's) the weights
+        (B, Hq, Lq, Lk) after dropout, computed by the materialising definition; else None.
+
+    Raises:
+        ValueError: an argument that would change the result and is not supported, such as `position_bias`.
+        RuntimeError: the configuration promises relative tables and the module has none.
+    """
+    for name, reason in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: attn_implementation='relattn' {reason}")
+    tables = getattr(module, "relative_tables", None)
+    config = getattr(module, "config", None)
+    if tables is None and getattr(config, "relative_attention", None) is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} was built without the relative tables that its configuration lists; "
+            "load this checkpoint with relattn.huggingface.from_pretrained or an Auto class"
+        )
+    masks: dict[str, Any] = {}
+    if attention_mask is not None:
+        masks = {"key_mask": attention_mask.bool()} if attention_mask.dim() == 2 else {"attn_mask": attention_mask}
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    is_causal = bool(is_causal) and "attn_mask" not in masks
+    terms: dict[str, Any] = {} if tables is None else tables.terms()
+    offset = key.shape[2] - query.shape[2]
+
+    clip = None if tables is None else tables.max_relative_position
+
+    output: Any
+    weights = None
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        left, right = clip or (0, 0)
+        settings = Settings(left, right, is_causal, None, None, offset, dropout, scale)
+        seed = draw_seed(query.device) if dropout > 0.0 else None
+        output, _, weights = reference.attention(Tensors(query, key, value, **terms, **masks), settings, seed)
+    else:
+        output = relative_attention(
+            query, key, value, **terms, **masks, max_relative_position=clip, is_causal=is_causal, query_offset=offset,
+            dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+    return output.transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register(IMPLEMENTATION, relattn_attention)
+# Without this transformers passes no mask at all to an attention it does not know: padding would be attended to.
+AttentionMaskInterface.register(IMPLEMENTATION, relattn_mask)
+
+# ---- what is put into a model ----
+
+
+class _RelativeSettings(NamedTuple):
+    """What `config.relative_attention` holds, checked."""
+
+    max_relative_position: tuple[int, int]
+    keep_absolute: bool
+    per_head: bool
+    terms: tuple[str, ...]
+
+    @classmethod
+    def check(cls, max_relative_position, keep_absolute=False, per_head=False, terms=("rel_k",)) -> _RelativeSettings:
+        sides = max_relative_position
+        sides = (sides, sides) if isinstance(sides, int) else sides
+        if not isinstance(sides, (tuple, list)) or len(sides) != 2 or any(type(side) is not int for side in sides):
+            raise TypeError(f"max_relative_position: expected an int or (left, right), got {max_relative_position!r}")
+        if min(sides) < 0:
+            raise ValueError(f"max_relative_position: expected numbers of at least 0, got {max_relative_position!r}")
+        for name, flag in (("keep_absolute", keep_absolute), ("per_head", per_head)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: expected True or False, got {flag!r}")
+        if not isinstance(terms, (tuple, list)):
+            raise TypeError(f"terms: expected a tuple of names from {TERMS}, got {terms!r}")
+        if not terms or any(term not in TERMS for term in terms) or len(set(terms)) != len(terms):
+            raise ValueError(f"terms: expected one or more of {TERMS}, each once, got {tuple(terms)!r}")
+        return cls((sides[0], sides[1]), keep_absolute, per_head, tuple(terms))
+
+    def to_config(self) -> dict[str, Any]:
+        """As JSON gives it back, so that a loaded configuration equals the saved one."""
+        return self._asdict() | {"max_relative_position": list(self.max_relative_position), "terms": list(self.terms)}
+
+
+class RelativeTables(nn.Module):
+    """The tables of one attention layer, row 0 for the keys farthest to the left; R = left + right + 1.
+
+    rel_k, rel_q, rel_v: (R, head size) or, `per_head`, (heads, R, head size). rel_bias: (R,) or (heads, R). A term that
+    the settings do not list is None.
+    """
+
+    def __init__(self, settings: _RelativeSettings, heads: int, head_size: int, std: float, like: Tensor) -> None:
+        super().__init__()
+        self.max_relative_position = settings.max_relative_position
+        rows = sum(settings.max_relative_position) + 1
+        for name in TERMS:
+            shape = (heads,) * settings.per_head + (rows,) + (head_size,) * (name != "rel_bias")
+            # Small, never N(0, 1): at that scale the tables would drown the content at the start of training.
+            table = torch.randn(shape, device=like.device, dtype=like.dtype) * std
+            self.register_parameter(name, nn.Parameter(table) if name in settings.terms else None)
+
+    def terms(self) -> dict[str, Tensor]:
+        """The tables there are, as arguments of `relattn.relative_attention`."""
+        return dict(self.named_parameters(recurse=False))
+
+    def extra_repr(self) -> str:
+        return f"max_relative_position={self.max_relative_position}, {', '.join(self.terms())}"
+
+
+class _WithoutPositions(nn.Module):
+    """The forward pass of BertEmbeddings and RobertaEmbeddings without positions, hence without a longest input."""
+
+    word_embeddings: nn.Embedding
+    token_type_embeddings: nn.Embedding
+    LayerNorm: nn.LayerNorm
+    dropout: nn.Dropout
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values_length: int = 0,
+    ) -> Tensor:
+        """(B, L, hidden). `position_ids` and `past_key_values_length` are the original's, and change nothing."""
+        embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is None:  # not the buffer of the original: it ends at max_position_embeddings
+            token_type_ids = torch.zeros(embeddings.shape[:-1], dtype=torch.long, device=embeddings.device)
+        return self.dropout(self.LayerNorm(embeddings + self.token_type_embeddings(token_type_ids)))
+
+
+class RelativeBertEmbeddings(_WithoutPositions, modeling_bert.BertEmbeddings):
+    """BertEmbeddings without absolute positions."""
+
+
+class RelativeRobertaEmbeddings(_WithoutPositions, modeling_roberta.RobertaEmbeddings):
+    """RobertaEmbeddings without absolute positions."""
+
+
+_EMBEDDINGS: dict[type, type] = {
+    modeling_bert.BertEmbeddings: RelativeBertEmbeddings,
+    modeling_roberta.RobertaEmbeddings: RelativeRobertaEmbeddings,
+}
+_ATTENTIONS = (modeling_bert.BertSelfAttention, modeling_roberta.RobertaSelfAttention)
+
+# ---- configurations and model classes ----
+
+
+class _RelativeConfig:
+    """Mixed into a configuration class: the attention that relative positions need."""
+
+    def to_dict(self) -> dict[str, Any]:
+        # transformers does not write the implementation but reads it: a plain model made from this file then asks for
+        # an attention that is not registered, and raises instead of running without the tables.
+        return super().to_dict() | {"attn_implementation": IMPLEMENTATION}  # type: ignore[misc]
+
+    @property
+    def output_attentions(self) -> bool | None:
+        return self._output_attentions  # type: ignore[has-type]
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool | None) -> None:  # the original takes True only for "eager"
+        self._output_attentions = value
+
+    def validate_output_attentions(self) -> None:
+        """Nothing to refuse: relattn_attention gives the weights."""
+
+
+class RelativeBertConfig(_RelativeConfig, BertConfig):
+    """`BertConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
+
+    model_type = "relattn-bert"
+    relative_attention: dict | None = None
+
+
+class RelativeRobertaConfig(_RelativeConfig, RobertaConfig):
+    """`RobertaConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
+
+    model_type = "relattn-roberta"
+    relative_attention: dict | None = None
+
+
+class _RelativeModel:
+    """Mixed into a model class: builds the model with the tables that its configuration lists."""
+
+    def __init__(self, config, *args, **kwargs) -> None:
+        if getattr(config, "relative_attention", None) is None:
+            raise ValueError("config: relative_attention is not set; make the plain model and call add_relative_positions on it")
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        _install(self, config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, RelativeTables):  # only where a checkpoint lacks them
+            for table in module.parameters():
+                init.normal_(table, std=self.config.initializer_range)  # type: ignore[attr-defined]
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
+        # Every way to choose an attention ends here; any other would leave the tables out without a word.
+        if attn_implementation not in (None, IMPLEMENTATION):
+            raise ValueError(
+                f"attn_implementation: a model with relative positions needs {IMPLEMENTATION!r} "
+                f"(which also serves output_attentions=True), got {attn_implementation!r}"
+            )
+        return super()._check_and_adjust_attn_implementation(IMPLEMENTATION, *args, **kwargs)  # type: ignore[misc]
+
+
+_HEADS = (
+    "Model", "ForPreTraining", "LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForNextSentencePrediction",
+    "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification", "ForQuestionAnswering",
+)  # fmt: skip
+_AUTO = {
+    "Model": "AutoModel",
+    "LMHeadModel": "AutoModelForCausalLM",
+}  # the others are named alike: AutoModelForMaskedLM
+_MODELS: dict[type, Any] = {}  # plain class -> the one with relative positions
+
+
+def _define(config_class: Any, family: str) -> None:
+    """Define ``Relative<name>`` in this module, where pickle looks, for each head of a family; tell the Auto classes."""
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for head in _HEADS:
+        plain = getattr(transformers, family + head, None)
+        if plain is None:  # not every family has every head
+            continue
+        content = {
+            "__doc__": f"`{plain.__name__}` with relative positions in its self-attention.",
+            "__module__": __name__,
+            "config_class": config_class,
+        }
+        relative = type(f"Relative{plain.__name__}", (_RelativeModel, plain), content)
+        globals()[relative.__name__] = _MODELS[plain] = relative
+        getattr(transformers, _AUTO.get(head, f"AutoModel{head}")).register(config_class, relative, exist_ok=True)
+
+
+_define(RelativeBertConfig, "Bert")
+_define(RelativeRobertaConfig, "Roberta")
+
+
+def _install(model: Any, config: Any) -> None:
+    """Give a built model the tables, classes and embeddings that `config.relative_attention` asks for."""
+    settings = _RelativeSettings.check(**config.relative_attention)
+    std = config.initializer_range
+    for module in list(model.modules()):
+        if type(module) in _MODELS:  # `model` itself, or the encoder inside a model with a head
+            module.__class__ = _MODELS[type(module)]
+            _make_known(type(module), config.is_decoder)  # type: ignore[arg-type]
+        elif type(module) in _EMBEDDINGS and not settings.keep_absolute:
+            del module.position_embeddings
+            module.__class__ = _EMBEDDINGS[type(module)]
+        elif isinstance(module, _ATTENTIONS):
+            heads, head_size = module.num_attention_heads, module.attention_head_size
+            module.relative_tables = RelativeTables(settings, heads, head_size, std, like=module.query.weight)
+
+
+@functools.cache
+def _make_known(model_class: Any, is_decoder: bool) -> None:
+    """Let transformers see an instance of a class be constructed once.
+
+    It records per class, in PreTrainedModel.__init__, which outputs can be captured: a model whose class was changed
+    afterwards would give an empty tuple for `output_attentions=True`. On the meta device this costs no memory.
+    """
+    settings: dict[str, Any] = {"max_relative_position": 0}
+    with torch.device("meta"):
+        model_class(model_class.config_class(num_hidden_layers=0, is_decoder=is_decoder, relative_attention=settings))
+
+
+# ---- what users call ----
+
+
+def add_relative_positions(
+    model: PreTrainedModel,
+    *,
+    max_relative_position: int | tuple[int, int],
+    keep_absolute: bool = False,
+    per_head: bool = False,
+    terms: Sequence[str] = ("rel_k",),
+) -> PreTrainedModel:
+    """Put relative attention in place of a BERT-like model's self-attention.
+
+    Every self-attention layer gets its own learned tables (``relative_tables``), initialised N(0, initializer_range);
+    `relattn.relative_attention` says what each term adds. ``terms=("rel_k",)`` is Shaw et al. 2018 without their value
+    term, Huang et al. 2018 (Music Transformer), and ``position_embedding_type="relative_key"``, which transformers 5
+    removed; ``("rel_k", "rel_q")`` is ``"relative_key_query"`` (Huang et al. 2020) with two tables.
+
+    Args:
+        model: a BERT or RoBERTa model of transformers, with any head, as an encoder or as a causal decoder without
+            cross-attention.
+        max_relative_position: k for (k, k), or (left, right): keys farther away share the edge rows, so any length is
+            accepted. A decoder never looks ahead: give it (k, 0), as rows to the right would never be used.
+        keep_absolute: False removes the absolute position embeddings, their parameter too, and with them the longest
+            input length; `position_ids` then change nothing, as distances are counted in tokens.
+        per_head: a table for each head instead of one for all heads of a layer.
+        terms: one or more of "rel_k", "rel_q", "rel_v", "rel_bias".
+
+    Returns:
+        The same object, changed in place: its class becomes ``Relative<its class>`` (a subclass), and its configuration
+        a new object with ``relative_attention`` (the old one, which other models may share, is left alone). It saves
+        with `save_pretrained` and loads with `relattn.huggingface.from_pretrained` or the Auto classes. An optimizer
+        made before does not know the new parameters.
+
+    Raises:
+        TypeError: `model` is of no supported class, or an argument of a wrong type.
+        ValueError: `model` already has relative positions or has cross-attention; or a setting is out of range.
+    """
+    settings = _RelativeSettings.check(max_relative_position, keep_absolute, per_head, terms)
+    if isinstance(model, _RelativeModel):
+        raise ValueError(f"model: this {type(model).__name__} already has relative positions")
+    if type(model) not in _MODELS:
+        supported = ", ".join(plain.__name__ for plain in _MODELS)
+        raise TypeError(f"model: expected one of {supported}; got {type(model).__name__}")
+    if model.config.add_cross_attention:
+        raise ValueError(
+            f"model: a {type(model).__name__} with cross-attention (add_cross_attention=True) is not supported, as its "
+            "queries and keys have no distance; give an encoder, or a decoder without it"
+        )
+
+    before = model.config
+    # A new configuration: other models may hold the given one, and would start to use this attention too.
+    config = copy.deepcopy(before)
+    config.__class__ = _MODELS[type(model)].config_class
+    config.relative_attention = settings.to_config()
+    config._attn_implementation = IMPLEMENTATION
+    for module in model.modules():
+        if getattr(module, "config", None) is before:
+            module.config = config  # type: ignore[assignment]
+    _install(model, config)
+    return model
+
+
+def from_pretrained(folder: str | os.PathLike, **kwargs) -> Any:
+    """Load a model that `add_relative_positions` made and `save_pretrained` (or Trainer) saved, in its own class.
+
+    Args:
+        folder: the folder, or the name of a repository on the Hugging Face hub.
+        kwargs: for `PreTrainedModel.from_pretrained`.
+
+    Returns:
+        What `PreTrainedModel.from_pretrained` does: the model in eval mode, or with `output_loading_info` a pair.
+
+    Raises:
+        ValueError: the checkpoint is of another kind, or lacks tables or position embeddings that its configuration
+            lists.
+    """
+    where = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    config = AutoConfig.from_pretrained(folder, **{name: kwargs[name] for name in where if name in kwargs})
+    by_name = {relative.__name__: relative for relative in _MODELS.values()}
+    names = [name for name in config.architectures or [] if name in by_name]
+    if not names:
+        raise ValueError(
+            f"folder: {folder} is not of a model that add_relative_positions made; its config.json has "
+            f"model_type={config.model_type!r}, architectures={config.architectures}"
+        )
+    with_info = kwargs.pop("output_loading_info", False)
+    model, info = by_name[names[0]].from_pretrained(folder, output_loading_info=True, **kwargs)
+    listed = ("relative_tables", "position_embeddings")
+    missing = sorted(name for name in info["missing_keys"] if any(part in name for part in listed))
+    if missing:
+        raise ValueError(f"folder: the checkpoint in {folder} lacks {', '.join(missing)}, which its configuration lists")
+    return (model, info) if with_info else model

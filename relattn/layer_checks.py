@@ -1,0 +1,88 @@
+"""What the layer's constructor and call accept.
+
+Each check raises ValueError or TypeError and names the argument, what was given and what is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from relattn.cache import KeyValueCache
+
+TERMS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias")
+
+
+def shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def check_sizes(embed_dim, num_heads, dropout, kdim, vdim, dtype) -> None:
+    for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+        if not isinstance(size, int):
+            raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
+        if size <= 0:
+            raise ValueError(f"{name}: expected a number of at least 1, got {size}")
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim: expected a multiple of num_heads = {num_heads}, got {embed_dim}")
+    for name, size in (("kdim", kdim), ("vdim", vdim)):
+        if size is not None and not isinstance(size, int):
+            raise TypeError(f"{name}: expected None or an int, got {type(size).__name__}")
+        if size is not None and size < 0:
+            raise ValueError(f"{name}: expected a number of at least 0, got {size}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+
+
+def clip(max_relative_position) -> tuple[int, int]:
+    sides = max_relative_position
+    if isinstance(sides, int) and not isinstance(sides, bool):
+        sides = (sides, sides)
+    if not (isinstance(sides, (tuple, list)) and len(sides) == 2 and all(type(side) is int for side in sides)):
+        raise TypeError(f"max_relative_position: expected an int or (left, right), got {max_relative_position!r}")
+    if min(sides) < 0:
+        raise ValueError(f"max_relative_position: expected numbers of at least 0, got {max_relative_position!r}")
+    return sides[0], sides[1]
+
+
+def chosen(terms) -> tuple[str, ...]:
+    accepted = f"any of {', '.join(map(repr, TERMS))}"
+    if isinstance(terms, str) or not isinstance(terms, Sequence):
+        raise TypeError(f"terms: expected a tuple of {accepted}, got {terms!r}")
+    for term in terms:
+        if term not in TERMS:
+            raise ValueError(f"terms: expected {accepted}, got {term!r}")
+    return tuple(dict.fromkeys(terms))
+
+
+def check_mask(name: str, mask, shapes: list[tuple[int, ...]], query: Tensor, paired: bool) -> Tensor:
+    """`mask`, checked. Beside another (`paired`) its precision may be lower than the query's, as in torch; it is raised."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(mask).__name__}")
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, shapes))}, got {shape(mask)}")
+    if mask.device != query.device:
+        raise ValueError(f"{name}: expected device {query.device} as query, got {mask.device}")
+    if mask.dtype in (torch.bool, query.dtype):
+        return mask
+    if paired and mask.is_floating_point():
+        mask = mask.to(torch.promote_types(mask.dtype, query.dtype))
+    accepted = (torch.bool, query.dtype) + (() if query.dtype in (torch.float32, torch.float64) else (torch.float32,))
+    if mask.dtype in accepted or (torch.is_autocast_enabled(query.device.type) and mask.is_floating_point()):
+        return mask
+    raise TypeError(f"{name}: expected {' or '.join(map(str, accepted))}, got {mask.dtype}")
+
+
+def check_cache(cache, is_causal: bool, query_offset, length: int, keys: int) -> None:
+    if not isinstance(cache, KeyValueCache):
+        raise TypeError(f"cache: expected a relattn.KeyValueCache, got {type(cache).__name__}")
+    if not is_causal:
+        raise ValueError("cache: expected a causal layer or call (is_causal=True), got neither")
+    if query_offset is not None:
+        raise ValueError(f"query_offset: expected None beside a cache, whose length it is, got {query_offset!r}")
+    if length != keys:
+        raise ValueError(f"key: expected the {length} positions of query beside a cache, got {keys}")

@@ -1,0 +1,230 @@
+"""The operators `relattn::forward` and `relattn::backward` and the autograd Function over them.
+
+The operators are the boundary that torch.compile, torch.export, the FLOP counter and vmap see; a backend's code runs behind it.
+Eager calls enter through `RelativeAttentionFunction.apply`, which is cheapest; a compiled or exported graph holds the bare operator, whose
+autograd kernel is the same Function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.util
+import sys
+
+import torch
+from torch import Tensor
+
+from relattn import dispatch
+from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout, lse_dtype
+from relattn.philox import draw_seed
+
+_CALL = (
+    "str backend, Tensor query, Tensor key, Tensor value, Tensor? rel_k, Tensor? rel_q, Tensor? rel_v, Tensor? rel_bias, "
+    "Tensor? pos_bias_u, Tensor? pos_bias_v, Tensor? attn_mask, Tensor? key_mask, Tensor? key_lengths, Tensor? query_offsets, "
+    "SymInt left, SymInt right, bool is_causal, SymInt? window_left, SymInt? window_right, SymInt query_offset, "
+    "float dropout_p, float scale"
+)
+_TENSORS = len(Tensors._fields)
+
+# The forward draws dropout's seed itself and returns it: the draw is then part of the operator, whoever runs or replays it.
+_library = torch.library.Library("relattn", "DEF")
+_library.define(
+    f"forward({_CALL}) -> (Tensor output, Tensor lse, Tensor seed)", tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)
+)
+# Gradients of those of the ten differentiable tensors for which needs is True, in the order of `DIFFERENTIABLE`.
+_library.define(
+    f"backward({_CALL}, Tensor? grad_output, Tensor? grad_lse, Tensor output, Tensor lse, Tensor seed, bool[] needs) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _split(call: tuple) -> tuple[Tensors, Settings]:
+    return Tensors(*call[:_TENSORS]), Settings(*call[_TENSORS:])
+
+
+def _no_autocast(device_type: str):
+    """Backends decide their own precision: autocast must not recast what they multiply."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _forward(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, settings = _split(call)
+    device = tensors.query.device
+    with _no_autocast(device.type):
+        if settings.dropout_p > 0.0:
+            seed = draw_seed(device)
+        else:
+            seed = torch.zeros((), dtype=torch.int64, device=device)
+        return *dispatch.BACKENDS[backend].forward(tensors, settings, seed), seed
+
+
+def _backward(backend: str, *call) -> list[Tensor]:
+    *call, grad_output, grad_lse, output, lse, seed, needs = call
+    tensors, settings = _split(call)
+    with _no_autocast(tensors.query.device.type):
+        if grad_output is None:
+            grad_output = torch.zeros_like(output)
+        return dispatch.BACKENDS[backend].backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)
+
+
+_library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("relattn::forward", lib=_library)
+def _forward_fake(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
+    query, value = call[0], call[2]
+    batch, heads, length, _ = query.shape
+    output = empty_with_layout(query, (batch, heads, length, value.shape[3]))
+    lse = query.new_empty((batch, heads, length), dtype=lse_dtype(query.dtype))
+    return output, lse, query.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("relattn::backward", lib=_library)
+def _backward_fake(backend: str, *call) -> list[Tensor]:
+    needs = call[-1]
+    return [empty_gradient(tensor) for tensor, needed in zip(call[: len(DIFFERENTIABLE)], needs, strict=True) if needed]
+
+
+class RelativeAttentionFunction(torch.autograd.Function):
+    """`apply(backend, *tensors, *settings) -> (output, lse, seed)`, with a backward pass; see `Tensors` and `Settings` for the order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*call):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.relattn.forward.default(*call)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.backend, *call = inputs
+        tensors, ctx.settings = call[:_TENSORS], call[_TENSORS:]
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_lse, _):
+        needs = list(ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)])
+        nothing = (None,) * (1 + _TENSORS + len(ctx.settings))
+        if not any(needs) or (grad_output is None and grad_lse is None):
+            return nothing
+        saved = ctx.saved_tensors
+        call = (ctx.backend, *saved[:_TENSORS], *ctx.settings, grad_output, grad_lse, *saved[_TENSORS:], needs)
+        if torch.is_grad_enabled():  # only with create_graph
+            gradients = _FirstDerivative.apply(*call)
+        else:
+            gradients = _FirstDerivative.forward(*call)
+        remaining = iter(gradients)
+        found = tuple(next(remaining) if needed else None for needed in needs)
+        return None, *found, *nothing[1 + len(found) :]
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The backward operator, refusing to be differentiated: without this a gradient penalty would silently lack terms."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*call):
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(torch.ops.relattn.backward.default(*call))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "relattn: a second derivative was asked for, which only the reference backend has; "
+            'call relative_attention(..., backend="reference")'
+        )
+
+
+_library.impl("forward", RelativeAttentionFunction.apply, "Autograd")
+_library.impl("backward", lambda *call: list(_FirstDerivative.apply(*call)), "Autograd")
+
+
+@torch.library.register_vmap("relattn::forward", lib=_library)
+def _forward_vmap(info, in_dims, *call):
+    return _vmap(torch.ops.relattn.forward, info, in_dims, call, dropout_p=call[-2])
+
+
+@torch.library.register_vmap("relattn::backward", lib=_library)
+def _backward_vmap(info, in_dims, *call):
+    return _vmap(torch.ops.relattn.backward, info, in_dims, call)
+
+
+def _vmap(operator, info, in_dims, call, dropout_p: float = 0.0):
+    """Map by a loop: the terms differ in which dimensions they share, and none of them is worth a second set of rules."""
+    if dropout_p > 0.0 and info.randomness != "different":
+        raise RuntimeError(
+            f"relattn: dropout_p > 0 under vmap needs randomness='different', got {info.randomness!r} (each element draws its own seed)"
+        )
+    results = [
+        operator(*(arg.select(dim, index) if isinstance(dim, int) else arg for arg, dim in zip(call, in_dims, strict=True)))
+        for index in range(info.batch_size)
+    ]
+    stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+    if isinstance(results[0], tuple):
+        return tuple(stacked), (0,) * len(stacked)
+    return stacked, [0] * len(stacked)
+
+
+def _forward_flops(backend, query, key, value, rel_k, rel_q, rel_v, *_, out_shape=None, **__) -> int:
+    """Products of the definition; masked ones count, as in torch's formulas. A table term takes min(Lk, R) products a row."""
+    return _products(query, key, value, rel_k, rel_q, rel_v, 1, 1)
+
+
+def _backward_flops(backend, query, key, value, rel_k, rel_q, rel_v, *_, out_shape=None, **__) -> int:
+    """The scores once more, then two products for each of the forward's."""
+    return _products(query, key, value, rel_k, rel_q, rel_v, 3, 2)
+
+
+def _products(query, key, value, rel_k, rel_q, rel_v, score_products: int, value_products: int) -> int:
+    batch, heads, query_length, head_size = query
+    key_length, value_size = key[2], value[3]
+
+    def term(table, rows: int, others: int, size: int) -> int:
+        return 0 if table is None else rows * min(others, table[-2]) * size
+
+    scores = query_length * key_length * head_size
+    scores += term(rel_k, query_length, key_length, head_size) + term(rel_q, key_length, query_length, head_size)
+    values = query_length * key_length * value_size + term(rel_v, query_length, key_length, value_size)
+    return 2 * batch * heads * (score_products * scores + value_products * values)
+
+
+def _register_flops(flop_counter) -> None:
+    flop_counter.register_flop_formula(torch.ops.relattn.forward)(_forward_flops)
+    flop_counter.register_flop_formula(torch.ops.relattn.backward)(_backward_flops)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Registers the formulas when torch's FLOP counter is imported, not before: it imports triton, which `import relattn` must not."""
+
+    module = "torch.utils.flop_counter"
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module) -> None:
+            execute(module)
+            _register_flops(module)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if _WhenImported.module in sys.modules:
+    _register_flops(sys.modules[_WhenImported.module])
+else:
+    sys.meta_path.insert(0, _WhenImported())

@@ -1,0 +1,58 @@
+"""Dropout's random numbers: Philox4x32-10, a counter-based generator, the same in every backend.
+
+Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The 64-bit seed is the key; the counter is
+(batch, query head, query, key // 4), and its four output words belong to the keys 4 * (key // 4) ... + 3. A weight is therefore a
+function of the seed and of where it stands, not of how a backend cuts the work, and the backward pass and a replayed forward pass
+(activation checkpointing) see the mask again without storing it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def philox_4x32(key: tuple, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds. 32-bit words held in int64 tensors (ints for the key); the counter's words broadcast against each other."""
+    key0, key1 = key
+    word0, word1, word2, word3 = counter
+    for _ in range(10):
+        product0, product1 = word0 * _MULTIPLIER[0], word2 * _MULTIPLIER[1]
+        # Products wrap in 64 bits; the arithmetic shift's sign bits are masked away.
+        word0, word1 = ((product1 >> 32) & _LOW) ^ (word1 ^ key0), product1 & _LOW
+        word2, word3 = ((product0 >> 32) & _LOW) ^ (word3 ^ key1), product0 & _LOW
+        key0, key1 = (key0 + _WEYL[0]) & _LOW, (key1 + _WEYL[1]) & _LOW
+    return word0, word1, word2, word3
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh seed, int64 of shape (), from torch's generator of that device."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def dropout_keep(
+    seed: Tensor, dropout_p: float, batch: Tensor, head: Tensor, query: Tensor, key_start: int, key_stop: int
+) -> Tensor:
+    """Which weights survive dropout.
+
+    Args:
+        seed: int64 of shape (), as `draw_seed` gives it.
+        dropout_p: probability of dropping, in [0, 1].
+        batch, head, query: int64 index tensors, broadcastable against each other to the shape S.
+        key_start, key_stop: the range of keys.
+
+    Returns:
+        bool of shape S + (key_stop - key_start,).
+    """
+    if seed.device.type == "cpu" and not torch.compiler.is_compiling():
+        seed = int(seed)  # Python integers are cheaper than 0-d tensors; on an accelerator they would synchronise
+    quarter = torch.arange(key_start // 4, (key_stop + 3) // 4, dtype=torch.int64, device=query.device)
+    counter = (batch.unsqueeze(-1), head.unsqueeze(-1), query.unsqueeze(-1), quarter)
+    words = philox_4x32((seed & _LOW, (seed >> 32) & _LOW), counter)
+    words = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(-2)
+    first = key_start - key_start // 4 * 4
+    return words[..., first : first + key_stop - key_start] >= round(dropout_p * 2**32)

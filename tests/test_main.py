@@ -1,0 +1,90 @@
+"""`python -m relattn` tells what this machine can run."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import relattn
+from relattn import __main__ as command
+
+FOUND = {"triton": "torch sees no GPU", "cpu": "no C++ library", "blocked": None, "reference": None}
+
+
+@pytest.fixture
+def fixed_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "backends", lambda: dict(FOUND))
+
+
+def test_json_and_table_say_the_same(fixed_backends: None, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["relattn"] == relattn.__version__
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["python"] == platform.python_version()
+    assert facts["cpu"]["name"]
+    assert facts["cpu"]["threads"] == torch.get_num_threads()
+    assert facts["backends"]["triton"] == {"usable": False, "reason": "torch sees no GPU"}
+    assert facts["backends"]["reference"] == {"usable": True, "reason": None}
+    assert list(facts["backends"]) == list(FOUND)  # fastest first, as the dispatch orders them
+
+    command.main([])
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["triton", "not here: torch sees no GPU"] in lines
+    assert ["blocked", "usable"] in lines
+    assert ["torch", torch.__version__] in lines
+    assert [line[0] for line in lines if line[0] in FOUND][-4:] == list(FOUND)
+
+
+def test_absent_packages_are_named_as_such(
+    fixed_backends: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "OPTIONAL", {"triton": ("no-such-triton", "pytest")})
+    assert command.report()["versions"]["triton"] == pytest.__version__  # a build under another name counts
+    monkeypatch.setattr(command, "OPTIONAL", {"triton": ("no-such-triton",)})
+    assert command.report()["versions"]["triton"] is None
+    command.main([])
+    assert "not installed" in capsys.readouterr().out
+
+
+def test_each_accelerator_is_listed(
+    fixed_backends: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Accelerator {index}")
+    assert command.report()["accelerators"] == [
+        {"device": "cuda:0", "name": "Accelerator 0"},
+        {"device": "cuda:1", "name": "Accelerator 1"},
+    ]
+    command.main([])
+    assert "cuda:1" in capsys.readouterr().out
+
+
+def test_real_command_imports_no_optional_package(tmp_path: Path) -> None:
+    script = (
+        "import runpy, sys; sys.argv = ['relattn']\n"
+        "runpy.run_module('relattn', run_name='__main__')\n"
+        "print(*{'transformers', 'music21', 'matplotlib'} & set(sys.modules), file=sys.stderr)"
+    )
+    environ = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.split() == []
+    names = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
+    assert names[-4:] == ["triton", "cpu", "blocked", "reference"]
+
+
+def test_unknown_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--yaml"])
+    assert stop.value.code == 2
+    assert "--yaml" in capsys.readouterr().err
