@@ -42,6 +42,8 @@ def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor,
     batch, heads, length, _ = tensors.query.shape
     output = empty_with_layout(tensors.query, (batch, heads, length, tensors.value.shape[3]))
     lse = tensors.query.new_empty((batch, heads, length), dtype=lse_dtype(tensors.query.dtype))
+    if tensors.key.numel() == 0:
+        return output.zero_(), lse.fill_(-torch.inf)
     for group in _groups(tensors, settings, seed):
         for strip in group.strips():
             group.forward(strip, group.of_strip(output, strip), group.of_strip(lse, strip))
@@ -69,7 +71,7 @@ def backward(
             results[name] = empty_gradient(tensor)
         else:
             sums[name] = torch.zeros(tensor.shape, dtype=accumulate, device=tensor.device)
-    if tensors.query.numel() == 0 or tensors.key.numel() == 0:
+    if tensors.query.numel() == 0 or tensors.key.numel() == 0:  # nothing attends to anything: no groups
         for result in results.values():
             result.zero_()
     for group in _groups(tensors, settings, seed):
@@ -115,7 +117,7 @@ def _groups(tensors: Tensors, settings: Settings, seed: Tensor) -> Iterator[_Gro
     """Cut the heads and the batch into groups whose strips fit the budget."""
     batch, heads, length, _ = tensors.query.shape
     keys = tensors.key.shape[2]
-    if batch == 0 or heads == 0 or length == 0:
+    if tensors.query.numel() == 0 or tensors.key.numel() == 0:
         return
     if tensors.query_offsets is not None:
         starts = [(index, 1, settings.query_offset + offset) for index, offset in enumerate(tensors.query_offsets.tolist())]
@@ -124,7 +126,7 @@ def _groups(tensors: Tensors, settings: Settings, seed: Tensor) -> Iterator[_Gro
     if settings.window_left is not None and (settings.is_causal or settings.window_right is not None):
         keys = min(keys, settings.window_left + _STRIP_ROWS + (0 if settings.is_causal else settings.window_right))
     budget = _STRIP_SCORES_CPU if tensors.query.device.type == "cpu" else _STRIP_SCORES
-    size = max(1, budget // (min(length, _STRIP_ROWS) * max(keys, 1)))  # pairs of a head and a batch element
+    size = max(1, budget // (min(length, _STRIP_ROWS) * keys))  # pairs of a head and a batch element
     for first_batch, count, offset in starts:
         for head in range(0, heads, max(1, size // count)):
             last_head = min(heads, head + max(1, size // count))
@@ -298,11 +300,13 @@ class _Group:
         for strip in strips:
             if strip.keys > 0:
                 upstream = self.flat_strip(grad_output, strip)  # (G, rows, Dv)
-                row_sum = (upstream * self.flat_strip(output, strip)).sum(-1, keepdim=True)
-                if grad_lse is not None:
-                    row_sum -= self.of_strip(grad_lse, strip).reshape(row_sum.shape)
-                lse_strip = self.of_strip(lse, strip).reshape(row_sum.shape)
-                self._backward_strip(strip, upstream, row_sum, lse_strip, grad_key, grad_value, grads)
+                lse_strip = self.of_strip(lse, strip).reshape(-1, strip.rows, 1)
+                lse_slope = None if grad_lse is None else self.of_strip(grad_lse, strip).reshape(lse_strip.shape)
+                # do_i.o_i, which is sum_j w_ij dw_ij; but a rounded output would not cancel against the unrounded weights.
+                row_sum = None
+                if output.dtype == self.dtype:
+                    row_sum = (upstream * self.flat_strip(output, strip)).sum(-1, keepdim=True)
+                self._backward_strip(strip, upstream, row_sum, lse_strip, lse_slope, grad_key, grad_value, grads)
             elif "query" in grads:
                 self.of_strip(grads["query"], strip).zero_()
         for name, gradient in (("key", grad_key), ("value", grad_value)):
@@ -318,8 +322,9 @@ class _Group:
         self,
         strip: _Strip,
         upstream: Tensor,  # gradient of the output, (G, rows, Dv)
-        row_sum: Tensor,  # sum_j w_ij dw_ij, which is do_i.o_i, less the gradient of lse: (G, rows, 1)
+        row_sum: Tensor | None,  # sum_j w_ij dw_ij, (G, rows, 1); None = not known yet
         lse: Tensor,  # (G, rows, 1)
+        lse_slope: Tensor | None,  # gradient of lse, (G, rows, 1)
         grad_key: Tensor,
         grad_value: Tensor,
         grads: dict[str, Tensor],
@@ -346,6 +351,10 @@ class _Group:
             grad_weights = _skewed(self._by_distance(strip, upstream, self.rel_v), strip).baddbmm_(upstream, value)
         if settings.dropout_p > 0.0:
             grad_weights.mul_(keep)
+        if row_sum is None:
+            row_sum = (weights * grad_weights).sum(-1, keepdim=True)
+        if lse_slope is not None:
+            row_sum = row_sum - lse_slope
         grad_scores = weights.mul_(grad_weights.sub_(row_sum))
 
         if "attn_mask" in grads:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from relattn import dispatch, reference
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors
-from relattn.operators import RelativeAttentionFunction
+from relattn.operators import RelativeAttentionFunction, no_autocast
 from relattn.philox import draw_seed
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -105,8 +105,9 @@ def relative_attention(
     chosen = dispatch.select(*call, backend)
     tensors, settings = call
     if chosen == "reference":
-        seed = draw_seed(query.device) if settings.dropout_p > 0.0 else None
-        output, lse, _ = reference.attention(tensors, settings, seed)
+        with no_autocast(query.device.type):
+            seed = draw_seed(query.device) if settings.dropout_p > 0.0 else None
+            output, lse, _ = reference.attention(tensors, settings, seed)
     else:
         attend = torch.ops.relattn.forward if torch.compiler.is_compiling() else RelativeAttentionFunction.apply
         output, lse, _ = attend(chosen, *tensors, *settings)
@@ -219,7 +220,7 @@ def _validated(
             query_offset = query_offset.expand(batch)
         _check_integers("query_offset", query_offset, batch)
         query_offset, offsets = 0, query_offset
-    elif isinstance(query_offset, bool) or not isinstance(query_offset, (int, torch.SymInt)):
+    elif not _is_integer(query_offset):
         raise TypeError(f"query_offset: expected an int or an integer tensor, got {type(query_offset).__name__}")
     window_left, window_right = _window(window, is_causal)
     if not 0.0 <= dropout_p <= 1.0:
@@ -241,6 +242,10 @@ def _validated(
 def _shape(of) -> str:
     sizes = tuple(of.shape) if isinstance(of, Tensor) else tuple(of)
     return "(" + ", ".join(map(str, sizes)) + ("," if len(sizes) == 1 else "") + ")"
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _check_tensor(name: str, tensor) -> None:
@@ -277,9 +282,9 @@ def _clip(max_relative_position, rows: int | None) -> tuple[int, int]:
             )
         return rows // 2, rows // 2
     clip = max_relative_position
-    if isinstance(clip, (int, torch.SymInt)) and not isinstance(clip, bool):
+    if _is_integer(clip):
         clip = (clip, clip)
-    if not (isinstance(clip, (tuple, list)) and len(clip) == 2 and all(isinstance(side, (int, torch.SymInt)) for side in clip)):
+    if not (isinstance(clip, (tuple, list)) and len(clip) == 2 and all(_is_integer(side) for side in clip)):
         raise TypeError(f"max_relative_position: expected an int or (left, right), got {max_relative_position!r}")
     left, right = clip
     if left < 0 or right < 0:
@@ -299,7 +304,7 @@ def _window(window, is_causal: bool) -> tuple[int | None, int | None]:
     if not (isinstance(window, (tuple, list)) and len(window) == 2):
         raise TypeError(f"window: expected (left, right), each a number or None, got {window!r}")
     for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt))):
+        if side is not None and not _is_integer(side):
             raise TypeError(f"window: expected (left, right), each a number or None, got {window!r}")
         if side is not None and side < 0:
             raise ValueError(f"window: expected numbers of at least 0, got {window!r}")

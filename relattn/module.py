@@ -277,6 +277,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             batch, length, keys = query.shape[1 - time], query.shape[time], key.shape[time]
         if cache is not None:
             check_cache(cache, is_causal, query_offset, length, keys)
+            functional._window(self.window, is_causal)  # now, not after the cache has grown
             query_offset = cache.length
             keys = keys + query_offset
         mask, key_mask = self._masks(attn_mask, key_padding_mask, query, batch, length, keys)

@@ -43,7 +43,7 @@ def _split(call: tuple) -> tuple[Tensors, Settings]:
     return Tensors(*call[:_TENSORS]), Settings(*call[_TENSORS:])
 
 
-def _no_autocast(device_type: str):
+def no_autocast(device_type: str):
     """Backends decide their own precision: autocast must not recast what they multiply."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
@@ -53,7 +53,7 @@ def _no_autocast(device_type: str):
 def _forward(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
     tensors, settings = _split(call)
     device = tensors.query.device
-    with _no_autocast(device.type):
+    with no_autocast(device.type):
         if settings.dropout_p > 0.0:
             seed = draw_seed(device)
         else:
@@ -64,7 +64,7 @@ def _forward(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(backend: str, *call) -> list[Tensor]:
     *call, grad_output, grad_lse, output, lse, seed, needs = call
     tensors, settings = _split(call)
-    with _no_autocast(tensors.query.device.type):
+    with no_autocast(tensors.query.device.type):
         if grad_output is None:
             grad_output = torch.zeros_like(output)
         return dispatch.BACKENDS[backend].backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)

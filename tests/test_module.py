@@ -150,7 +150,7 @@ def by_loops(layer: RelativeMultiheadAttention, query, key, value, visible, addi
                 if layer.rel_v is not None:
                     values[j] = values[j] + table("rel_v")[r]
                 low, high = layer.window or (None, None)
-                seen = visible[h, i, j] and (low is None or d >= -low) and (high is None or d <= high)
+                seen = visible[h, i, j] and additive[h, i, j] > -math.inf and (low is None or d >= -low) and (high is None or d <= high)
                 if seen and not (is_causal and d > 0):
                     scores[j] = score + additive[h, i, j]
             for e, (extra_key, extra_value) in enumerate(extras):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_module import ALL_TERMS, randomise
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from relattn import KeyValueCache, RelativeMultiheadAttention
+from tests.test_module import ALL_TERMS, randomise
 
 flag = st.booleans()
 
@@ -227,6 +227,17 @@ def test_cache_between_autograd_modes() -> None:
                     output.sum().backward(retain_graph=True)
 
 
+def test_cache_while_only_the_tables_are_trained() -> None:
+    """Keys that need no gradient themselves are saved for that of the tables: they may not be written over either."""
+    layer = new_layer(is_causal=True).requires_grad_(False)
+    tables = [layer.get_parameter(name).requires_grad_() for name in ("rel_k", "rel_q", "rel_v", "rel_bias")]
+    inputs, cache = random(1, 40, 8), KeyValueCache()
+    outputs = [layer(*[part] * 3, cache=cache, need_weights=False)[0] for part in inputs.split(1, dim=1)]
+    expected = layer(inputs, inputs, inputs, need_weights=False)[0]
+    gradients = [torch.autograd.grad(x.square().sum(), tables) for x in (torch.cat(outputs, 1), expected)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_cache_refuses() -> None:
     layer = new_layer(is_causal=True)
     cache, part = KeyValueCache(), random(2, 3, 8)
@@ -252,6 +263,8 @@ def test_cache_refuses() -> None:
         layer(part, part, part, cache=cache, attn_mask=torch.zeros(3, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"^key_padding_mask: expected \(2, 6\), got \(2, 3\)"):
         layer(part, part, part, cache=cache, key_padding_mask=torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"^window: "):
+        new_layer(window=(1, 1))(part, part, part, cache=cache, is_causal=True)
     assert torch.equal(cache.key, held)  # a refused call leaves the cache as it was
 
 

@@ -74,8 +74,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def prepare_process(settings: Settings) -> None:
     """Choose threads before torch is loaded. What the user has set stays.
 
-    One thread per 2048 tokens of a batch, as far as there are cores: below that a second one gains less than a fifth on
-    idle cores, and on busy ones it halves the speed, because threads wait for each other. Those that wait must not spin.
+    One thread per 2048 tokens of a batch, as far as there are cores: below that a second one gains less than a fifth
+    on idle cores, and on busy ones it halves the speed, as threads wait for each other. Those that wait must not spin.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -107,7 +107,8 @@ def prepare_folder(out: Path, config: dict, overwrite: bool) -> None:
         changed = [f"{k} {earlier.get(k)!r} -> {config.get(k)!r}" for k in config if earlier.get(k) != config.get(k)]
         if changed:
             raise ValueError(
-                f"--out {out}: holds a run with other settings ({'; '.join(changed)}); choose another folder, or --overwrite to delete it"
+                f"--out {out}: holds a run with other settings ({'; '.join(changed)}); choose another folder, "
+                "or --overwrite to delete it"
             )
     else:
         write_json(path, config)
@@ -147,9 +148,13 @@ def run(options: argparse.Namespace) -> dict:
     for arm in options.arms:
         arms[arm] = run_arm(arm, chorales, windows, settings, options.out / arm, state, options.workers)
     if not state.is_main_process:
+        state.destroy_process_group()
         return {}
     collators = evaluation_collators(windows, settings, len(chorales.vocabulary))
-    baseline = {name: score_baseline(collator, chorales.tokens["train"], chorales.vocabulary) for name, collator in collators.items()}
+    baseline = {
+        name: score_baseline(collator, chorales.tokens["train"], chorales.vocabulary)
+        for name, collator in collators.items()
+    }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     results = {
         "arms": arms,
@@ -160,6 +165,7 @@ def run(options: argparse.Namespace) -> dict:
     }
     write_results(options.out, results)
     print(f"\n{table(results)}\nWritten: {options.out}/results.json, loss.png, config.json", flush=True)
+    state.destroy_process_group()
     return results
 
 

@@ -101,9 +101,11 @@ def _recipe() -> str:
 
 
 def _parse_all(workers: int | None) -> Splits:
-    if find_spec("music21") is None:
+    missing = [name for name in ("music21", "tqdm") if find_spec(name) is None]
+    if missing:
         raise ModuleNotFoundError(
-            'the default chorales need music21: pip install "relattn[chorales]"; or give the classic file: --data PATH'
+            f'the default chorales need {", ".join(missing)}: pip install "relattn[chorales]"; '
+            "or give the classic file: --data PATH"
         )
     from tqdm import tqdm
 

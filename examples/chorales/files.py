@@ -86,7 +86,9 @@ def _normalise(raw: Any) -> Splits:
     missing = [name for name in SPLITS if name not in raw]
     if missing:
         raise ValueError(f"missing splits: {', '.join(missing)}; found: {', '.join(map(str, raw)) or 'none'}")
-    return {name: [_piece_to_grid(piece, f"{name}[{index}]") for index, piece in enumerate(raw[name])] for name in SPLITS}
+    return {
+        name: [_piece_to_grid(piece, f"{name}[{index}]") for index, piece in enumerate(raw[name])] for name in SPLITS
+    }
 
 
 def _pitches(step: Any, where: str) -> list[int]:

@@ -11,7 +11,9 @@ ARMS = ("absolute", "relative", "both")
 NOTEBOOK_POSITIONS = 128
 
 
-def build_model(arm: str, vocabulary_size: int, window: int, max_relative_position: int, seed: int) -> "BertForMaskedLM":
+def build_model(
+    arm: str, vocabulary_size: int, window: int, max_relative_position: int, seed: int
+) -> "BertForMaskedLM":
     """The notebook's `BertForMaskedLM` (437,045 parameters at 53 tokens), its attention replaced in the relative arms.
 
     Args:

@@ -105,7 +105,9 @@ class RestrictedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}: only plain containers, numbers and numpy arrays are accepted")
+            raise pickle.UnpicklingError(
+                f"refused to load {module}.{name}: only plain containers, numbers and numpy arrays are accepted"
+            )
         return _STAND_INS[module, name]
 
 

@@ -11,7 +11,8 @@ class Settings:
 
     batch is the number of windows per micro-batch over all processes together; evaluations is the number of times the
     validation loss is taken, and a checkpoint written, at equal intervals; train_windows, valid_windows and
-    test_windows limit the windows used of a split (None: all); max_relative_position None means window - 1, the largest that leaves no row unused.
+    test_windows limit the windows used of a split (None: all); max_relative_position None means window - 1, the
+    largest that leaves no row unused.
     """
 
     window: int

@@ -32,7 +32,9 @@ def cut_windows(chorales: Chorales, settings: Settings) -> dict[str, Windows]:
     }
 
 
-def evaluation_collators(windows: dict[str, Windows], settings: Settings, vocabulary_size: int) -> dict[str, MaskingCollator]:
+def evaluation_collators(
+    windows: dict[str, Windows], settings: Settings, vocabulary_size: int
+) -> dict[str, MaskingCollator]:
     """Fixed masks of the validation and test windows: those that every arm and the baseline are measured on."""
     return {
         name: MaskingCollator(windows[name], settings.masking, vocabulary_size, EVALUATION_SEED + offset)
@@ -114,7 +116,8 @@ class EpochSetter(TrainerCallback):
         self.windows = windows
 
     def on_epoch_begin(self, args, state, control, **_):
-        self.windows.set_epoch(round(state.epoch or 0))
+        # state.epoch is whole here, but for the first epoch of a run that continues within one.
+        self.windows.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 class Progress(TrainerCallback):
@@ -185,18 +188,41 @@ def training_arguments(settings: Settings, folder: Path, train_windows: int, pro
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint. A kill while one is written leaves its folder without the final state file."""
-    steps = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
-    for _, path in sorted(steps.items(), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+    steps = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*")}
+    return next((path for _, path in sorted(steps.items(), reverse=True) if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def remove_incomplete_checkpoints(folder: Path) -> None:
+    """Left in place, they would count among the checkpoints that the Trainer keeps."""
+    for path in folder.glob("checkpoint-*"):
+        if not _is_complete(path):
             print(f"chorales: {path.name} is incomplete and not used", file=sys.stderr)
-        else:
-            return path
-    return None
+            shutil.rmtree(path)
 
 
-def run_arm(arm: str, chorales: Chorales, windows: dict[str, Windows], settings: Settings, folder: Path, state, workers: int = 0) -> dict:
+def adopt_checkpoint(checkpoint: Path) -> None:
+    """Point a checkpoint at the best one beside it, wherever the folder lay when it was written.
+
+    The Trainer stores that path, and would fall back to the last weights without an error if the folder has moved.
+    """
+    path = checkpoint / "trainer_state.json"
+    saved = read_json(path)
+    if saved.get("best_model_checkpoint"):
+        saved["best_model_checkpoint"] = str(checkpoint.parent / Path(saved["best_model_checkpoint"]).name)
+        write_json(path, saved)
+
+
+def run_arm(
+    arm: str, chorales: Chorales, windows: dict[str, Windows], settings: Settings, folder: Path, state, workers: int = 0
+) -> dict:
     """Train and test one arm in `folder`, or continue, or return the result that is already there.
 
     Args:
@@ -225,9 +251,14 @@ def run_arm(arm: str, chorales: Chorales, windows: dict[str, Windows], settings:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    resume = last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    if state.is_main_process:
+        remove_incomplete_checkpoints(checkpoints)
+    state.wait_for_everyone()
+    resume = last_checkpoint(checkpoints)
     if resume is not None and state.is_main_process:
+        adopt_checkpoint(resume)
         print(f"{arm}: continuing from {resume.name}", flush=True)
+    state.wait_for_everyone()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     test = trainer.score(trainer.evaluation["test"])
     tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens_seen, device=trainer.args.device), "sum")
@@ -253,7 +284,9 @@ def _history(state) -> dict:
     log = state.log_history
     return {
         "training": [{"step": e["step"], "loss": e["loss"]} for e in log if "loss" in e],
-        "validation": [{"step": e["step"], "loss": e["eval_loss"], "accuracy": e["eval_accuracy"]} for e in log if "eval_loss" in e],
+        "validation": [
+            {"step": e["step"], "loss": e["eval_loss"], "accuracy": e["eval_accuracy"]} for e in log if "eval_loss" in e
+        ],
         "best_step": state.best_global_step,
         "steps": state.global_step,
     }

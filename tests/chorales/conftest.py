@@ -45,6 +45,8 @@ def run_command():
 
     def run(*command: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | variables
-        return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+        return subprocess.run(
+            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
 
     return run

@@ -22,7 +22,15 @@ for package in ("transformers", "accelerate", "matplotlib", "tqdm"):
 pytestmark = pytest.mark.xdist_group("chorales_compare")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SMALL = ["--window=16", "--stride=4", "--batch=16", "--warmup=10", "--valid-windows=101", "--test-windows=101", "--learning-rate=2e-3"]
+SMALL = [
+    "--window=16",
+    "--stride=4",
+    "--batch=16",
+    "--warmup=10",
+    "--valid-windows=101",
+    "--test-windows=101",
+    "--learning-rate=2e-3",
+]
 
 
 def command(data, out, *options):
@@ -102,7 +110,9 @@ def test_no_arm_has_dead_parameters(arm, small_json):
     model = build_model(arm, len(chorales.vocabulary), 24, 23, seed=0)
     assert dead_parameters(model, batch) == []
     names = {name for name, _ in model.named_parameters()}
-    absolute = {name for name, _ in build_model("absolute", len(chorales.vocabulary), 24, 23, seed=0).named_parameters()}
+    absolute = {
+        name for name, _ in build_model("absolute", len(chorales.vocabulary), 24, 23, seed=0).named_parameters()
+    }
     assert any("position_embeddings" in name for name in names) == (arm != "relative")
     tables = names - absolute
     assert bool(tables) == (arm != "absolute")
@@ -211,7 +221,7 @@ def test_overwrite_removes_only_its_own_files(tmp_path):
     assert read(tmp_path / "config.json") == {"epochs": 2}
 
 
-LONGER = ["--preset", "tiny", "--arms", "absolute", "--epochs", "4", "--evaluations", "8", "--train-windows", "800"]
+LONGER = ["--preset", "tiny", "--arms", "absolute", "--epochs", "4", "--evaluations", "6", "--train-windows", "800"]
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +233,7 @@ def uninterrupted(small_json, tmp_path_factory, run_command):
 
 
 def test_killed_run_continues_to_the_same_result(small_json, tmp_path, uninterrupted, run_command):
+    tmp_path, moved = tmp_path / "run", tmp_path / "moved"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command(small_json, tmp_path, *LONGER), cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL, text=True
@@ -239,6 +250,7 @@ def test_killed_run_continues_to_the_same_result(small_json, tmp_path, uninterru
     (folder / "checkpoint-99999").mkdir()
     (folder / "checkpoint-99999" / "model.safetensors").write_bytes(b"half")
 
+    tmp_path = tmp_path.rename(moved)  # the Trainer's state holds the old path of the best checkpoint
     done = run_command(*command(small_json, tmp_path, *LONGER))
     assert done.returncode == 0, done.stderr
     assert "continuing from checkpoint-" in done.stdout
@@ -254,7 +266,7 @@ def test_killed_run_continues_to_the_same_result(small_json, tmp_path, uninterru
 
 def test_two_processes_measure_every_window_once(small_json, tmp_path, uninterrupted, run_command):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run_command(*launcher, *command(small_json, tmp_path, *LONGER)[1:])
+    done = run_command(*launcher, *command(small_json, tmp_path, *LONGER, "--workers=1")[1:])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("absolute: ") == 1  # only the first process prints
     assert done.stdout.count("copy neighbour") == 1
@@ -266,6 +278,29 @@ def test_two_processes_measure_every_window_once(small_json, tmp_path, uninterru
     assert two["steps"] == one["steps"]
     # The same global batches; dropout and the weighting of the halves differ.
     assert two["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=0.1)
+
+
+def test_masks_follow_the_epoch_also_when_continuing_within_one():
+    from types import SimpleNamespace
+
+    from examples.chorales.training import EpochSetter
+
+    windows = SimpleNamespace(set_epoch=lambda epoch: seen.append(epoch))
+    seen = []
+    for epoch in (None, 0, 0.67, 1.0, 2 - 1e-12, 2.9):
+        EpochSetter(windows).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+    assert seen == [0, 0, 0, 1, 2, 2]
+
+
+def test_moved_run_still_finds_its_best_checkpoint(tmp_path):
+    from examples.chorales.training import adopt_checkpoint
+
+    newest = tmp_path / "checkpoint-20"
+    newest.mkdir()
+    (newest / "trainer_state.json").write_text('{"best_model_checkpoint": "elsewhere/checkpoint-10", "global_step": 20}')
+    adopt_checkpoint(newest)
+    expected = {"best_model_checkpoint": str(tmp_path / "checkpoint-10"), "global_step": 20}
+    assert read(newest / "trainer_state.json") == expected
 
 
 def test_batch_must_split_over_the_processes(tmp_path):

@@ -28,7 +28,10 @@ def notebook_windowize(ids_1d, seq_len, pad_id, stride):
 
 def notebook_tokens(raw, split, vocabulary):
     """[start, notes..., end] of every piece, straight from the file's lists."""
-    return [np.array([START, *[int(vocabulary.encode(np.array(p))) for step in piece for p in step], END]) for piece in raw[split]]
+    return [
+        np.array([START, *[int(vocabulary.encode(np.array(p))) for step in piece for p in step], END])
+        for piece in raw[split]
+    ]
 
 
 @pytest.mark.parametrize(("size", "stride"), [(16, 1), (16, 16), (64, 31), (1024, 7), (5, 9)])

@@ -103,7 +103,9 @@ def test_masks_do_not_depend_on_the_batch(chorales, mode):
 
 
 def test_masks_change_with_seed_and_epoch(chorales):
-    labels = [masked_windows(chorales, "step", seed=seed, epoch=epoch)[1].labels for seed, epoch in ((1, 0), (2, 0), (1, 1))]
+    labels = [
+        masked_windows(chorales, "step", seed=seed, epoch=epoch)[1].labels for seed, epoch in ((1, 0), (2, 0), (1, 1))
+    ]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert (labels[one] != labels[other]).any(axis=1).mean() > 0.7
 

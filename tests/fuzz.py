@@ -1,0 +1,185 @@
+"""Random calls of `relative_attention`, and the comparison of a backend with the float64 reference.
+
+As a command it runs as many as wanted: `python -m tests.fuzz --backend blocked --count 2000 --seed 0`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import relattn
+
+# Lengths: empty and single ones, odd ones, one below and above the sizes of a block (64, 128), more than one block.
+QUERY_LENGTHS = (1, 2, 5, 16, 17, 63, 127, 128, 129, 200, 260)
+KEY_LENGTHS = (1, 3, 8, 17, 64, 65, 128, 131, 200, 300)
+HEAD_SIZES = (1, 3, 8, 16, 20, 64)
+
+
+@dataclass
+class Call:
+    """A call in float64; `cast` gives it in another dtype, rounded once for every backend."""
+
+    seed: int
+    tensors: dict[str, Tensor]  # floating tensors that require a gradient
+    arguments: dict[str, object] = field(default_factory=dict)
+
+    def cast(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, object]]:
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            cast = tensor.detach().to(dtype)
+            if name == "attn_mask":  # what was hidden stays hidden at the new dtype's lowest number
+                cast = torch.where(tensor <= torch.finfo(tensor.dtype).min / 2, torch.finfo(dtype).min, cast)
+            tensors[name] = cast.requires_grad_()
+        return tensors, self.arguments
+
+    def __str__(self) -> str:
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        others = {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in self.arguments.items()}
+        return f"seed {self.seed}: {shapes} {others}"
+
+
+def random_call(seed: int) -> Call:
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def chance(probability: float) -> bool:
+        return rng.random() < probability
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    batch, heads = rng.choice((1, 1, 2, 3)), rng.choice((1, 2, 4))
+    queries, keys = rng.choice(QUERY_LENGTHS), rng.choice(KEY_LENGTHS)
+    if chance(0.5):
+        keys = queries
+    size = rng.choice(HEAD_SIZES)
+    value_size = size if chance(0.7) else rng.choice(HEAD_SIZES)
+    key_heads = rng.choice([n for n in (1, 2, 4) if heads % n == 0]) if chance(0.3) else heads
+
+    def strided(heads: int, length: int, size: int) -> Tensor:
+        """(batch, heads, length, size) in one of the layouts that models produce."""
+        layout = rng.choice(("plain", "heads last", "packed", "last dimension strided"))
+        if layout == "heads last":
+            return normal(batch, length, heads, size).transpose(1, 2)
+        if layout == "packed":
+            return normal(batch, length, 3 * heads * size)[..., : heads * size].view(batch, length, heads, size).transpose(1, 2)
+        if layout == "last dimension strided":
+            return normal(batch, heads, size, length).transpose(2, 3)
+        return normal(batch, heads, length, size)
+
+    tensors = {"query": strided(heads, queries, size), "key": strided(key_heads, keys, size), "value": strided(key_heads, keys, value_size)}
+    arguments: dict[str, object] = {"enable_gqa": key_heads != heads}
+    left, right = rng.choice(((queries + keys, queries + keys), (0, 0), (3, 5), (64, 8), (300, 0), (1, 130), (70, 70)))
+    rows = left + right + 1
+
+    def table(*size: int) -> Tensor:
+        return normal(heads, rows, *size) if chance(0.5) else normal(rows, *size)
+
+    if chance(0.7):
+        tensors["rel_k"] = table(size)
+    if chance(0.3):
+        tensors["rel_q"] = table(size)
+    if chance(0.3):
+        tensors["rel_v"] = table(value_size)
+    if chance(0.3):
+        tensors["rel_bias"] = table()
+    if any(name.startswith("rel_") for name in tensors):
+        arguments["max_relative_position"] = (left, right)
+    for name in ("pos_bias_u", "pos_bias_v"):
+        if chance(0.3):
+            tensors[name] = normal(heads, size)
+    causal = arguments["is_causal"] = chance(0.4)
+    if chance(0.3):
+        arguments["window"] = (rng.choice((None, 0, 5, 100)), 0 if causal else rng.choice((None, 0, 7, 90)))
+    if chance(0.3):
+        arguments["query_offset"] = torch.randint(-5, 20, (batch,), generator=generator)
+    elif causal or chance(0.5):
+        arguments["query_offset"] = rng.choice((0, keys - queries, 3, -4))
+    if chance(0.3):
+        arguments["key_mask"] = torch.rand(batch, keys, generator=generator) > 0.4
+    if chance(0.3):
+        arguments["key_lengths"] = torch.randint(0, keys + 1, (batch,), generator=generator)
+    kind = rng.choice(("none", "none", "bool", "float"))
+    shape = [rng.choice((1, full)) for full in (batch, heads, queries, keys)][rng.choice((0, 0, 2)) :]
+    if kind == "bool":
+        arguments["attn_mask"] = torch.rand(*shape, generator=generator) > 0.3
+    elif kind == "float":
+        mask = torch.where(torch.rand(*shape, generator=generator) > 0.8, torch.finfo(torch.float64).min, normal(*shape))
+        tensors["attn_mask"] = mask
+    if chance(0.2):
+        arguments["scale"] = rng.choice((0.1, 1.0))
+    if chance(0.3):
+        arguments["dropout_p"] = rng.choice((0.1, 0.5, 1.0))
+    return Call(seed, tensors, arguments)
+
+
+def run(call: Call, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output, log-sum-exp and gradients, in float64, of one backend in one dtype."""
+    tensors, arguments = call.cast(dtype)
+    torch.manual_seed(call.seed)  # dropout's seed is drawn from torch's generator
+    output, lse = relattn.relative_attention(**tensors, **arguments, return_lse=True, backend=backend)
+    generator = torch.Generator().manual_seed(call.seed)
+    loss = (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype)).sum()
+    if call.seed % 2:
+        weight = torch.randn(lse.shape, generator=generator, dtype=torch.float64).to(lse.dtype)
+        loss = loss + (torch.where(lse.isinf(), 0.0, lse) * weight).sum()
+    gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+    results = {"output": output, "lse": lse}
+    for (name, tensor), gradient in zip(tensors.items(), gradients, strict=True):
+        results[f"gradient of {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
+    return {name: result.detach().double() for name, result in results.items()}
+
+
+def check(call: Call, backend: str, dtype: torch.dtype) -> None:
+    """Assert that the backend is about as close to the float64 reference as the reference in `dtype` is.
+
+    The bound is relative to what the plain implementation does in the same dtype: |out - exact| <= 2 max|plain - exact| + tiny.
+    """
+    rounded = Call(call.seed, {name: tensor.double() for name, tensor in call.cast(dtype)[0].items()}, call.arguments)
+    if "attn_mask" in call.tensors:
+        rounded.tensors["attn_mask"] = call.tensors["attn_mask"].to(dtype).double().clamp(min=torch.finfo(torch.float64).min)
+    exact, actual = run(rounded, "reference", torch.float64), run(call, backend, dtype)
+    plain = exact if dtype == torch.float64 else run(call, "reference", dtype)
+    precision = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    keys, size = call.tensors["key"].shape[2], max(call.tensors["key"].shape[3], call.tensors["value"].shape[3])
+    scores = exact["lse"].numel() * keys
+    for name, expected in exact.items():
+        found = actual[name]
+        assert found.shape == expected.shape, f"{name}: shape {found.shape} instead of {expected.shape}; {call}"
+        infinite = expected.isinf()
+        assert torch.equal(found.isinf(), infinite), f"{name}: infinite elsewhere; {call}"
+        if expected.numel() == 0 or infinite.all():
+            continue
+        # Above the plain error: rounding the result, and the longest sum (some gradients are zero only because their terms cancel).
+        largest = expected[~infinite].abs().max()
+        summed = max(1.0, scores / expected.numel()) if name.startswith("gradient") else 1.0
+        tiny = torch.finfo(dtype).eps * largest + 32 * precision * (1 + largest) * (summed * size) ** 0.5
+        bound = 2 * (plain[name] - expected)[~infinite].abs().max() + tiny
+        error = (found - expected)[~infinite].abs().max()
+        assert error <= bound, f"{name}: error {error:.3g} above {bound:.3g}; {call}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="blocked")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first call")
+    options = parser.parse_args()
+    failures = 0
+    for seed in range(options.seed, options.seed + options.count):
+        try:
+            check(random_call(seed), options.backend, getattr(torch, options.dtype))
+        except Exception as error:  # report it and go on: a fuzz run tells most when it finishes
+            failures += 1
+            print(f"seed {seed}: {type(error).__name__}: {error}", flush=True)
+    print(f"{options.backend} {options.dtype}: {options.count} calls from seed {options.seed}, {failures} failed")
+    raise SystemExit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()
