@@ -3,12 +3,6 @@
 A strip is a block of queries of a group of heads against all the keys they may see. Its scores never leave the strip: the forward pass
 keeps only the output and its log-sum-exp, the backward pass computes the strip again (Dao et al. 2022, FlashAttention's recomputation).
 
-The skew is free. For a strip of `rows` queries and `keys` keys the distances present are `columns = rows + keys - 1` consecutive
-numbers. The product q.rel_k^T is stored with one column per distance; the entry for (row m, key n) then stands in column
-n - m + rows - 1, at address m * columns + n - m + rows - 1 = m * (columns - 1) + n + rows - 1: seen with a row stride of columns - 1 the
-same memory *is* the strip with one column per key, and the product q.k^T accumulates onto it in place. The other way round, gradients
-written through that view stand one column per distance, provided the entries that belong to no key are zero.
-
 Inside a group the heads come before the batch where tables differ by head, so that theirs is one batched product over heads; else the
 inputs' own order stays and contiguous ones are not copied. Shapes below say (P, Q, ...) for (H, B, ...) or (B, H, ...).
 """
@@ -17,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +18,18 @@ from torch import Tensor
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout, lse_dtype
 from relattn.philox import dropout_keep
 from relattn.reference import hidden_from
+from relattn.strip import Strip, clear_gaps, fold_edges, merge, skewed, skewed_keys, table_columns, times_table
 
 # Scores of a strip. On a CPU a strip and its gradient should stay in the caches; elsewhere launches should be large.
 _STRIP_SCORES_CPU = 2**20
 _STRIP_SCORES = 2**25
 _STRIP_ROWS = 128  # queries of a strip
-_SMALL = 2**14  # scores of a strip of one head up to which a copy costs less than torch's loop over the heads
+_COPIED = 2**12  # scores of a strip of one head up to which copying them costs less than torch's loop over the heads
+_TORCH_KERNEL = 2**14  # ... and up to which torch's fused attention is the faster forward pass
 _KEY_CHUNK = 64  # keys of a tile of the rel_q term
 
 # The fused kernel under torch's scaled_dot_product_attention on CPUs, which alone also returns the log-sum-exp.
-_torch_kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_torch_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,38 +74,6 @@ def backward(
     for name, total in sums.items():
         results[name] = total if total.dtype == needed[name].dtype and total.dim() < 4 else empty_gradient(needed[name]).copy_(total)
     return [results[name] for name in needed]
-
-
-class _Strip(NamedTuple):
-    """Queries start..stop against keys first..last, and where their distances lie in the tables.
-
-    Of the `columns` distances the first `left` lie below the tables' range and read row `row`, the last `right` beyond it and read row
-    `last_row - 1`; those between, the band, read the rows row..last_row one by one.
-    """
-
-    start: int
-    stop: int
-    first: int
-    last: int
-    row: int
-    last_row: int
-    left: int
-
-    @property
-    def rows(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def keys(self) -> int:
-        return self.last - self.first
-
-    @property
-    def columns(self) -> int:
-        return self.rows + self.keys - 1
-
-    @property
-    def right(self) -> int:
-        return self.columns - self.left - (self.last_row - self.row)
 
 
 def _groups(tensors: Tensors, settings: Settings, seed: Tensor) -> Iterator[_Group]:
@@ -193,7 +156,7 @@ class _Group:
             hidden = beyond if hidden is None else hidden | beyond
         return None if hidden is None else self._order(hidden[:, None, None, :])
 
-    def strips(self) -> Iterator[_Strip]:
+    def strips(self) -> Iterator[Strip]:
         settings = self.settings
         length, keys = self.query.shape[2], self.tensors.key.shape[2]
         ahead = 0 if settings.is_causal else settings.window_right
@@ -203,22 +166,22 @@ class _Group:
             first = 0 if settings.window_left is None else max(0, lowest_position - settings.window_left)
             last = keys if ahead is None else min(keys, highest_position + ahead + 1)
             if first >= last:
-                yield _Strip(start, stop, 0, 0, 0, 0, 0)
+                yield Strip(start, stop, 0, 0, 0, 0, 0)
                 continue
             lowest, highest = first - highest_position, last - 1 - lowest_position
             low, high = (min(max(end, -settings.left), settings.right) for end in (lowest, highest))
             left = min(max(low - lowest, 0), highest - lowest)
-            yield _Strip(start, stop, first, last, low + settings.left, high + settings.left + 1, left)
+            yield Strip(start, stop, first, last, low + settings.left, high + settings.left + 1, left)
 
-    def of_strip(self, tensor: Tensor, strip: _Strip) -> Tensor:
+    def of_strip(self, tensor: Tensor, strip: Strip) -> Tensor:
         """The view (P, Q, rows, ...) of a (B, H, Lq, ...) tensor."""
         return self._order(tensor[self.batch, self.heads, strip.start : strip.stop])
 
-    def flat_strip(self, tensor: Tensor, strip: _Strip) -> Tensor:
+    def flat_strip(self, tensor: Tensor, strip: Strip) -> Tensor:
         """(G, rows, D) in the dtype of accumulation from a (B, H, Lq, D) tensor."""
         return self.of_strip(tensor, strip).to(self.dtype).contiguous().view(-1, strip.rows, tensor.shape[3])
 
-    def scaled_query(self, strip: _Strip) -> tuple[Tensor, Tensor]:
+    def scaled_query(self, strip: Strip) -> tuple[Tensor, Tensor]:
         """scale * (q + u) and scale * (q + v), each (G, rows, D)."""
         query = self.query[:, :, strip.start : strip.stop].to(self.dtype)
 
@@ -231,13 +194,13 @@ class _Group:
         same = self.tensors.pos_bias_u is None and self.tensors.pos_bias_v is None
         return content, content if same or self.rel_k is None else plus(self.tensors.pos_bias_v)
 
-    def forward(self, strip: _Strip, output: Tensor, lse: Tensor) -> None:
+    def forward(self, strip: Strip, output: Tensor, lse: Tensor) -> None:
         """Write the strip's output (P, Q, rows, Dv) and log-sum-exp (P, Q, rows)."""
         if strip.keys == 0:
             output.zero_()
             lse.fill_(-torch.inf)
             return
-        if strip.rows * strip.keys <= _SMALL and self._fits_torch_kernel():
+        if strip.rows * strip.keys <= _TORCH_KERNEL and self._fits_torch_attention():
             self._forward_small(strip, output, lse)
             return
         scores, buffer = self.scores(strip, *self.scaled_query(strip))
@@ -253,18 +216,18 @@ class _Group:
             total.mul_(self.kept_share)
         result = torch.bmm(scores, self.value[:, strip.first : strip.last])
         if self.rel_v is not None:
-            result += _product(self._table_sums(strip, scores, buffer), self.rel_v[:, strip.row : strip.last_row]).view(result.shape)
+            result += times_table(self._table_sums(strip, scores, buffer), self.rel_v[:, strip.row : strip.last_row]).view(result.shape)
         output.copy_(result.div_(total).view(output.shape))
 
-    def _fits_torch_kernel(self) -> bool:
+    def _fits_torch_attention(self) -> bool:
         query, key, value = self.tensors[:3]
         return (
-            _torch_kernel is not None and self.device.type == "cpu" and query.dtype == self.dtype and isinstance(self.key_heads, slice)
+            _torch_attention is not None and self.device.type == "cpu" and query.dtype == self.dtype and isinstance(self.key_heads, slice)
             and self.rel_q is None and self.rel_v is None and self.settings.dropout_p == 0.0 and query.shape[3] == value.shape[3]
             and query.stride(3) == key.stride(3) == value.stride(3) == 1
         )  # fmt: skip
 
-    def _forward_small(self, strip: _Strip, output: Tensor, lse: Tensor) -> None:
+    def _forward_small(self, strip: Strip, output: Tensor, lse: Tensor) -> None:
         """As `forward`, by torch's fused attention, which saves copies and calls: what is relative is its mask, a strip at a time.
 
         (For long strips reading such a mask costs more than the products of `scores` do.)
@@ -273,7 +236,7 @@ class _Group:
         bias = None
         if self.rel_k is not None or self.rel_bias is not None:
             position = self.scaled_query(strip)[1]
-            bias = _skewed(self._by_distance(strip, position, self.rel_k, self.rel_bias), strip)
+            bias = skewed(self._by_distance(strip, position, self.rel_k, self.rel_bias), strip)
         elif self.may_hide_all:
             bias = torch.zeros((self.shape[0] * self.shape[1], strip.rows, strip.keys), dtype=self.dtype, device=self.device)
         if bias is not None:
@@ -283,7 +246,7 @@ class _Group:
             query = query + self.tensors.pos_bias_u[self.heads, None].to(self.dtype)
         index = (self.batch, self.heads, slice(strip.first, strip.last))
         key, value = self.tensors.key[index], self.tensors.value[index]
-        result, result_lse = _torch_kernel(query, key, value, 0.0, False, attn_mask=bias, scale=self.settings.scale)
+        result, result_lse = _torch_attention(query, key, value, 0.0, False, attn_mask=bias, scale=self.settings.scale)
         output.copy_(self._order(result))
         lse.copy_(self._order(result_lse))
         if self.may_hide_all:
@@ -320,7 +283,7 @@ class _Group:
 
     def _backward_strip(
         self,
-        strip: _Strip,
+        strip: Strip,
         upstream: Tensor,  # gradient of the output, (G, rows, Dv)
         row_sum: Tensor | None,  # sum_j w_ij dw_ij, (G, rows, 1); None = not known yet
         lse: Tensor,  # (G, rows, 1)
@@ -348,7 +311,7 @@ class _Group:
         if self.rel_v is None:
             grad_weights = torch.bmm(upstream, value)
         else:
-            grad_weights = _skewed(self._by_distance(strip, upstream, self.rel_v), strip).baddbmm_(upstream, value)
+            grad_weights = skewed(self._by_distance(strip, upstream, self.rel_v), strip).baddbmm_(upstream, value)
         if settings.dropout_p > 0.0:
             grad_weights.mul_(keep)
         if row_sum is None:
@@ -377,7 +340,7 @@ class _Group:
             if self.rel_k is not None:
                 if "rel_k" in grads:
                     self._add_table_gradient(grads["rel_k"], band, position, strip)
-                grad_position = _product(band, self.rel_k[:, strip.row : strip.last_row]).view(content.shape)
+                grad_position = times_table(band, self.rel_k[:, strip.row : strip.last_row]).view(content.shape)
                 grad_content += grad_position
                 if "pos_bias_v" in grads:
                     grads["pos_bias_v"][self.heads].add_(self._sum_rows(grad_position), alpha=settings.scale)
@@ -389,17 +352,17 @@ class _Group:
         """(G, rows, D) summed to (H, D)."""
         return self._order(tensor.view(*self.shape, *tensor.shape[1:])).sum((0, 2))
 
-    def _add_table_gradient(self, grad: Tensor, band: Tensor, rows: Tensor, strip: _Strip) -> None:
+    def _add_table_gradient(self, grad: Tensor, band: Tensor, rows: Tensor, strip: Strip) -> None:
         """Add band^T rows to the band's rows of a table's gradient: band (P, Q, rows, band), rows (G, rows, D)."""
         grad = grad[None] if grad.dim() == 2 else grad[self.heads]
-        target, band = grad[:, strip.row : strip.last_row], _merge(band, grad)
+        target, band = grad[:, strip.row : strip.last_row], merge(band, grad)
         rows = rows.view(grad.shape[0], -1, rows.shape[-1])
         if grad.shape[0] == 1:
             target[0].addmm_(band[0].T, rows[0])
         else:
             target.baddbmm_(band.transpose(1, 2), rows)
 
-    def scores(self, strip: _Strip, content: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
+    def scores(self, strip: Strip, content: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
         """The strip's scores, (G, rows, keys), hidden ones -inf; and, if they are its skewed view, the buffer (P, Q, rows, columns)."""
         key = self.key[:, strip.first : strip.last].transpose(1, 2)
         buffer = None
@@ -407,27 +370,27 @@ class _Group:
             scores = torch.bmm(content, key)
         else:
             buffer = self._by_distance(strip, position, self.rel_k, self.rel_bias)
-            if strip.rows * strip.keys > _SMALL:
-                scores = _skewed(buffer, strip).baddbmm_(content, key)
+            if strip.rows * strip.keys > _COPIED:
+                scores = skewed(buffer, strip).baddbmm_(content, key)
             else:  # torch's batched product into a strided result is a loop: for many small matrices an addition is faster
-                scores, buffer = torch.bmm(content, key).add_(_skewed(buffer, strip)), None
+                scores, buffer = torch.bmm(content, key).add_(skewed(buffer, strip)), None
         if self.rel_q is not None:
             table = self._descending(strip).transpose(1, 2)
             for chunk, window, keys in self._key_chunks(strip):
-                product = _product(keys, table[..., window])
-                scores.view(*self.shape, strip.rows, -1)[..., chunk].add_(_skewed_keys(product, strip), alpha=self.settings.scale)
+                product = times_table(keys, table[..., window])
+                scores.view(*self.shape, strip.rows, -1)[..., chunk].add_(skewed_keys(product, strip), alpha=self.settings.scale)
         self._hide(scores, strip)
         return scores, buffer
 
-    def _by_distance(self, strip: _Strip, rows: Tensor, table: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    def _by_distance(self, strip: Strip, rows: Tensor, table: Tensor | None, bias: Tensor | None = None) -> Tensor:
         """rows.table + bias with one column per distance, (P, Q, rows, columns), from rows (G, rows, D), table (T, R, D), bias (T, R).
 
         Columns beyond the table are copies of its edge rows': clipping saves their product.
         """
         buffer = torch.empty((*self.shape, strip.rows, strip.columns), dtype=self.dtype, device=self.device)
-        band = _band(buffer, strip)
+        band = table_columns(buffer, strip)
         if table is not None:
-            _product(rows.view(*self.shape, strip.rows, -1), table[:, strip.row : strip.last_row].transpose(1, 2), band)
+            times_table(rows.view(*self.shape, strip.rows, -1), table[:, strip.row : strip.last_row].transpose(1, 2), band)
         if bias is not None:
             bias = bias[:, None, None, strip.row : strip.last_row]
             band.copy_(bias) if table is None else band.add_(bias)
@@ -437,35 +400,35 @@ class _Group:
             buffer[..., -strip.right :] = band[..., -1:]
         return buffer
 
-    def _table_sums(self, strip: _Strip, scores: Tensor, buffer: Tensor | None = None) -> Tensor:
+    def _table_sums(self, strip: Strip, scores: Tensor, buffer: Tensor | None = None) -> Tensor:
         """Scores or their gradients summed over the keys of each table row, (P, Q, rows, band).
 
         With the buffer that they are the skewed view of this happens in place, and consumes them.
         """
         if buffer is None:
             buffer = torch.zeros((*self.shape, strip.rows, strip.columns), dtype=self.dtype, device=self.device)
-            _skewed(buffer, strip).copy_(scores)
+            skewed(buffer, strip).copy_(scores)
         else:
-            _clear_gaps(buffer, strip)
-        return _fold_edges(buffer, strip)
+            clear_gaps(buffer, strip)
+        return fold_edges(buffer, strip)
 
-    def _rel_q_gradients(self, strip: _Strip, grad_scores: Tensor, grad_key: Tensor, grads: dict[str, Tensor]) -> None:
+    def _rel_q_gradients(self, strip: Strip, grad_scores: Tensor, grad_key: Tensor, grads: dict[str, Tensor]) -> None:
         table = self._descending(strip)
         grad_table = torch.zeros_like(table)
         grad_scores = grad_scores.view(*self.shape, strip.rows, -1)
         for chunk, window, keys in self._key_chunks(strip):
             product = keys.new_zeros((*self.shape, keys.shape[2], keys.shape[2] + strip.rows - 1))
-            _skewed_keys(product, strip).copy_(grad_scores[..., chunk]).mul_(self.settings.scale)
+            skewed_keys(product, strip).copy_(grad_scores[..., chunk]).mul_(self.settings.scale)
             target = grad_key[:, strip.first + chunk.start : strip.first + chunk.stop]
-            target += _product(product, table[:, window]).view(target.shape)
-            grad_table[:, window].baddbmm_(_merge(product, table).transpose(1, 2), _merge(keys, table))
+            target += times_table(product, table[:, window]).view(target.shape)
+            grad_table[:, window].baddbmm_(merge(product, table).transpose(1, 2), merge(keys, table))
         if "rel_q" in grads:
             # The table's rows beyond the edges are copies of the edge rows.
-            folded = _fold_edges(grad_table.flip(1).transpose(1, 2), strip).transpose(1, 2)
+            folded = fold_edges(grad_table.flip(1).transpose(1, 2), strip).transpose(1, 2)
             target = grads["rel_q"] if grads["rel_q"].dim() == 3 else grads["rel_q"][None]
             target[self.heads if target.shape[0] > 1 else slice(None), strip.row : strip.last_row] += folded
 
-    def _key_chunks(self, strip: _Strip) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _key_chunks(self, strip: Strip) -> Iterator[tuple[slice, slice, Tensor]]:
         """Tiles of the rel_q term. Their rows are keys, and their columns distances from high to low (torch has no negative strides).
 
         Yields the chunk within the strip's keys, its window within the columns of `_descending`, and its keys (P, Q, chunk, D).
@@ -475,12 +438,12 @@ class _Group:
             keys = self.key[:, strip.first + start : strip.first + stop].reshape(*self.shape, stop - start, -1)
             yield slice(start, stop), slice(strip.keys - stop, strip.keys - start + strip.rows - 1), keys
 
-    def _descending(self, strip: _Strip) -> Tensor:
+    def _descending(self, strip: Strip) -> Tensor:
         """rel_q with one row per distance of the strip, the highest first: (T, columns, D)."""
         rows = torch.arange(strip.columns - 1, -1, -1, device=self.device) - strip.left
         return self.rel_q.index_select(1, rows.clamp_(0, strip.last_row - strip.row - 1).add_(strip.row))
 
-    def _hide(self, scores: Tensor, strip: _Strip) -> None:
+    def _hide(self, scores: Tensor, strip: Strip) -> None:
         """Add a floating mask and set what may not be seen to -inf, in place."""
         settings, rows, keys = self.settings, strip.rows, strip.keys
         if self.tensors.attn_mask is not None:
@@ -506,14 +469,14 @@ class _Group:
             key = torch.arange(strip.first, safe, device=scores.device)
             scores[..., : safe - strip.first].masked_fill_(key - query < -settings.window_left, -torch.inf)
 
-    def mask_strip(self, mask: Tensor, strip: _Strip) -> Tensor:
+    def mask_strip(self, mask: Tensor, strip: Strip) -> Tensor:
         """The part of a mask broadcastable to (B, Hq, Lq, Lk), or of its gradient, as (P, Q, rows, keys) with its sizes of 1 kept."""
         mask = mask[(None,) * (4 - mask.dim())]
         index = (self.batch, self.heads, slice(strip.start, strip.stop), slice(strip.first, strip.last))
         full = slice(None)
         return self._order(mask[tuple(full if size == 1 else part for size, part in zip(mask.shape, index, strict=True))])
 
-    def keep(self, strip: _Strip) -> Tensor:
+    def keep(self, strip: Strip) -> Tensor:
         """Which weights survive dropout, (G, rows, keys)."""
         device = self.device
         head = self._order(torch.arange(self.heads.start, self.heads.stop, device=device)[None, :, None])
@@ -521,58 +484,3 @@ class _Group:
         query = torch.arange(strip.start, strip.stop, device=device)
         keep = dropout_keep(self.seed, self.settings.dropout_p, batch, head, query, strip.first, strip.last)
         return keep.reshape(-1, strip.rows, strip.keys)
-
-
-def _skewed(buffer: Tensor, strip: _Strip) -> Tensor:
-    """The view (G, rows, keys) of a buffer with one column per distance, (P, Q, rows, columns)."""
-    stride = max(strip.columns - 1, strip.keys)  # they differ for a single row, whose stride only has to look valid
-    shape = (buffer.shape[0] * buffer.shape[1], strip.rows, strip.keys)
-    return buffer.as_strided(shape, (strip.rows * strip.columns, stride, 1), strip.rows - 1)
-
-
-def _skewed_keys(product: Tensor, strip: _Strip) -> Tensor:
-    """The view (P, Q, rows, chunk) of a tile with keys as rows and distances from high to low, (P, Q, chunk, chunk + rows - 1)."""
-    heads, batch, chunk, columns = product.shape
-    strides = (batch * chunk * columns, chunk * columns, 1, max(columns - 1, 1))
-    return product.as_strided((heads, batch, strip.rows, chunk), strides, chunk - 1)
-
-
-def _band(buffer: Tensor, strip: _Strip) -> Tensor:
-    return buffer[..., strip.left : strip.columns - strip.right]
-
-
-def _clear_gaps(buffer: Tensor, strip: _Strip) -> None:
-    """Zero what belongs to no key: before the first row, between the rows, after the last."""
-    rows, keys, columns = strip.rows, strip.keys, strip.columns
-    if rows > 1:
-        flat = buffer.view(-1, rows * columns)
-        flat[:, : rows - 1] = 0
-        flat[:, 1 - rows :] = 0
-        flat.as_strided((flat.shape[0], rows - 1, rows - 2), (rows * columns, columns - 1, 1), rows - 1 + keys).zero_()
-
-
-def _fold_edges(buffer: Tensor, strip: _Strip) -> Tensor:
-    """Add the columns beyond the table to the edge rows' columns; return the band."""
-    band = _band(buffer, strip)
-    if strip.left:
-        band[..., 0] += buffer[..., : strip.left].sum(-1)
-    if strip.right:
-        band[..., -1] += buffer[..., -strip.right :].sum(-1)
-    return band
-
-
-def _merge(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """(P, Q, rows, n) as (H, B * rows, n), or as (1, H * B * rows, n) if `like`, (T, ...), is shared by the heads."""
-    groups = tensor.shape[0] if like is None or like.shape[0] > 1 else 1
-    return tensor.reshape(groups, -1, tensor.shape[-1])
-
-
-def _product(rows: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
-    """rows (P, Q, rows, n) times table (T, n, m): (P, Q, rows, m), into `out` if given."""
-    merged = _merge(rows, table)
-    target = None if out is None else out.view(merged.shape[0], -1, out.shape[-1])
-    if table.shape[0] == 1:  # one plain product: much faster than a batch of one
-        product = torch.mm(merged[0], table[0], out=None if target is None else target[0])
-    else:
-        product = torch.bmm(merged, table, out=target)
-    return product.view(*rows.shape[:3], -1) if out is None else out

@@ -1,5 +1,6 @@
 """What the tests compare with: the definition in loops, random calls of it, and the backends that this machine can run."""
 
+import functools
 import math
 
 import pytest
@@ -21,20 +22,44 @@ def device_of(backend: str) -> str:
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
+@functools.cache
+def takes_float64(backend: str) -> bool:
+    one = torch.zeros(1, 1, 1, 16, dtype=torch.float64, device=device_of(backend))
+    return backend in ("reference", "blocked") or relattn.explain(one, one, one).reasons.get(backend) is None
+
+
+def precision(backend: str) -> float:
+    """What `attend` may be off by on float64 input, for results and gradients of up to about ten."""
+    return 1e-12 if takes_float64(backend) else 1e-4
+
+
 def attend(backend: str, **call):
     """`relative_attention` by one backend, on its device; skips where this backend says that it does not take such calls.
 
-    The tensors of `call` stay leaves (gradients reach them); results come back to the CPU.
+    The tensors of `call` stay leaves (gradients reach them); results come back to the CPU. A backend without float64 gets float32.
     """
-    device = device_of(backend)
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in call.items()}
+
+    def move(value):
+        if not isinstance(value, Tensor):
+            return value
+        single = value.dtype == torch.float64 and not takes_float64(backend)
+        return value.to(device_of(backend), torch.float32 if single else value.dtype)
+
+    moved = {name: move(value) for name, value in call.items()}
     if backend not in ("reference", "blocked"):  # these two take everything, by design
         arguments = {name: value for name, value in moved.items() if name != "return_lse"}
         reason = relattn.explain(**arguments).reasons.get(backend)
         if reason is not None:
             pytest.skip(f"{backend}: {reason}")
     result = relattn.relative_attention(**moved, backend=backend)
-    return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
+
+    def back(value: Tensor, dtype: torch.dtype) -> Tensor:
+        return value.to("cpu", dtype)
+
+    dtype = call["query"].dtype
+    if isinstance(result, tuple):
+        return back(result[0], dtype), back(result[1], torch.float64 if dtype == torch.float64 else result[1].dtype)
+    return back(result, dtype)
 
 
 def definition(

@@ -75,7 +75,8 @@ def test_groups_and_strips_do_not_change_the_result(backend, monkeypatch):
         whole = run(call, backend, torch.float64)
         monkeypatch.setattr(blocked, "_STRIP_SCORES_CPU", 1)
         monkeypatch.setattr(blocked, "_STRIP_ROWS", 3)
-        monkeypatch.setattr(blocked, "_SMALL", 0)
+        monkeypatch.setattr(blocked, "_COPIED", 0)
+        monkeypatch.setattr(blocked, "_TORCH_KERNEL", 0)
         cut = run(call, backend, torch.float64)
         monkeypatch.undo()
         for name, expected in whole.items():

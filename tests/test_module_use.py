@@ -317,7 +317,14 @@ def test_exported() -> None:
     sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=4096)}
     program = torch.export.export(model, (random(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)), dynamic_shapes=(sizes, sizes))
     inputs, padding = random(3, 9, 8), torch.rand(3, 9) < 0.3
-    torch.testing.assert_close(program.module()(inputs, padding), model(inputs, padding))
+    exported = program.module()
+    outputs = [of(inputs, padding) for of in (exported, model)]
+    torch.testing.assert_close(*outputs)
+    gradients = [
+        torch.autograd.grad(output.square().sum(), [of.get_parameter(name) for name, _ in model.named_parameters()])
+        for of, output in zip((exported, model), outputs, strict=True)
+    ]
+    torch.testing.assert_close(*gradients)  # an exported operator without autograd of its own would lose them silently
 
 
 @pytest.mark.parametrize("extra", [False, True])

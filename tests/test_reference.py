@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import FLOATS, attend, calls, close, definition, every_backend, everything
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import relattn
 from relattn import philox, relative_attention
+from tests.oracles import FLOATS, attend, calls, close, definition, every_backend, everything, precision
 
 generated = settings(max_examples=150, deadline=None)
 
@@ -35,7 +35,7 @@ def inputs(batch: int, heads: int, query_length: int, key_length: int, size: int
 # The definition
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(calls())
 def test_equals_the_definition_in_loops(call) -> None:
     output, lse = relative_attention(**call, return_lse=True, backend="reference")
@@ -86,13 +86,13 @@ def test_without_relative_terms_it_is_sdpa(backend: str, lengths, mask: str, key
     expected = F.scaled_dot_product_attention(query, key, value, scale=0.3, enable_gqa=True, **options)
     if mask == "causal":
         options["query_offset"] = 0  # SDPA's is_causal aligns the first query with the first key
-    close(attend(backend, query=query, key=key, value=value, scale=0.3, enable_gqa=True, **options), expected, 1e-12)
+    close(attend(backend, query=query, key=key, value=value, scale=0.3, enable_gqa=True, **options), expected, precision(backend))
 
 
 @every_backend
 def test_the_default_scale_is_sdpas(backend: str) -> None:
     query, key, value = inputs(1, 2, 4, 4, 5)  # 5: no power of two, so that 1 / sqrt(D) is told from 1 / D and 1
-    close(attend(backend, query=query, key=key, value=value), F.scaled_dot_product_attention(query, key, value), 1e-12)
+    close(attend(backend, query=query, key=key, value=value), F.scaled_dot_product_attention(query, key, value), precision(backend))
 
 
 @every_backend
@@ -112,7 +112,7 @@ def test_relative_terms_as_a_dense_mask_of_sdpa(backend: str, lengths, clip, off
             dense[:, :, i, j] = products / 2 + rel_bias[:, row]  # 2 = sqrt(D); the bias is not scaled
     call = dict(query=query, key=key, value=value, rel_k=rel_k, rel_q=rel_q, rel_bias=rel_bias)
     result = attend(backend, **call, max_relative_position=clip, query_offset=offset)
-    close(result, F.scaled_dot_product_attention(query, key, value, attn_mask=dense), 1e-12)
+    close(result, F.scaled_dot_product_attention(query, key, value, attn_mask=dense), precision(backend))
 
 
 def test_the_log_sum_exp_joins_two_halves_of_the_keys() -> None:
@@ -271,6 +271,27 @@ def test_skew_needs_no_index_and_copies_nothing() -> None:
 def test_skew_refuses_too_few_columns(function, shape, is_causal: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         function(torch.zeros(shape), is_causal=is_causal)
+
+
+@pytest.mark.xfail(reason="no rows: the number of columns is left as it was")
+@pytest.mark.parametrize("keys", [1, 5])
+def test_skew_of_no_queries(keys: int) -> None:
+    assert relattn.skew(torch.zeros(2, 0, keys - 1)).shape == (2, 0, keys)
+    assert relattn.unskew(torch.zeros(2, 0, keys)).shape == (2, 0, keys - 1)
+
+
+@pytest.mark.xfail(reason="unpacking fails without naming the argument")
+@pytest.mark.parametrize("function", [relattn.skew, relattn.unskew])
+def test_skew_refuses_one_dimension(function) -> None:
+    with pytest.raises(ValueError, match=r"^scores: .*\(5,\)"):
+        function(torch.zeros(5))
+
+
+@pytest.mark.xfail(reason="not checked: too many rows are read from the wrong place, too few raise an IndexError")
+@pytest.mark.parametrize("rows", [4, 7])
+def test_shaws_form_refuses_a_table_that_does_not_fit(rows: int) -> None:
+    with pytest.raises(ValueError, match=rf"^rel_k: .*5.*{rows}"):
+        relattn.shaw_relative_scores(random(1, 1, 3, 2), random(rows, 2), max_relative_position=2)
 
 
 def published_skew(scores: Tensor) -> Tensor:
@@ -500,7 +521,7 @@ def test_dropout_keeps_the_right_share_independently(dropout_p: float) -> None:
             product = centred.narrow(dim, step, kept.shape[dim] - step) * centred.narrow(dim, 0, kept.shape[dim] - step)
             assert abs(product.mean()) < 5 / math.sqrt(product.numel())
     for other in (1234567890123456789 + 1, 1234567890123456789 + 2**32):  # the low and the high half of the seed
-        product = centred * (keep(other, dropout_p, 2, 4, 128, 0, 512) - (1 - dropout_p)) / deviation
+        product = centred * (keep(other, dropout_p, 2, 4, 128, 0, 512).double() - (1 - dropout_p)) / deviation
         assert abs(product.mean()) < 5 / math.sqrt(product.numel())
 
 
@@ -518,7 +539,7 @@ def test_dropout_of_nothing_and_of_everything_in_attention(backend: str) -> None
         value.requires_grad_()
     nothing, nothing_lse = attend(backend, **call, dropout_p=1.0, return_lse=True)
     assert torch.equal(nothing, torch.zeros_like(plain))  # and no NaN from 0 / (1 - p)
-    close(nothing_lse, lse, 1e-12)  # before dropout
+    close(nothing_lse, lse, precision(backend))  # before dropout
     nothing.sum().backward()
     assert all(not value.grad.any() for value in call.values())
 
@@ -535,7 +556,7 @@ def test_dropout_scales_the_weights_that_survive(backend: str) -> None:
     if backend != "triton":  # CUDA draws from a generator of its own
         torch.manual_seed(3)
         kept = keep(int(philox.draw_seed(torch.device("cpu"))), 0.4, 2, 2, 5, 0, 6)
-        close(dropped, plain * kept / 0.6, 1e-12)
+        close(dropped, plain * kept / 0.6, precision(backend))
     assert 0 < (dropped == 0).sum() < dropped.numel()
     assert not torch.equal(attend(backend, **call, dropout_p=0.4), dropped)  # a new call draws a new seed
 
@@ -548,11 +569,12 @@ def test_dropout_drops_value_and_rel_v_alike() -> None:
 
 
 def test_dropout_keeps_the_mean() -> None:
-    """Mean over 400 seeds; the largest standard deviation of an entry's mean is 0.06 here."""
+    """Over 400 seeds, within five of the mean's own standard deviations: without the 1 / (1 - p) half the entries are more than 10 off."""
     call = everything()
     torch.manual_seed(0)
-    mean = sum(relative_attention(**call, dropout_p=0.3, backend="reference") for _ in range(400)) / 400
-    close(mean, relative_attention(**call, backend="reference"), 0.3)
+    samples = torch.stack([relative_attention(**call, dropout_p=0.3, backend="reference") for _ in range(400)])
+    deviations = (samples.mean(0) - relative_attention(**call, backend="reference")) / (samples.std(0) / 20)
+    assert deviations.abs().max() < 5
 
 
 # Derivatives

@@ -272,7 +272,7 @@ def run_arm(
         "tokens_per_second": round(int(tokens) / clock.seconds, 1) if clock.seconds else None,
     }
     if state.is_main_process:
-        trainer.save_model(str(folder / "model"))
+        trainer.model.save_pretrained(folder / "model")
         write_json(finished, result)
         shutil.rmtree(checkpoints, ignore_errors=True)
     state.wait_for_everyone()

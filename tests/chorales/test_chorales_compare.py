@@ -171,10 +171,13 @@ def test_run_leaves_the_promised_files(finished):
     assert "copy neighbour" in done.stdout
 
 
-def test_saved_model_is_the_tested_one(finished, small_json):
-    """Loading `absolute/model` and scoring it again gives the loss in results.json."""
+@pytest.mark.parametrize("arm", ARMS)
+def test_saved_model_is_the_tested_one(arm, finished, small_json):
+    """Loading an arm's `model/` and scoring it again gives the loss in results.json."""
     import torch
-    from transformers import BertForMaskedLM
+    from transformers import AutoModelForMaskedLM
+
+    import relattn.huggingface  # noqa: F401  (makes the Auto classes know its models)
 
     from examples.chorales.data import Chorales
     from examples.chorales.masking import IGNORED
@@ -187,12 +190,12 @@ def test_saved_model_is_the_tested_one(finished, small_json):
     windows = cut_windows(chorales, settings)
     collator = evaluation_collators(windows, settings, len(chorales.vocabulary))["test"]
     batch = collator([windows["test"][index] for index in range(len(windows["test"]))])
-    model = BertForMaskedLM.from_pretrained(out / "absolute" / "model").eval()
+    model = AutoModelForMaskedLM.from_pretrained(out / arm / "model").eval()
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     wanted = batch["labels"] != IGNORED
     loss = torch.nn.functional.cross_entropy(logits[wanted], batch["labels"][wanted]).item()
-    test = read(out / "absolute" / "result.json")["test"]
+    test = read(out / arm / "result.json")["test"]
     assert loss == pytest.approx(test["loss"], rel=1e-5)
 
 
@@ -297,7 +300,8 @@ def test_moved_run_still_finds_its_best_checkpoint(tmp_path):
 
     newest = tmp_path / "checkpoint-20"
     newest.mkdir()
-    (newest / "trainer_state.json").write_text('{"best_model_checkpoint": "elsewhere/checkpoint-10", "global_step": 20}')
+    state = {"best_model_checkpoint": "elsewhere/checkpoint-10", "global_step": 20}
+    (newest / "trainer_state.json").write_text(json.dumps(state))
     adopt_checkpoint(newest)
     expected = {"best_model_checkpoint": str(tmp_path / "checkpoint-10"), "global_step": 20}
     assert read(newest / "trainer_state.json") == expected
