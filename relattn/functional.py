@@ -98,7 +98,7 @@ def relative_attention(
 
     Packed sequences (``cu_seqlens``) and two-dimensional positions (SAM, Swin) are not supported.
     """
-    call = _validated(
+    call = validated(
         query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, max_relative_position, attn_mask, key_mask,
         key_lengths, is_causal, window, query_offset, dropout_p, scale, enable_gqa,
     )  # fmt: skip
@@ -143,12 +143,12 @@ def explain(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor | None = No
     unknown = arguments.keys() - defaults.keys()
     if unknown:
         raise TypeError(f"explain() got unexpected arguments: {', '.join(sorted(unknown))}")
-    call = _validated(query, key, value, rel_k, **(defaults | arguments))
+    call = validated(query, key, value, rel_k, **(defaults | arguments))
     chosen = dispatch.select(*call, backend)
     return Explanation(chosen, {name: reason for name, reason in dispatch.reasons(*call).items() if reason is not None})
 
 
-def _validated(
+def validated(
     query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, max_relative_position, attn_mask, key_mask,
     key_lengths, is_causal, window, query_offset, dropout_p, scale, enable_gqa,
 ) -> tuple[Tensors, Settings]:  # fmt: skip
@@ -222,7 +222,7 @@ def _validated(
         query_offset, offsets = 0, query_offset
     elif not _is_integer(query_offset):
         raise TypeError(f"query_offset: expected an int or an integer tensor, got {type(query_offset).__name__}")
-    window_left, window_right = _window(window, is_causal)
+    window_left, window_right = window_sides(window, is_causal)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
@@ -281,14 +281,7 @@ def _clip(max_relative_position, rows: int | None) -> tuple[int, int]:
                 f"max_relative_position: tables of {rows} rows, an even number, need it as (left, right) with left + right + 1 = {rows}"
             )
         return rows // 2, rows // 2
-    clip = max_relative_position
-    if _is_integer(clip):
-        clip = (clip, clip)
-    if not (isinstance(clip, (tuple, list)) and len(clip) == 2 and all(_is_integer(side) for side in clip)):
-        raise TypeError(f"max_relative_position: expected an int or (left, right), got {max_relative_position!r}")
-    left, right = clip
-    if left < 0 or right < 0:
-        raise ValueError(f"max_relative_position: expected numbers of at least 0, got {max_relative_position!r}")
+    left, right = clip_sides(max_relative_position)
     if rows is None:
         raise ValueError(f"max_relative_position: given as {max_relative_position!r} but there is no table (rel_k, rel_q, rel_v, rel_bias)")
     if rows != left + right + 1:
@@ -298,7 +291,20 @@ def _clip(max_relative_position, rows: int | None) -> tuple[int, int]:
     return left, right
 
 
-def _window(window, is_causal: bool) -> tuple[int | None, int | None]:
+def clip_sides(max_relative_position) -> tuple[int, int]:
+    """(left, right) of a `max_relative_position`, checked: k means (k, k)."""
+    sides = max_relative_position
+    if _is_integer(sides):
+        sides = (sides, sides)
+    if not (isinstance(sides, (tuple, list)) and len(sides) == 2 and all(_is_integer(side) for side in sides)):
+        raise TypeError(f"max_relative_position: expected an int or (left, right), got {max_relative_position!r}")
+    if sides[0] < 0 or sides[1] < 0:
+        raise ValueError(f"max_relative_position: expected numbers of at least 0, got {max_relative_position!r}")
+    return sides[0], sides[1]
+
+
+def window_sides(window, is_causal: bool) -> tuple[int | None, int | None]:
+    """(left, right) of a `window`, checked."""
     if window is None:
         return None, None
     if not (isinstance(window, (tuple, list)) and len(window) == 2):

@@ -48,7 +48,7 @@ from transformers.models.roberta import modeling_roberta
 
 from relattn import reference
 from relattn.arguments import Settings, Tensors
-from relattn.functional import relative_attention
+from relattn.functional import clip_sides, relative_attention
 from relattn.philox import draw_seed
 
 __all__ = ["TERMS", "add_relative_positions", "from_pretrained", "relattn_attention", "relattn_mask"]
@@ -196,12 +196,7 @@ class _RelativeSettings(NamedTuple):
 
     @classmethod
     def check(cls, max_relative_position, keep_absolute=False, per_head=False, terms=("rel_k",)) -> _RelativeSettings:
-        sides = max_relative_position
-        sides = (sides, sides) if isinstance(sides, int) else sides
-        if not isinstance(sides, (tuple, list)) or len(sides) != 2 or any(type(side) is not int for side in sides):
-            raise TypeError(f"max_relative_position: expected an int or (left, right), got {max_relative_position!r}")
-        if min(sides) < 0:
-            raise ValueError(f"max_relative_position: expected numbers of at least 0, got {max_relative_position!r}")
+        sides = clip_sides(max_relative_position)
         for name, flag in (("keep_absolute", keep_absolute), ("per_head", per_head)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name}: expected True or False, got {flag!r}")
@@ -209,7 +204,7 @@ class _RelativeSettings(NamedTuple):
             raise TypeError(f"terms: expected a tuple of names from {TERMS}, got {terms!r}")
         if not terms or any(term not in TERMS for term in terms) or len(set(terms)) != len(terms):
             raise ValueError(f"terms: expected one or more of {TERMS}, each once, got {tuple(terms)!r}")
-        return cls((sides[0], sides[1]), keep_absolute, per_head, tuple(terms))
+        return cls(sides, keep_absolute, per_head, tuple(terms))
 
     def to_config(self) -> dict[str, Any]:
         """As JSON gives it back, so that a loaded configuration equals the saved one."""

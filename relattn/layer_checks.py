@@ -38,17 +38,6 @@ def check_sizes(embed_dim, num_heads, dropout, kdim, vdim, dtype) -> None:
         raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
 
 
-def clip(max_relative_position) -> tuple[int, int]:
-    sides = max_relative_position
-    if isinstance(sides, int) and not isinstance(sides, bool):
-        sides = (sides, sides)
-    if not (isinstance(sides, (tuple, list)) and len(sides) == 2 and all(type(side) is int for side in sides)):
-        raise TypeError(f"max_relative_position: expected an int or (left, right), got {max_relative_position!r}")
-    if min(sides) < 0:
-        raise ValueError(f"max_relative_position: expected numbers of at least 0, got {max_relative_position!r}")
-    return sides[0], sides[1]
-
-
 def chosen(terms) -> tuple[str, ...]:
     accepted = f"any of {', '.join(map(repr, TERMS))}"
     if isinstance(terms, str) or not isinstance(terms, Sequence):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from relattn import dispatch, functional, reference
 from relattn.cache import KeyValueCache
-from relattn.layer_checks import check_cache, check_mask, check_sizes, chosen, clip, shape
+from relattn.layer_checks import check_cache, check_mask, check_sizes, chosen, shape
 from relattn.philox import draw_seed
 
 _PARAMETERS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v")
@@ -93,9 +93,9 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         backend: str | None = None,
     ) -> None:
         check_sizes(embed_dim, num_heads, dropout, kdim, vdim, dtype)
-        left, right = clip(max_relative_position)
+        left, right = functional.clip_sides(max_relative_position)
         terms = chosen(terms)
-        functional._window(window, is_causal)
+        functional.window_sides(window, is_causal)
         if backend is not None and backend not in dispatch.BACKENDS:
             names = ", ".join(map(repr, dispatch.BACKENDS))
             raise ValueError(f"backend: expected None or one of {names}, got {backend!r}")
@@ -277,7 +277,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             batch, length, keys = query.shape[1 - time], query.shape[time], key.shape[time]
         if cache is not None:
             check_cache(cache, is_causal, query_offset, length, keys)
-            functional._window(self.window, is_causal)  # now, not after the cache has grown
+            functional.window_sides(self.window, is_causal)  # now, not after the cache has grown
             query_offset = cache.length
             keys = keys + query_offset
         mask, key_mask = self._masks(attn_mask, key_padding_mask, query, batch, length, keys)
@@ -391,7 +391,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         )  # fmt: skip
         weights = None
         if need_weights:
-            tensors, settings = functional._validated(q, k, v, **arguments, scale=None, enable_gqa=False)
+            tensors, settings = functional.validated(q, k, v, **arguments, scale=None, enable_gqa=False)
             seed = draw_seed(q.device) if settings.dropout_p > 0.0 else None
             output, lse, weights = reference.attention(tensors, settings, seed)
         else:

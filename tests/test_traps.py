@@ -153,7 +153,7 @@ def test_large_finite_entries_are_added(backend: str, dtype: torch.dtype) -> Non
     beside[:, 3] = -1e9
     exact = attend(backend, **call, attn_mask=beside != -1e9)
     close(attend(backend, **call, attn_mask=beside), exact, tolerance(computed))
-    nearly = torch.full((5, 5), torch.finfo(dtype).min / 2 * 0.99, dtype=dtype)
+    nearly = torch.full((5, 5), torch.finfo(computed).min / 2 * 0.99, dtype=dtype)
     output, lse = attend(backend, **call, attn_mask=nearly, return_lse=True)
     assert lse.isfinite().all()
     assert output.isfinite().all()

@@ -178,7 +178,6 @@ def test_saved_model_is_the_tested_one(arm, finished, small_json):
     from transformers import AutoModelForMaskedLM
 
     import relattn.huggingface  # noqa: F401  (makes the Auto classes know its models)
-
     from examples.chorales.data import Chorales
     from examples.chorales.masking import IGNORED
     from examples.chorales.training import cut_windows, evaluation_collators
