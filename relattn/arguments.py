@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def heads_last(tensor: Tensor) -> bool:
     return tensor.stride(1) < tensor.stride(2)
 
 
-def empty_with_layout(like: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype | None = None) -> Tensor:
+def empty_with_layout(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised dense (B, H, L, D) tensor on `like`'s device in the memory order of `like`."""
     dtype = like.dtype if dtype is None else dtype
     if heads_last(like):

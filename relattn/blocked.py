@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ _TORCH_KERNEL = 2**14  # ... and up to which torch's fused attention is the fast
 _KEY_CHUNK = 64  # keys of a tile of the rel_q term
 
 # The fused kernel under torch's scaled_dot_product_attention on CPUs, which alone also returns the log-sum-exp.
-_torch_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_torch_attention: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,8 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the differentiable tensors for which `needs` is True, in the order of `DIFFERENTIABLE`. One deterministic pass."""
     accumulate = lse_dtype(tensors.query.dtype)
-    needed = {name: tensor for name, tensor, need in zip(DIFFERENTIABLE, tensors, needs, strict=False) if need}
+    differentiable = zip(DIFFERENTIABLE, tensors, needs, strict=False)
+    needed = {name: tensor for name, tensor, need in differentiable if need and tensor is not None}
     sums = {}  # gradients to which several strips or groups contribute: summed in the dtype of accumulation
     results = {}
     for name, tensor in needed.items():
@@ -87,7 +89,7 @@ def _groups(tensors: Tensors, settings: Settings, seed: Tensor) -> Iterator[_Gro
     else:
         starts = [(0, batch, settings.query_offset)]
     if settings.window_left is not None and (settings.is_causal or settings.window_right is not None):
-        keys = min(keys, settings.window_left + _STRIP_ROWS + (0 if settings.is_causal else settings.window_right))
+        keys = min(keys, settings.window_left + _STRIP_ROWS + (0 if settings.is_causal else settings.window_right or 0))
     budget = _STRIP_SCORES_CPU if tensors.query.device.type == "cpu" else _STRIP_SCORES
     size = max(1, budget // (min(length, _STRIP_ROWS) * keys))  # pairs of a head and a batch element
     for first_batch, count, offset in starts:
@@ -249,7 +251,7 @@ class _Group:
         result, result_lse = _torch_attention(query, key, value, 0.0, False, attn_mask=bias, scale=self.settings.scale)
         output.copy_(self._order(result))
         lse.copy_(self._order(result_lse))
-        if self.may_hide_all:
+        if self.may_hide_all and bias is not None:
             lse.masked_fill_(self._order(bias.amax(-1)) == -torch.inf, -torch.inf)
 
     def backward(
@@ -441,6 +443,7 @@ class _Group:
     def _descending(self, strip: Strip) -> Tensor:
         """rel_q with one row per distance of the strip, the highest first: (T, columns, D)."""
         rows = torch.arange(strip.columns - 1, -1, -1, device=self.device) - strip.left
+        assert self.rel_q is not None
         return self.rel_q.index_select(1, rows.clamp_(0, strip.last_row - strip.row - 1).add_(strip.row))
 
     def _hide(self, scores: Tensor, strip: Strip) -> None:

@@ -21,21 +21,25 @@ class Backend(NamedTuple):
 
     unavailable: Callable[[], str | None]
     unsupported: Callable[[Tensors, Settings], str | None]
-    forward: Callable[[Tensors, Settings, Tensor], tuple[Tensor, Tensor]] | None = None
-    backward: Callable[..., list[Tensor]] | None = None
+    forward: Callable[[Tensors, Settings, Tensor], tuple[Tensor, Tensor]]
+    backward: Callable[..., list[Tensor]]
 
 
 def _never(*_: object) -> None:
     return None
 
 
+def _absent(*_: object):
+    raise NotImplementedError("this backend does not run behind the operators")
+
+
 # Fastest first: the order in which a call is offered to them. The reference takes everything but is only used when asked for
 # by name, since blocked, before it, takes everything too.
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend(lambda: "this version of relattn has no Triton kernel yet", _never),
-    "cpu": Backend(lambda: "this version of relattn has no native CPU kernel yet", _never),
+    "triton": Backend(lambda: "this version of relattn has no Triton kernel yet", _never, _absent, _absent),
+    "cpu": Backend(lambda: "this version of relattn has no native CPU kernel yet", _never, _absent, _absent),
     "blocked": Backend(_never, _never, blocked.forward, blocked.backward),
-    "reference": Backend(_never, _never),  # plain differentiable PyTorch, outside the operators
+    "reference": Backend(_never, _never, _absent, _absent),  # plain differentiable PyTorch, outside the operators
 }
 
 

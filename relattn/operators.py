@@ -11,6 +11,7 @@ import contextlib
 import importlib.abc
 import importlib.util
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,8 @@ def _forward(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(backend: str, *call) -> list[Tensor]:
-    *call, grad_output, grad_lse, output, lse, seed, needs = call
-    tensors, settings = _split(call)
+    *inputs, grad_output, grad_lse, output, lse, seed, needs = call
+    tensors, settings = _split(tuple(inputs))
     with no_autocast(tensors.query.device.type):
         if grad_output is None:
             grad_output = torch.zeros_like(output)
@@ -213,7 +214,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
         if name != self.module:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec: Any = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def execute_and_register(module) -> None:

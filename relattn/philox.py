@@ -54,11 +54,12 @@ def dropout_keep(
     shape, rows = indices[0].shape, indices[0].numel()
     columns = [index.reshape(rows, 1) for index in indices]
     chunk = max(rows, 1)
+    number: Tensor | int = seed
     if seed.device.type == "cpu" and not torch.compiler.is_compiling():
-        seed = int(seed)  # Python integers are cheaper than 0-d tensors; on an accelerator they would synchronise
+        number = int(seed)  # Python integers are cheaper than 0-d tensors; on an accelerator they would synchronise
         # The 64-bit words of a chunk stay in the second-level cache: 2.5 times faster than all at once.
         chunk = max(1, 2**14 * torch.get_num_threads() // max(quarters.numel(), 1))
-    key = (seed & _LOW, (seed >> 32) & _LOW)
+    key = (number & _LOW, (number >> 32) & _LOW)
     keep = torch.empty((rows, quarters.numel(), 4), dtype=torch.bool, device=query.device)
     for start in range(0, rows, chunk):
         words = philox_4x32(key, (*(column[start : start + chunk] for column in columns), quarters))

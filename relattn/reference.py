@@ -111,6 +111,7 @@ def attention(
     lse = torch.where(sees_any.squeeze(-1), scores.logsumexp(-1), -torch.inf)
 
     if settings.dropout_p > 0.0:
+        assert seed is not None
         keep = dropout_keep(
             seed, settings.dropout_p, *_indices(batch, heads, query_length, query.device), 0, key_length
         )

@@ -35,7 +35,7 @@ def inputs(batch: int, heads: int, query_length: int, key_length: int, size: int
 # The definition
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(calls())
 def test_equals_the_definition_in_loops(call) -> None:
     output, lse = relative_attention(**call, return_lse=True, backend="reference")
