@@ -61,7 +61,7 @@ def select(tensors: Tensors, settings: Settings, name: str | None) -> str:
     """
     if name is None:
         return next(name for name, backend in BACKENDS.items() if _reason(backend, tensors, settings) is None)
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     reason = _reason(BACKENDS[name], tensors, settings)
     if reason is not None:

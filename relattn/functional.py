@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -161,6 +162,8 @@ def validated(
     key_heads, key_length, value_size = key.shape[1], key.shape[2], value.shape[3]
     if head_size == 0:
         raise ValueError(f"query: expected a head size of at least 1, got shape {_shape(query)}")
+    if value_size == 0:
+        raise ValueError(f"value: expected a size of at least 1, got {_shape(value)}")
     if key.shape[0] != batch or key.shape[3] != head_size:
         raise ValueError(f"key: expected ({batch}, heads, length, {head_size}) as query is {_shape(query)}, got {_shape(key)}")
     if value.shape[:3] != key.shape[:3]:
@@ -173,6 +176,8 @@ def validated(
         if key_heads == 0 or heads % key_heads != 0:
             raise ValueError(f"key: expected a number of heads that divides query's {heads}, got {key_heads}")
 
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal: expected a bool, got {type(is_causal).__name__}")
     rows = None
     for name, table, size in (("rel_k", rel_k, head_size), ("rel_q", rel_q, head_size), ("rel_v", rel_v, value_size)):
         if table is not None:
@@ -222,9 +227,17 @@ def validated(
         query_offset, offsets = 0, query_offset
     elif not _is_integer(query_offset):
         raise TypeError(f"query_offset: expected an int or an integer tensor, got {type(query_offset).__name__}")
+    elif _too_large(query_offset):
+        raise ValueError(f"query_offset: expected at most 2**62, so that distances fit 64-bit numbers, got {query_offset}")
     window_left, window_right = window_sides(window, is_causal)
+    if not _is_number(dropout_p):
+        raise TypeError(f"dropout_p: expected a probability in [0, 1], got {dropout_p!r}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+    if scale is not None and not _is_number(scale):
+        raise TypeError(f"scale: expected None or a number, got {scale!r}")
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
 
     tensors = Tensors(
         query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, attn_mask, key_mask, key_lengths, offsets
@@ -233,7 +246,7 @@ def validated(
         tensors = _autocast(tensors)
     _check_dtypes(tensors)
     settings = Settings(
-        left, right, bool(is_causal), window_left, window_right, query_offset, float(dropout_p),
+        left, right, is_causal, window_left, window_right, query_offset, float(dropout_p),
         head_size**-0.5 if scale is None else float(scale),
     )  # fmt: skip
     return tensors, settings
@@ -248,11 +261,21 @@ def _is_integer(value) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def _too_large(value) -> bool:
+    return isinstance(value, int) and abs(value) > 2**62  # a SymInt is one of a tensor's sizes
+
+
 def _check_tensor(name: str, tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.is_nested:
         raise TypeError(f"{name}: nested tensors are not supported; pad them and give key_lengths")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got {tensor.layout}")
 
 
 def _check_integers(name: str, tensor, batch: int) -> None:
@@ -298,8 +321,8 @@ def clip_sides(max_relative_position) -> tuple[int, int]:
         sides = (sides, sides)
     if not (isinstance(sides, (tuple, list)) and len(sides) == 2 and all(_is_integer(side) for side in sides)):
         raise TypeError(f"max_relative_position: expected an int or (left, right), got {max_relative_position!r}")
-    if sides[0] < 0 or sides[1] < 0:
-        raise ValueError(f"max_relative_position: expected numbers of at least 0, got {max_relative_position!r}")
+    if min(sides) < 0 or _too_large(max(sides)):
+        raise ValueError(f"max_relative_position: expected numbers of at least 0 and at most 2**62, got {max_relative_position!r}")
     return sides[0], sides[1]
 
 
@@ -312,8 +335,8 @@ def window_sides(window, is_causal: bool) -> tuple[int | None, int | None]:
     for side in window:
         if side is not None and not _is_integer(side):
             raise TypeError(f"window: expected (left, right), each a number or None, got {window!r}")
-        if side is not None and side < 0:
-            raise ValueError(f"window: expected numbers of at least 0, got {window!r}")
+        if side is not None and (side < 0 or _too_large(side)):
+            raise ValueError(f"window: expected numbers of at least 0 and at most 2**62, got {window!r}")
     left, right = window
     if is_causal and right is not None and right > 0:
         raise ValueError(f"window: {window!r} looks ahead of the query, which is_causal=True forbids; give (left, 0) or (left, None)")
@@ -341,7 +364,8 @@ def _check_dtypes(tensors: Tensors) -> None:
         if tensor is None:
             continue
         if tensor.device != query.device:
-            raise ValueError(f"{name}: expected device {query.device} as query, got {tensor.device}")
+            argument = "query_offset" if name == "query_offsets" else name
+            raise ValueError(f"{argument}: expected device {query.device} as query, got {tensor.device}")
         if name not in DIFFERENTIABLE or tensor.dtype == query.dtype or (name == "attn_mask" and tensor.dtype == torch.bool):
             continue
         if name in ("key", "value"):

@@ -83,17 +83,17 @@ def attention(
     def per_head(table: Tensor, dims: int) -> Tensor:  # (R, ...) or (H, R, ...) -> (H, R, ...)
         return table.to(dtype).expand(heads, *table.shape[-(dims - 1) :])
 
-    def plus(bias: Tensor | None) -> Tensor:
-        return query if bias is None else query + bias.to(dtype)[:, None, :]
+    def plus(bias: Tensor | None) -> Tensor:  # scaled before the products, which could overflow float16
+        return settings.scale * (query if bias is None else query + bias.to(dtype)[:, None, :])
 
     scores = plus(tensors.pos_bias_u) @ key.transpose(-2, -1)
     if tensors.rel_k is not None:
         by_row = torch.einsum("bhid,hrd->bhir", plus(tensors.pos_bias_v), per_head(tensors.rel_k, 3))
         scores = scores + by_row.gather(-1, row)
     if tensors.rel_q is not None:
-        by_row = torch.einsum("bhjd,hrd->bhjr", key, per_head(tensors.rel_q, 3))
+        by_row = torch.einsum("bhjd,hrd->bhjr", settings.scale * key, per_head(tensors.rel_q, 3))
         scores = scores + by_row.gather(-1, row.transpose(-2, -1)).transpose(-2, -1)
-    scores = scores.to(lse_dtype(dtype)) * settings.scale
+    scores = scores.to(lse_dtype(dtype))
     if tensors.rel_bias is not None:
         by_row = per_head(tensors.rel_bias, 2).to(scores.dtype)[None, :, None, :]
         scores = scores + by_row.expand(batch, -1, query_length, -1).gather(-1, row)
@@ -147,6 +147,7 @@ def skew(scores: Tensor, *, is_causal: bool = False) -> Tensor:
     Raises:
         ValueError: too few columns for the number of rows.
     """
+    _check_matrices(scores)
     rows, columns = scores.shape[-2:]
     if columns < rows:
         needed = f"(..., {rows}, Lk) with Lk >= {rows}" if is_causal else f"(..., {rows}, {rows} + Lk - 1)"
@@ -154,11 +155,18 @@ def skew(scores: Tensor, *, is_causal: bool = False) -> Tensor:
     if is_causal:
         # Distances ahead get columns of zeros; then the key axis starts Lk - Lq before query 0.
         return skew(F.pad(scores, (0, rows - 1)))
-    if rows <= 1:
+    if rows == 0:
+        return scores.new_zeros((*scores.shape[:-1], columns + 1))
+    if rows == 1:
         return scores
     # Flat address of (i, column j - i + rows - 1): i * (columns - 1) + j + rows - 1.
     flat = scores.flatten(-2)[..., rows - 1 : rows * columns - 1]
     return flat.unflatten(-1, (rows, columns - 1))[..., : columns - rows + 1]
+
+
+def _check_matrices(scores: Tensor) -> None:
+    if scores.dim() < 2:
+        raise ValueError(f"scores: expected at least 2 dimensions (..., queries, columns), got {tuple(scores.shape)}")
 
 
 def unskew(scores: Tensor, *, is_causal: bool = False) -> Tensor:
@@ -170,12 +178,15 @@ def unskew(scores: Tensor, *, is_causal: bool = False) -> Tensor:
     Returns:
         (..., Lq, Lq + Lk - 1), or (..., Lq, Lk) where `is_causal`.
     """
+    _check_matrices(scores)
     rows, keys = scores.shape[-2:]
     if is_causal:
         if keys < rows:
             raise ValueError(f"scores: expected (..., {rows}, Lk) with Lk >= {rows}, got {tuple(scores.shape)}")
         return unskew(scores)[..., :keys]
-    if rows <= 1:
+    if rows == 0:
+        return scores.new_zeros((*scores.shape[:-1], max(keys - 1, 0)))
+    if rows == 1:
         return scores
     flat = F.pad(scores, (0, rows - 2)).flatten(-2)
     return F.pad(flat, (rows - 1, 1)).unflatten(-1, (rows, keys + rows - 1))
@@ -193,8 +204,13 @@ def shaw_relative_scores(
 
     Returns:
         (B, H, Lq, Lk). Memory O(Lq Lk D): for comparison, not for use.
+
+    Raises:
+        ValueError: `rel_k` has another shape.
     """
-    query_length = query.shape[2]
+    query_length, size = query.shape[2:]
+    if rel_k.shape != (2 * max_relative_position + 1, size):
+        raise ValueError(f"rel_k: expected ({2 * max_relative_position + 1}, {size}), got {tuple(rel_k.shape)}")
     key = torch.arange(query_length if key_length is None else key_length, device=query.device)
     distance = key - (torch.arange(query_length, device=query.device)[:, None] + query_offset)
     table = rel_k[distance.clamp(-max_relative_position, max_relative_position) + max_relative_position]

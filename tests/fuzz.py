@@ -117,13 +117,13 @@ def random_call(seed: int) -> Call:
     return Call(seed, tensors, arguments)
 
 
-def run(call: Call, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Output, log-sum-exp and gradients, in float64, of one backend in one dtype."""
+def run(call: Call, backend: str, dtype: torch.dtype, rounded_to: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Output, log-sum-exp and gradients, in float64, of one backend in one dtype. The output's gradient is rounded to `rounded_to`."""
     tensors, arguments = call.cast(dtype)
     torch.manual_seed(call.seed)  # dropout's seed is drawn from torch's generator
     output, lse = relattn.relative_attention(**tensors, **arguments, return_lse=True, backend=backend)
     generator = torch.Generator().manual_seed(call.seed)
-    loss = (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype)).sum()
+    loss = (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(rounded_to or dtype).to(dtype)).sum()
     if call.seed % 2:
         weight = torch.randn(lse.shape, generator=generator, dtype=torch.float64).to(lse.dtype)
         loss = loss + (torch.where(lse.isinf(), 0.0, lse) * weight).sum()
@@ -142,7 +142,7 @@ def check(call: Call, backend: str, dtype: torch.dtype) -> None:
     rounded = Call(call.seed, {name: tensor.double() for name, tensor in call.cast(dtype)[0].items()}, call.arguments)
     if "attn_mask" in call.tensors:
         rounded.tensors["attn_mask"] = call.tensors["attn_mask"].to(dtype).double().clamp(min=torch.finfo(torch.float64).min)
-    exact, actual = run(rounded, "reference", torch.float64), run(call, backend, dtype)
+    exact, actual = run(rounded, "reference", torch.float64, dtype), run(call, backend, dtype)
     plain = exact if dtype == torch.float64 else run(call, "reference", dtype)
     precision = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     keys, size = call.tensors["key"].shape[2], max(call.tensors["key"].shape[3], call.tensors["value"].shape[3])
