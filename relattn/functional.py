@@ -321,8 +321,8 @@ def clip_sides(max_relative_position) -> tuple[int, int]:
         sides = (sides, sides)
     if not (isinstance(sides, (tuple, list)) and len(sides) == 2 and all(_is_integer(side) for side in sides)):
         raise TypeError(f"max_relative_position: expected an int or (left, right), got {max_relative_position!r}")
-    if min(sides) < 0 or _too_large(max(sides)):
-        raise ValueError(f"max_relative_position: expected numbers of at least 0 and at most 2**62, got {max_relative_position!r}")
+    if min(sides) < 0:
+        raise ValueError(f"max_relative_position: expected numbers of at least 0, got {max_relative_position!r}")
     return sides[0], sides[1]
 
 
@@ -335,8 +335,10 @@ def window_sides(window, is_causal: bool) -> tuple[int | None, int | None]:
     for side in window:
         if side is not None and not _is_integer(side):
             raise TypeError(f"window: expected (left, right), each a number or None, got {window!r}")
-        if side is not None and (side < 0 or _too_large(side)):
-            raise ValueError(f"window: expected numbers of at least 0 and at most 2**62, got {window!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"window: expected numbers of at least 0, got {window!r}")
+        if _too_large(side):
+            raise ValueError(f"window: expected at most 2**62 (None is unbounded), so that distances fit 64-bit numbers, got {window!r}")
     left, right = window
     if is_causal and right is not None and right > 0:
         raise ValueError(f"window: {window!r} looks ahead of the query, which is_causal=True forbids; give (left, 0) or (left, None)")
