@@ -113,7 +113,9 @@ def _parse_all(workers: int | None) -> Splits:
     # Processes are spawned, not forked: a fork after torch has started its threads can hang.
     with ProcessPoolExecutor(workers or available_cores(), mp_context=get_context("spawn")) as pool:
         names, repeats = zip(*[(name, repeats) for _, _, name, repeats in rows], strict=True)
-        grids = list(tqdm(pool.map(parse_chorale, names, repeats, chunksize=4), "parsing chorales", len(rows)))
+        parsed = pool.map(parse_chorale, names, repeats, chunksize=4)
+        interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs no animation
+        grids = list(tqdm(parsed, "parsing chorales", len(rows), mininterval=interval))
     splits: Splits = {name: [] for name in SPLITS}
     for (split, *_), grid in zip(rows, grids, strict=True):
         splits[split].append(grid)

@@ -128,7 +128,9 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.arm, dynamic_ncols=True)
+            interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs no animation
+            options = dict(desc=self.arm, dynamic_ncols=True, mininterval=interval)
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, **options)
             self.shown = {}
 
     def on_step_end(self, args, state, control, **_):
