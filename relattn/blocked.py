@@ -28,6 +28,8 @@ _STRIP_SCORES = 2**25
 _STRIP_ROWS = 128  # queries of a strip
 _COPIED = 2**12  # scores of a strip of one head up to which copying them costs less than torch's loop over the heads
 _TORCH_KERNEL = 2**14  # ... and up to which torch's fused attention is the faster forward pass
+# Scores are kept in units of ln 2, so that weights are powers of two: torch's exp is up to 60 times slower where the result underflows
+# (MKL's vector exp), as it does for hidden keys, and its exp2 is not.
 _LOG2_E = 1.0 / math.log(2.0)
 _KEY_CHUNK = 64  # keys of a tile of the rel_q term
 
@@ -102,11 +104,6 @@ def _groups(tensors: Tensors, settings: Settings, seed: Tensor) -> Iterator[_Gro
             batch_range = slice(start, min(first_batch + count, start + batch_step))
             for head in range(0, heads, head_step):
                 yield _Group(tensors, settings, seed, slice(head, min(heads, head + head_step)), batch_range)
-
-
-def _exp_of_difference(scores: Tensor, shift: Tensor) -> Tensor:
-    """exp(scores - shift), in place, as a power of two: torch's exp is up to 60 times slower where results underflow (MKL's vector exp)."""
-    return torch.add(shift * -_LOG2_E, scores, alpha=_LOG2_E, out=scores).exp2_()
 
 
 class _Group:
@@ -198,13 +195,13 @@ class _Group:
         """(G, rows, D) in the dtype of accumulation from a (B, H, Lq, D) tensor."""
         return self.of_strip(tensor, strip).to(self.dtype).contiguous().view(-1, strip.rows, tensor.shape[3])
 
-    def scaled_query(self, strip: Strip) -> tuple[Tensor, Tensor]:
-        """scale * (q + u) and scale * (q + v), each (G, rows, D)."""
+    def scaled_query(self, strip: Strip, unit: float) -> tuple[Tensor, Tensor]:
+        """unit * scale * (q + u) and unit * scale * (q + v), each (G, rows, D)."""
         query = self.query[:, :, strip.start : strip.stop].to(self.dtype)
 
         def plus(bias: Tensor | None) -> Tensor:
             total = query if bias is None else query + self._order(bias[None, self.heads, None].to(self.dtype))
-            scaled = torch.mul(total, self.settings.scale, out=torch.empty(total.shape, dtype=self.dtype, device=total.device))
+            scaled = torch.mul(total, unit * self.settings.scale, out=torch.empty(total.shape, dtype=self.dtype, device=total.device))
             return scaled.view(-1, *total.shape[2:])
 
         content = plus(self.tensors.pos_bias_u)
@@ -220,12 +217,12 @@ class _Group:
         if strip.rows * strip.keys <= _TORCH_KERNEL and self._fits_torch_attention():
             self._forward_small(strip, output, lse)
             return
-        scores, buffer = self.scores(strip, *self.scaled_query(strip))
+        scores, buffer = self.scores(strip, *self.scaled_query(strip, _LOG2_E))
         highest = scores.amax(-1, keepdim=True)
         if self.may_hide_all:
             highest.masked_fill_(highest == -torch.inf, 0.0)
-        total = _exp_of_difference(scores, highest).sum(-1, keepdim=True)
-        lse.copy_(highest.add_(total.log()).view(lse.shape))
+        total = scores.sub_(highest).exp2_().sum(-1, keepdim=True)
+        lse.copy_(highest.div_(_LOG2_E).add_(total.log()).view(lse.shape))
         if self.may_hide_all:
             total.masked_fill_(total == 0.0, 1.0)
         if self.settings.dropout_p > 0.0:
@@ -252,12 +249,12 @@ class _Group:
         query = self._order(self.of_strip(self.tensors.query, strip))  # (B, H, rows, D)
         bias = None
         if self.rel_k is not None or self.rel_bias is not None:
-            position = self.scaled_query(strip)[1]
+            position = self.scaled_query(strip, 1.0)[1]
             bias = skewed(self._by_distance(strip, position, self.rel_k, self.rel_bias), strip)
         elif self.may_hide_all:
             bias = torch.zeros((self.shape[0] * self.shape[1], strip.rows, strip.keys), dtype=self.dtype, device=self.device)
         if bias is not None:
-            self._hide(bias, strip)
+            self._hide(bias, strip, 1.0)
             bias = self._order(bias.view(*self.shape, strip.rows, strip.keys))
         if self.tensors.pos_bias_u is not None:
             query = query + self.tensors.pos_bias_u[self.heads, None].to(self.dtype)
@@ -312,9 +309,9 @@ class _Group:
         settings, keys = self.settings, slice(strip.first, strip.last)
         if self.may_hide_all:
             lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # such rows have weight 0 everywhere
-        content, position = self.scaled_query(strip)
+        content, position = self.scaled_query(strip, _LOG2_E)
         weights, buffer = self.scores(strip, content, position)
-        _exp_of_difference(weights, lse)
+        weights.sub_(lse * _LOG2_E).exp2_()
         dropped = weights
         if settings.dropout_p > 0.0:
             keep = self.keep(strip).to(self.dtype).div_(self.kept_share)
@@ -341,7 +338,7 @@ class _Group:
             target = self.mask_strip(grads["attn_mask"], strip)
             target += grad_scores.view(*self.shape, strip.rows, strip.keys).sum_to_size(target.shape)
         grad_content = torch.bmm(grad_scores, self.key[:, keys])
-        grad_key[:, keys].baddbmm_(grad_scores.transpose(1, 2), content, beta=0 if strip.start == 0 else 1)
+        grad_key[:, keys].baddbmm_(grad_scores.transpose(1, 2), content, beta=0 if strip.start == 0 else 1, alpha=1 / _LOG2_E)
         if self.rel_q is not None:
             self._rel_q_gradients(strip, grad_scores, grad_key, grads)
         if "pos_bias_u" in grads:
@@ -356,7 +353,7 @@ class _Group:
                     target[self.heads] += self._order(band).sum((0, 2))
             if self.rel_k is not None:
                 if "rel_k" in grads:
-                    self._add_table_gradient(grads["rel_k"], band, position, strip)
+                    self._add_table_gradient(grads["rel_k"], band, position, strip, 1 / _LOG2_E)
                 grad_position = times_table(band, self.rel_k[:, strip.row : strip.last_row]).view(content.shape)
                 grad_content += grad_position
                 if "pos_bias_v" in grads:
@@ -369,24 +366,28 @@ class _Group:
         """(G, rows, D) summed to (H, D)."""
         return self._order(tensor.view(*self.shape, *tensor.shape[1:])).sum((0, 2))
 
-    def _add_table_gradient(self, grad: Tensor, band: Tensor, rows: Tensor, strip: Strip) -> None:
-        """Add band^T rows to the band's rows of a table's gradient: band (P, Q, rows, band), rows (G, rows, D)."""
+    def _add_table_gradient(self, grad: Tensor, band: Tensor, rows: Tensor, strip: Strip, factor: float = 1.0) -> None:
+        """Add factor * band^T rows to the band's rows of a table's gradient: band (P, Q, rows, band), rows (G, rows, D)."""
         grad = grad[None] if grad.dim() == 2 else grad[self.heads]
         target, band = grad[:, strip.row : strip.last_row], merge(band, grad)
         rows = rows.view(grad.shape[0], -1, rows.shape[-1])
         if grad.shape[0] == 1:
-            target[0].addmm_(band[0].T, rows[0])
+            target[0].addmm_(band[0].T, rows[0], alpha=factor)
         else:
-            target.baddbmm_(band.transpose(1, 2), rows)
+            target.baddbmm_(band.transpose(1, 2), rows, alpha=factor)
 
     def scores(self, strip: Strip, content: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The strip's scores, (G, rows, keys), hidden ones -inf; and, if they are its skewed view, the buffer (P, Q, rows, columns)."""
+        """The strip's scores in units of ln 2, (G, rows, keys), hidden ones -inf.
+
+        And, if they are its skewed view, the buffer (P, Q, rows, columns) with one column per distance.
+        """
         key = self.key[:, strip.first : strip.last].transpose(1, 2)
         buffer = None
         if self.rel_k is None and self.rel_bias is None:
             scores = torch.bmm(content, key)
         else:
-            buffer = self._by_distance(strip, position, self.rel_k, self.rel_bias)
+            bias = None if self.rel_bias is None else self.rel_bias * _LOG2_E
+            buffer = self._by_distance(strip, position, self.rel_k, bias)
             if strip.rows * strip.keys > _COPIED:
                 scores = skewed(buffer, strip).baddbmm_(content, key)
             else:  # torch's batched product into a strided result is a loop: for many small matrices an addition is faster
@@ -395,8 +396,8 @@ class _Group:
             table = self._descending(strip).transpose(1, 2)
             for chunk, window, keys in self._key_chunks(strip):
                 product = times_table(keys, table[..., window])
-                scores.view(*self.shape, strip.rows, -1)[..., chunk].add_(skewed_keys(product, strip), alpha=self.settings.scale)
-        self._hide(scores, strip)
+                scores.view(*self.shape, strip.rows, -1)[..., chunk].add_(skewed_keys(product, strip), alpha=_LOG2_E * self.settings.scale)
+        self._hide(scores, strip, _LOG2_E)
         return scores, buffer
 
     def _by_distance(self, strip: Strip, rows: Tensor, table: Tensor | None, bias: Tensor | None = None) -> Tensor:
@@ -461,8 +462,8 @@ class _Group:
         assert self.rel_q is not None
         return self.rel_q.index_select(1, rows.clamp_(0, strip.last_row - strip.row - 1).add_(strip.row))
 
-    def _hide(self, scores: Tensor, strip: Strip) -> None:
-        """Add a floating mask and set what may not be seen to -inf, in place."""
+    def _hide(self, scores: Tensor, strip: Strip, unit: float) -> None:
+        """Add a floating mask times `unit` and set what may not be seen to -inf, in place."""
         settings, rows, keys = self.settings, strip.rows, strip.keys
         if self.tensors.attn_mask is not None:
             mask = self.mask_strip(self.tensors.attn_mask, strip)
@@ -470,7 +471,7 @@ class _Group:
             if mask.dtype == torch.bool:
                 scores.masked_fill_(~mask, -torch.inf)
             else:
-                scores.add_(mask).masked_fill_(mask <= hidden_from(mask.dtype), -torch.inf)
+                scores.add_(mask, alpha=unit).masked_fill_(mask <= hidden_from(mask.dtype), -torch.inf)
         if self.hidden is not None:
             scores.view(*self.shape, rows, keys).masked_fill_(self.hidden[..., strip.first : strip.last], -torch.inf)
         # Only keys near an edge of what may be seen need the comparison: the others are seen by every query of the strip.
