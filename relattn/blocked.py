@@ -231,7 +231,7 @@ class _Group:
         result = torch.bmm(scores, self.value[:, strip.first : strip.last])
         if self.rel_v is not None:
             result += times_table(self._table_sums(strip, scores, buffer), self.rel_v[:, strip.row : strip.last_row]).view(result.shape)
-        output.copy_(result.div_(total).view(output.shape))
+        torch.div(result.view(output.shape), total.view(*output.shape[:-1], 1), out=output)
 
     def _fits_torch_attention(self) -> bool:
         query, key, value = self.tensors[:3]
@@ -282,7 +282,8 @@ class _Group:
                 # do_i.o_i, which is sum_j w_ij dw_ij; but a rounded output would not cancel against the unrounded weights.
                 row_sum = None
                 if output.dtype == self.dtype:
-                    row_sum = (upstream * self.flat_strip(output, strip)).sum(-1, keepdim=True)
+                    product = self.of_strip(grad_output, strip) * self.of_strip(output, strip)
+                    row_sum = product.sum(-1).reshape(lse_strip.shape)
                 self._backward_strip(strip, upstream, row_sum, lse_strip, lse_slope, grad_key, grad_value, grads)
             elif "query" in grads:
                 self.of_strip(grads["query"], strip).zero_()
@@ -360,7 +361,7 @@ class _Group:
                     grads["pos_bias_v"][self.heads].add_(self._sum_rows(grad_position), alpha=settings.scale)
         if "query" in grads:
             target = self.of_strip(grads["query"], strip)
-            target.copy_(grad_content.mul_(settings.scale).view(target.shape))
+            torch.mul(grad_content.view(target.shape), settings.scale, out=target)
 
     def _sum_rows(self, tensor: Tensor) -> Tensor:
         """(G, rows, D) summed to (H, D)."""
