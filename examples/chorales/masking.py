@@ -1,7 +1,6 @@
 """Masking for masked language modelling: which tokens to hide, and what the model sees in their place.
 
-A grouping says which tokens are hidden together; 15 % of a window's groups (rounded, at least one) are
-hidden. Every
+A grouping says which tokens are hidden together; 15 % of a window's groups (rounded, at least one) are hidden. Every
 hidden token becomes <MASK> (80 %), a random token (10 %) or stays (10 %). All three choices are the seed notebook's.
 
 Randomness is a hash of (seed, epoch, window, position), not a stream: a window's mask is the same whatever the batch
