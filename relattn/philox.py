@@ -1,6 +1,7 @@
-"""Dropout's random numbers: Philox4x32-10, a counter-based generator, the same in every backend.
+"""Dropout's random numbers: Philox4x32-7, a counter-based generator, the same in every backend.
 
-Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The 64-bit seed is the key; the counter is
+Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; seven rounds are the fewest that pass their tests,
+and what FlashAttention takes. The 64-bit seed is the key; the counter is
 (batch, query head, query, key // 4), and its four output words belong to the keys 4 * (key // 4) ... + 3. A weight is therefore a
 function of the seed and of where it stands, not of how a backend cuts the work, and the backward pass and a replayed forward pass
 (activation checkpointing) see the mask again without storing it.
@@ -14,13 +15,16 @@ from torch import Tensor
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
+ROUNDS = 7
 
 
-def philox_4x32(key: tuple, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds. 32-bit words held in int64 tensors (ints for the key); the counter's words broadcast against each other."""
+def philox_4x32(
+    key: tuple, counter: tuple[Tensor, Tensor, Tensor, Tensor], rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random words. 32-bit words held in int64 tensors (ints for the key); the counter's words broadcast against each other."""
     key0, key1 = key
     word0, word1, word2, word3 = counter
-    for _ in range(10):
+    for _ in range(rounds):
         product0, product1 = word0 * _MULTIPLIER[0], word2 * _MULTIPLIER[1]
         # Products wrap in 64 bits; the arithmetic shift's sign bits are masked away.
         word0, word1 = ((product1 >> 32) & _LOW) ^ (word1 ^ key0), product1 & _LOW
