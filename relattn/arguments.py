@@ -70,8 +70,13 @@ def with_layout(like: Tensor, tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """As torch.is_autocast_enabled, which does not know the meta device."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def empty_gradient(tensor: Tensor) -> Tensor:
-    """An uninitialised gradient for one of the differentiable tensors: query, key and value keep their memory order."""
+    """An uninitialised gradient for one of the differentiable tensors: query, key, value and a 4-D mask keep their memory order."""
     if tensor.dim() == 4:
         return empty_with_layout(tensor, tensor.shape)
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

@@ -10,6 +10,7 @@ inputs' own order stays and contiguous ones are not copied. Shapes below say (P,
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -78,7 +79,8 @@ def backward(
     for group in _groups(tensors, settings, seed):
         group.backward(grad_output, grad_lse, output, lse, results | sums)
     for name, total in sums.items():
-        results[name] = total if total.dtype == needed[name].dtype and total.dim() < 4 else empty_gradient(needed[name]).copy_(total)
+        same = total.dtype == needed[name].dtype and name not in ("key", "value")
+        results[name] = total if same else empty_gradient(needed[name]).copy_(total)
     return [results[name] for name in needed]
 
 
@@ -89,7 +91,10 @@ def _groups(tensors: Tensors, settings: Settings, seed: Tensor) -> Iterator[_Gro
     if tensors.query.numel() == 0 or tensors.key.numel() == 0:
         return
     if tensors.query_offsets is not None:
-        starts = [(index, 1, settings.query_offset + offset) for index, offset in enumerate(tensors.query_offsets.tolist())]
+        starts = []  # runs of batch elements with one offset
+        for offset, run in itertools.groupby(enumerate(tensors.query_offsets.tolist()), key=lambda item: item[1]):
+            indices = [index for index, _ in run]
+            starts.append((indices[0], len(indices), settings.query_offset + offset))
     else:
         starts = [(0, batch, settings.query_offset)]
     if settings.window_left is not None and (settings.is_causal or settings.window_right is not None):
@@ -121,8 +126,7 @@ class _Group:
         self.heads_first = any(table is not None and table.shape[0] > 1 for table in tables)
         self.query = self._order(tensors.query[batch, heads])  # (P, Q, Lq, D)
         self.shape = self.query.shape[:2]
-        ratio = tensors.query.shape[1] // max(tensors.key.shape[1], 1)
-        self.key_heads = heads if ratio == 1 else [head // ratio for head in range(heads.start, heads.stop)]
+        self.ratio = tensors.query.shape[1] // tensors.key.shape[1]  # query heads that share a key head
         self.kept_share = (1.0 - settings.dropout_p) or 1.0  # nothing is kept where this is 0
         self.hidden = self._hidden_keys()
         self.key_stop = tensors.key.shape[2]  # the keys from there on are hidden from all: padding costs no products
@@ -133,18 +137,28 @@ class _Group:
                 self.hidden = None
         self.may_hide_all = (
             settings.is_causal or settings.window_left is not None or settings.window_right is not None
-            or tensors.attn_mask is not None or self.hidden is not None
+            or tensors.attn_mask is not None or self.rel_bias is not None or self.hidden is not None
         )  # fmt: skip
+        # A row whose scores share a large constant (a mask of -1e9) has an lse that no longer holds the logarithm of its sum.
+        self.lse_is_exact = self.rel_bias is None and (tensors.attn_mask is None or tensors.attn_mask.dtype == torch.bool)
 
     @functools.cached_property
     def key(self) -> Tensor:
         """(G, Lk, D)"""
-        return self._flat(self.tensors.key[self.batch, self.key_heads])
+        return self._flat(self._for_query_heads(self.tensors.key[self.batch]))
 
     @functools.cached_property
     def value(self) -> Tensor:
         """(G, Lk, Dv)"""
-        return self._flat(self.tensors.value[self.batch, self.key_heads])
+        return self._flat(self._for_query_heads(self.tensors.value[self.batch]))
+
+    def _for_query_heads(self, tensor: Tensor) -> Tensor:
+        """From (B, Hkv, L, D) with all key heads to (B, H, L, D) with the one that each query head of the group reads."""
+        if self.ratio == 1:
+            return tensor[:, self.heads]
+        first, last = self.heads.start // self.ratio, (self.heads.stop - 1) // self.ratio + 1
+        repeated = tensor[:, first:last, None].expand(-1, -1, self.ratio, -1, -1).flatten(1, 2)
+        return repeated[:, self.heads.start - first * self.ratio : self.heads.stop - first * self.ratio]
 
     def _order(self, tensor: Tensor) -> Tensor:
         """From (B, H, ...) to (P, Q, ...), or back."""
@@ -236,7 +250,7 @@ class _Group:
     def _fits_torch_attention(self) -> bool:
         query, key, value = self.tensors[:3]
         return (
-            _torch_attention is not None and self.device.type == "cpu" and query.dtype == self.dtype and isinstance(self.key_heads, slice)
+            _torch_attention is not None and self.device.type == "cpu" and query.dtype == self.dtype
             and self.rel_q is None and self.rel_v is None and self.settings.dropout_p == 0.0 and query.shape[3] == value.shape[3]
             and query.stride(3) == key.stride(3) == value.stride(3) == 1
         )  # fmt: skip
@@ -258,11 +272,18 @@ class _Group:
             bias = self._order(bias.view(*self.shape, strip.rows, strip.keys))
         if self.tensors.pos_bias_u is not None:
             query = query + self.tensors.pos_bias_u[self.heads, None].to(self.dtype)
-        index = (self.batch, self.heads, slice(strip.first, strip.last))
-        key, value = self.tensors.key[index], self.tensors.value[index]
-        result, result_lse = _torch_attention(query, key, value, 0.0, False, attn_mask=bias, scale=self.settings.scale)
-        output.copy_(self._order(result))
-        lse.copy_(self._order(result_lse))
+        output, lse_out = self._order(output), self._order(lse)  # (B, H, rows, ...)
+        first, stop = self.heads.start, self.heads.stop
+        while first < stop:  # one call, or one for each key head that query heads share
+            last = stop if self.ratio == 1 else min(stop, (first // self.ratio + 1) * self.ratio)
+            index = (self.batch, slice(first // self.ratio, (last - 1) // self.ratio + 1), slice(strip.first, strip.last))
+            key, value = (tensor[index].expand(-1, last - first, -1, -1) for tensor in (self.tensors.key, self.tensors.value))
+            part = slice(first - self.heads.start, last - self.heads.start)
+            mask = None if bias is None else bias[:, part]
+            result, result_lse = _torch_attention(query[:, part], key, value, 0.0, False, attn_mask=mask, scale=self.settings.scale)
+            output[:, part] = result
+            lse_out[:, part] = result_lse
+            first = last
         if self.may_hide_all and bias is not None:
             lse.masked_fill_(self._order(bias.amax(-1)) == -torch.inf, -torch.inf)
 
@@ -290,11 +311,11 @@ class _Group:
         for name, gradient in (("key", grad_key), ("value", grad_value)):
             if name in grads:
                 gradient = self._order(gradient.view(*self.shape, *gradient.shape[1:]))
-                if isinstance(self.key_heads, slice):
-                    grads[name][self.batch, self.key_heads].copy_(gradient)
+                if self.ratio == 1:
+                    grads[name][self.batch, self.heads].copy_(gradient)
                 else:
-                    for index, head in enumerate(self.key_heads):
-                        grads[name][self.batch, head] += gradient[:, index]
+                    for index, head in enumerate(range(self.heads.start, self.heads.stop)):
+                        grads[name][self.batch, head // self.ratio] += gradient[:, index]
 
     def _backward_strip(
         self,
@@ -308,11 +329,19 @@ class _Group:
         grads: dict[str, Tensor],
     ) -> None:
         settings, keys = self.settings, slice(strip.first, strip.last)
-        if self.may_hide_all:
-            lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # such rows have weight 0 everywhere
+        if self.may_hide_all:  # rows that see nothing have weight 0 everywhere, whatever the slope of their lse
+            nothing = lse == -torch.inf
+            lse = lse.masked_fill(nothing, torch.inf)
+            lse_slope = None if lse_slope is None else lse_slope.masked_fill(nothing, 0.0)
         content, position = self.scaled_query(strip, _LOG2_E)
         weights, buffer = self.scores(strip, content, position)
-        weights.sub_(lse * _LOG2_E).exp2_()
+        if self.lse_is_exact:
+            weights.sub_(lse * _LOG2_E).exp2_()
+        else:
+            highest = weights.amax(-1, keepdim=True)
+            weights.sub_(highest.masked_fill_(highest == -torch.inf, 0.0)).exp2_()
+            total = weights.sum(-1, keepdim=True)
+            weights.div_(total.masked_fill_(total == 0.0, 1.0))
         dropped = weights
         if settings.dropout_p > 0.0:
             keep = self.keep(strip).to(self.dtype).div_(self.kept_share)
@@ -502,5 +531,6 @@ class _Group:
         head = self._order(torch.arange(self.heads.start, self.heads.stop, device=device)[None, :, None])
         batch = self._order(torch.arange(self.batch.start, self.batch.stop, device=device)[:, None, None])
         query = torch.arange(strip.start, strip.stop, device=device)
-        keep = dropout_keep(self.seed, self.settings.dropout_p, batch, head, query, strip.first, strip.last)
+        seed = int(self.seed) if self.device.type == "cpu" else self.seed
+        keep = dropout_keep(seed, self.settings.dropout_p, batch, head, query, strip.first, strip.last)
         return keep.reshape(-1, strip.rows, strip.keys)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import operator
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from relattn import dispatch, reference
-from relattn.arguments import DIFFERENTIABLE, Settings, Tensors
+from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enabled
 from relattn.operators import RelativeAttentionFunction, no_autocast
 from relattn.philox import draw_seed
 
@@ -75,8 +76,8 @@ def relative_attention(
         key_lengths: integer (B,): keys from there on are not seen.
         is_causal: keys with d > 0 are not seen.
         window: (left, right): only keys with -left <= d <= right are seen; None on a side = unbounded.
-        query_offset: position of query 0 relative to key 0, an int or an integer tensor (B,) (or of shape ()). None = 0, but an error
-            if `is_causal` and Lq != Lk, where the two customary meanings differ.
+        query_offset: position of query 0 relative to key 0, an int or an integer tensor (B,) (or of shape ()), of magnitude at most
+            2**62. None = 0, but an error if `is_causal` and Lq != Lk, where the two customary meanings differ.
         dropout_p: probability of dropping a weight. The mask is a function of a seed drawn from torch's generator, the same in all
             backends.
         scale: None = 1 / sqrt(D).
@@ -225,9 +226,11 @@ def validated(
             query_offset = query_offset.expand(batch)
         _check_integers("query_offset", query_offset, batch)
         query_offset, offsets = 0, query_offset
-    elif not _is_integer(query_offset):
-        raise TypeError(f"query_offset: expected an int or an integer tensor, got {type(query_offset).__name__}")
-    elif _too_large(query_offset):
+    else:
+        if not _is_integer(query_offset):
+            raise TypeError(f"query_offset: expected an int or an integer tensor, got {type(query_offset).__name__}")
+        query_offset = _plain(query_offset)
+    if offsets is None and _too_large(query_offset):
         raise ValueError(f"query_offset: expected at most 2**62, so that distances fit 64-bit numbers, got {query_offset}")
     window_left, window_right = window_sides(window, is_causal)
     if not _is_number(dropout_p):
@@ -236,15 +239,17 @@ def validated(
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
     if scale is not None and not _is_number(scale):
         raise TypeError(f"scale: expected None or a number, got {scale!r}")
-    if isinstance(scale, float) and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if isinstance(scale, (int, float)) and not -sys.float_info.max <= scale <= sys.float_info.max:  # also false for NaN
+        raise ValueError(f"scale: expected a finite number, got {scale if isinstance(scale, float) else 'a larger one'}")
 
     tensors = Tensors(
         query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, attn_mask, key_mask, key_lengths, offsets
     )
-    if torch.is_autocast_enabled(query.device.type):
+    if autocast_enabled(query.device.type):
         tensors = _autocast(tensors)
     _check_dtypes(tensors)
+    if pos_bias_v is not None and rel_k is None:
+        raise ValueError("pos_bias_v: it stands in rel_k's product only, and rel_k is None")
     settings = Settings(
         left, right, is_causal, window_left, window_right, query_offset, float(dropout_p),
         head_size**-0.5 if scale is None else float(scale),
@@ -258,7 +263,14 @@ def _shape(of) -> str:
 
 
 def _is_integer(value) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    """An int, one of torch.compile's, or one of numpy's."""
+    if isinstance(value, (int, torch.SymInt)):
+        return not isinstance(value, bool)
+    return type(value).__module__ == "numpy" and hasattr(value, "__index__")
+
+
+def _plain(integer):
+    return integer if isinstance(integer, (int, torch.SymInt)) else operator.index(integer)
 
 
 def _is_number(value) -> bool:
@@ -321,9 +333,10 @@ def clip_sides(max_relative_position) -> tuple[int, int]:
         sides = (sides, sides)
     if not (isinstance(sides, (tuple, list)) and len(sides) == 2 and all(_is_integer(side) for side in sides)):
         raise TypeError(f"max_relative_position: expected an int or (left, right), got {max_relative_position!r}")
+    sides = (_plain(sides[0]), _plain(sides[1]))
     if min(sides) < 0:
         raise ValueError(f"max_relative_position: expected numbers of at least 0, got {max_relative_position!r}")
-    return sides[0], sides[1]
+    return sides
 
 
 def window_sides(window, is_causal: bool) -> tuple[int | None, int | None]:
@@ -339,7 +352,7 @@ def window_sides(window, is_causal: bool) -> tuple[int | None, int | None]:
             raise ValueError(f"window: expected numbers of at least 0, got {window!r}")
         if _too_large(side):
             raise ValueError(f"window: expected at most 2**62 (None is unbounded), so that distances fit 64-bit numbers, got {window!r}")
-    left, right = window
+    left, right = (None if side is None else _plain(side) for side in window)
     if is_causal and right is not None and right > 0:
         raise ValueError(f"window: {window!r} looks ahead of the query, which is_causal=True forbids; give (left, 0) or (left, None)")
     return left, right

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from relattn.arguments import autocast_enabled
 from relattn.cache import KeyValueCache
 
 TERMS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias")
@@ -61,7 +62,7 @@ def check_mask(name: str, mask, shapes: list[tuple[int, ...]], query: Tensor, pa
     if paired and mask.is_floating_point():
         mask = mask.to(torch.promote_types(mask.dtype, query.dtype))
     accepted = (torch.bool, query.dtype) + (() if query.dtype in (torch.float32, torch.float64) else (torch.float32,))
-    if mask.dtype in accepted or (torch.is_autocast_enabled(query.device.type) and mask.is_floating_point()):
+    if mask.dtype in accepted or (autocast_enabled(query.device.type) and mask.is_floating_point()):
         return mask
     raise TypeError(f"{name}: expected {' or '.join(map(str, accepted))}, got {mask.dtype}")
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relattn import dispatch, functional, reference
+from relattn.arguments import autocast_enabled
 from relattn.cache import KeyValueCache
 from relattn.layer_checks import check_cache, check_mask, check_sizes, chosen, shape
 from relattn.philox import draw_seed
@@ -314,7 +315,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             if tensor.device != weight.device:
                 raise ValueError(f"{name}: expected device {weight.device} as the parameters, got {tensor.device}")
             if tensor.dtype != weight.dtype:
-                casts = torch.is_autocast_enabled(weight.device.type)
+                casts = autocast_enabled(weight.device.type)
                 if not casts or not tensor.is_floating_point() or torch.float64 in (tensor.dtype, weight.dtype):
                     raise TypeError(f"{name}: expected {weight.dtype} as the parameters, got {tensor.dtype}")
         if key is not query and query.dim() == 3:

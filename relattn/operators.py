@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from relattn import dispatch
-from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout, lse_dtype
+from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enabled, empty_gradient, empty_with_layout, lse_dtype
 from relattn.philox import draw_seed
 
 _CALL = (
@@ -46,7 +46,7 @@ def _split(call: tuple) -> tuple[Tensors, Settings]:
 
 def no_autocast(device_type: str):
     """Backends decide their own precision: autocast must not recast what they multiply."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -112,6 +112,11 @@ class RelativeAttentionFunction(torch.autograd.Function):
     def backward(ctx, grad_output, grad_lse, _):
         needs = list(ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)])
         nothing = (None,) * (1 + _TENSORS + len(ctx.settings))
+        for gradient in (grad_output, grad_lse):
+            if gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient):
+                raise RuntimeError(
+                    'relattn: batched gradients (is_grads_batched, vectorize) need torch.func.jacrev or vmap, or backend="reference"'
+                )
         if not any(needs) or (grad_output is None and grad_lse is None):
             return nothing
         saved = ctx.saved_tensors
@@ -209,15 +214,21 @@ class _WhenImported(importlib.abc.MetaPathFinder):
     """Registers the formulas when torch's FLOP counter is imported, not before: it imports triton, which `import relattn` must not."""
 
     module = "torch.utils.flop_counter"
+    searching = False
 
     def find_spec(self, name, path=None, target=None):
-        if name != self.module:
+        if name != self.module or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec: Any = importlib.util.find_spec(name)
+        self.searching = True
+        try:
+            spec: Any = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
         execute = spec.loader.exec_module
 
         def execute_and_register(module) -> None:
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             execute(module)
             _register_flops(module)
 

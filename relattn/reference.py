@@ -102,11 +102,11 @@ def attention(
     if tensors.attn_mask is not None and tensors.attn_mask.dtype != torch.bool:
         mask = tensors.attn_mask
         scores = scores + mask.to(scores.dtype).masked_fill(mask <= hidden_from(mask.dtype), 0.0)
-    if allowed is None:
-        allowed = torch.ones((1, 1, 1, key_length), dtype=torch.bool, device=query.device)
-    sees_any = allowed.any(-1, keepdim=True)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    sees_any = (scores > -torch.inf).any(-1, keepdim=True)
     # Rows that see nothing are computed as if they saw everything with score 0, then overwritten: no NaN, no gradient.
-    scores = torch.where(sees_any, scores.masked_fill(~allowed, -torch.inf), 0.0)
+    scores = torch.where(sees_any, scores, 0.0)
     weights = torch.where(sees_any, scores.softmax(-1), 0.0)
     lse = torch.where(sees_any.squeeze(-1), scores.logsumexp(-1), -torch.inf)
 

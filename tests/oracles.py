@@ -185,6 +185,8 @@ def calls(draw, dtype: torch.dtype = torch.float64) -> dict:
         enable_gqa=group > 1,
         scale=draw(st.sampled_from((None, 0.7))),
     )
+    if call["rel_k"] is None:
+        call["pos_bias_v"] = None  # stands in rel_k's product only, and is refused without it
     if any(call[name] is not None for name in ("rel_k", "rel_q", "rel_v", "rel_bias")) and not (left == right and draw(flag)):
         call["max_relative_position"] = left if left == right and draw(flag) else (left, right)
     if draw(flag):

@@ -115,6 +115,63 @@ def test_mask_with_gradient_summed_over_what_it_broadcasts(backend):
         torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [16, 300])  # below and above what torch's fused attention serves
+def test_rows_masked_by_a_large_number_have_right_gradients(backend, length):
+    """A row of -1e9 attends to all keys alike. Its log-sum-exp of -1e9 has lost the logarithm of their number: weights recovered from it
+    were n times too large, and so were the gradients, without an error."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3)]
+    tensors.append(torch.randn(2 * length - 1, 16, requires_grad=True))
+    mask = torch.zeros(length, length)
+    mask[2] = -1e9
+    mask[:, :3] -= 1e9
+    weight = torch.randn(1, 2, length, 16)
+    gradients = []
+    for name in (backend, "reference"):
+        output = relative_attention(*tensors, attn_mask=mask, backend=name)
+        gradients.append(torch.autograd.grad((output * weight).sum(), tensors))
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("length", [6, 300])
+def test_hidden_rows_pass_no_gradient_from_their_log_sum_exp(backend, length):
+    """The slope of lse ** 2 at -inf is infinite, and 0 * inf was NaN."""
+    query, rel_k = torch.randn(1, 2, length, 8, requires_grad=True), torch.randn(2 * length - 1, 8, requires_grad=True)
+    mask = torch.ones(length, length, dtype=torch.bool)
+    mask[2] = False
+    output, lse = relative_attention(query, query, query, rel_k, attn_mask=mask, return_lse=True, backend=backend)
+    gradients = torch.autograd.grad(output.sum() + lse.square().mean(), [query, rel_k])
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("length", [6, 300])
+def test_tables_may_hide(backend, length):
+    """A causal rel_bias of -inf is the causal mask, also for queries before the first key, which see nothing."""
+    tensors = [torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(3)]
+    bias = torch.zeros(2 * length - 1)
+    bias[length:] = -torch.inf
+    results = []
+    for arguments in (dict(rel_bias=bias.requires_grad_()), dict(is_causal=True)):
+        output, lse = relative_attention(*tensors, **arguments, query_offset=-3, return_lse=True, backend=backend)
+        gradients = torch.autograd.grad(output.square().sum(), tensors)
+        results.append([output, lse, *gradients])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+    assert (results[0][1][:, :, :3] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_meta_tensors(backend):
+    """Shapes without numbers, as for building large models."""
+    query = torch.empty(2, 4, 7, 8, device="meta", requires_grad=True)
+    rel_k = torch.empty(13, 8, device="meta", requires_grad=True)
+    output, lse = relative_attention(query, query, query, rel_k, is_causal=True, dropout_p=0.1, return_lse=True, backend=backend)
+    output.sum().backward()
+    assert (output.shape, lse.shape, query.grad.shape, rel_k.grad.shape) == (query.shape, query.shape[:3], query.shape, rel_k.shape)
+
+
 # Extra memory is the high-water resident set of a fresh process less that before the call, as in benchmarks/speed.py.
 _MEMORY = textwrap.dedent("""
     import resource, sys, torch, relattn

@@ -164,6 +164,8 @@ CASES = [
         ("key_lengths", f(2).long()),
     )),
     # Found by looking for what slipped through
+    Case("pos_bias_v", ValueError, "rel_k's product", "rel_k is None", dict(pos_bias_v=f(4, 8), rel_k=None)),
+    Case("scale", ValueError, "a finite number", "got a larger one", dict(scale=10**400)),
     *(Case("scale", TypeError, "a number", f"got {given!r}", dict(scale=given)) for given in ("1", 1j)),
     *(Case("scale", ValueError, "a finite number", f"got {given}", dict(scale=given)) for given in (float("nan"), float("inf"))),
     *(Case("dropout_p", TypeError, "a probability in [0, 1]", f"got {given!r}", dict(dropout_p=given)) for given in ("0.1", None)),

@@ -197,6 +197,28 @@ def test_vmap(backend):
     assert not torch.equal(different[0], different[1])
 
 
+def test_batched_gradients_are_refused_by_name():
+    query = torch.randn(1, 2, 4, 8, requires_grad=True)
+    output = relative_attention(query, query, query)
+    with pytest.raises(RuntimeError, match="jacrev"):
+        torch.autograd.grad(output, query, torch.ones(3, *output.shape), is_grads_batched=True)
+    jacobian = torch.func.jacrev(lambda query: relative_attention(query, query, query))(query)
+    expected = torch.func.jacrev(lambda query: relative_attention(query, query, query, backend="reference"))(query)
+    torch.testing.assert_close(jacobian, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_dropout_under_vmap_and_fake_tensors(backend):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    queries = torch.randn(3, 1, 2, 4, 8)
+    vmap(lambda query: relative_attention(query, query, query, dropout_p=0.5, backend=backend), randomness="different")(queries)
+    with FakeTensorMode():
+        query = torch.randn(1, 2, 4, 8, requires_grad=True)
+        relative_attention(query, query, query, dropout_p=0.5, backend=backend).sum().backward()
+        assert query.grad.shape == query.shape
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_replays_the_same_dropout(backend, reentrant):
