@@ -368,7 +368,8 @@ class _Group:
             target = self.mask_strip(grads["attn_mask"], strip)
             target += grad_scores.view(*self.shape, strip.rows, strip.keys).sum_to_size(target.shape)
         grad_content = torch.bmm(grad_scores, self.key[:, keys])
-        grad_key[:, keys].baddbmm_(grad_scores.transpose(1, 2), content, beta=0 if strip.start == 0 else 1, alpha=1 / _LOG2_E)
+        if "key" in grads:
+            grad_key[:, keys].baddbmm_(grad_scores.transpose(1, 2), content, beta=0 if strip.start == 0 else 1, alpha=1 / _LOG2_E)
         if self.rel_q is not None:
             self._rel_q_gradients(strip, grad_scores, grad_key, grads)
         if "pos_bias_u" in grads:
@@ -467,8 +468,9 @@ class _Group:
         for chunk, window, keys in self._key_chunks(strip):
             product = keys.new_zeros((*self.shape, keys.shape[2], keys.shape[2] + strip.rows - 1))
             skewed_keys(product, strip).copy_(grad_scores[..., chunk]).mul_(self.settings.scale)
-            target = grad_key[:, strip.first + chunk.start : strip.first + chunk.stop]
-            target += times_table(product, table[:, window]).view(target.shape)
+            if "key" in grads:
+                target = grad_key[:, strip.first + chunk.start : strip.first + chunk.stop]
+                target += times_table(product, table[:, window]).view(target.shape)
             grad_table[:, window].baddbmm_(merge(product, table).transpose(1, 2), merge(keys, table))
         if "rel_q" in grads:
             # The table's rows beyond the edges are copies of the edge rows.
