@@ -270,7 +270,7 @@ def run_arm(
         "test": test,
         **_history(trainer.state),
         "train_seconds": round(clock.seconds, 3),
-        # Of this session only: a run continued after a kill does not know how fast the killed one was.
+        # Of this process only: a run continued after a kill does not know how fast the killed one was.
         "tokens_per_second": round(int(tokens) / clock.seconds, 1) if clock.seconds else None,
     }
     if state.is_main_process:
