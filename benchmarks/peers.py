@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,4 +22,4 @@ def materialising_skew(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor)
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
     """torch's attention with no relative term at all: a lower bound on the work, not a peer."""
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value)

@@ -54,13 +54,12 @@ def heads_last(tensor: Tensor) -> bool:
     return tensor.stride(1) < tensor.stride(2)
 
 
-def empty_with_layout(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised dense (B, H, L, D) tensor on `like`'s device in the memory order of `like`."""
-    dtype = like.dtype if dtype is None else dtype
+def empty_with_layout(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised dense (B, H, L, D) tensor of `like`'s dtype and device in the memory order of `like`."""
     if heads_last(like):
         batch, heads, length, size = shape
-        return like.new_empty((batch, length, heads, size), dtype=dtype).transpose(1, 2)
-    return like.new_empty(shape, dtype=dtype)
+        return like.new_empty((batch, length, heads, size)).transpose(1, 2)
+    return like.new_empty(shape)
 
 
 def with_layout(like: Tensor, tensor: Tensor) -> Tensor:
@@ -68,6 +67,11 @@ def with_layout(like: Tensor, tensor: Tensor) -> Tensor:
     if heads_last(like):
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     return tensor.contiguous()
+
+
+def shape_text(tensor: Tensor) -> str:
+    """A shape as error messages give it."""
+    return str(tuple(tensor.shape))
 
 
 def autocast_enabled(device_type: str) -> bool:

@@ -11,20 +11,6 @@ from relattn import blocked
 from relattn.arguments import Settings, Tensors
 
 
-class Backend(NamedTuple):
-    """An implementation of the operators behind `relative_attention`.
-
-    `unavailable()` says why this machine cannot run it, `unsupported(tensors, settings)` why it cannot take a call; None = it can.
-    `forward(tensors, settings, seed)` returns (output, lse); `backward(grad_output, grad_lse, tensors, settings, output, lse, seed,
-    needs)` the gradients of the differentiable tensors for which `needs` is True, in their order (see `relattn.operators`).
-    """
-
-    unavailable: Callable[[], str | None]
-    unsupported: Callable[[Tensors, Settings], str | None]
-    forward: Callable[[Tensors, Settings, Tensor], tuple[Tensor, Tensor]]
-    backward: Callable[..., list[Tensor]]
-
-
 def _never(*_: object) -> None:
     return None
 
@@ -33,13 +19,27 @@ def _absent(*_: object):
     raise NotImplementedError("this backend does not run behind the operators")
 
 
+class Backend(NamedTuple):
+    """An implementation of the operators behind `relative_attention`.
+
+    `unavailable()` says why this machine cannot run it, `unsupported(tensors, settings)` why it cannot take a call; None = it can.
+    `forward(tensors, settings, seed)` returns (output, lse); `backward(grad_output, grad_lse, tensors, settings, output, lse, seed,
+    needs)` the gradients of the differentiable tensors for which `needs` is True, in their order (see `relattn.operators`).
+    """
+
+    unavailable: Callable[[], str | None] = _never
+    unsupported: Callable[[Tensors, Settings], str | None] = _never
+    forward: Callable[[Tensors, Settings, Tensor], tuple[Tensor, Tensor]] = _absent
+    backward: Callable[..., list[Tensor]] = _absent
+
+
 # Fastest first: the order in which a call is offered to them. The reference takes everything but is only used when asked for
 # by name, since blocked, before it, takes everything too.
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend(lambda: "this version of relattn has no Triton kernel yet", _never, _absent, _absent),
-    "cpu": Backend(lambda: "this version of relattn has no native CPU kernel yet", _never, _absent, _absent),
-    "blocked": Backend(_never, _never, blocked.forward, blocked.backward),
-    "reference": Backend(_never, _never, _absent, _absent),  # plain differentiable PyTorch, outside the operators
+    "triton": Backend(lambda: "this version of relattn has no Triton kernel yet"),
+    "cpu": Backend(lambda: "this version of relattn has no native CPU kernel yet"),
+    "blocked": Backend(forward=blocked.forward, backward=blocked.backward),
+    "reference": Backend(),  # plain differentiable PyTorch, outside the operators
 }
 
 

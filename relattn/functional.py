@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from relattn import dispatch, reference
-from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enabled
+from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enabled, shape_text
 from relattn.operators import RelativeAttentionFunction, no_autocast
 from relattn.philox import draw_seed
 
@@ -107,13 +108,34 @@ def relative_attention(
     chosen = dispatch.select(*call, backend)
     tensors, settings = call
     if chosen == "reference":
-        with no_autocast(query.device.type):
-            seed = draw_seed(query.device) if settings.dropout_p > 0.0 else None
-            output, lse, _ = reference.attention(tensors, settings, seed)
+        output, lse, _ = _by_reference(tensors, settings)
     else:
         attend = torch.ops.relattn.forward if torch.compiler.is_compiling() else RelativeAttentionFunction.apply
         output, lse, _ = attend(chosen, *tensors, *settings)
     return (output, lse) if return_lse else output
+
+
+def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and weights after dropout, (B, Hq, Lq, Lk), by the reference: what asks for weights materialises them.
+
+    `arguments` are `relative_attention`'s, which checks them in the same way.
+    """
+    return _by_reference(*validated(query, key, value, **(_DEFAULTS | arguments)))
+
+
+def _by_reference(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    device = tensors.query.device
+    with no_autocast(device.type):
+        seed = draw_seed(device) if settings.dropout_p > 0.0 else None
+        return reference.attention(tensors, settings, seed)
+
+
+# What an argument is that a call leaves out.
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(relative_attention).parameters.items()
+    if parameter.default is not parameter.empty and name not in ("return_lse", "backend")
+}
 
 
 class Explanation(NamedTuple):
@@ -138,14 +160,10 @@ def explain(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor | None = No
     """
     backend = arguments.pop("backend", None)
     arguments.pop("return_lse", None)
-    defaults = dict.fromkeys(
-        ("rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v", "max_relative_position", "attn_mask", "key_mask", "key_lengths")
-    )
-    defaults |= dict(is_causal=False, window=None, query_offset=None, dropout_p=0.0, scale=None, enable_gqa=False)
-    unknown = arguments.keys() - defaults.keys()
+    unknown = arguments.keys() - _DEFAULTS.keys()
     if unknown:
         raise TypeError(f"explain() got unexpected arguments: {', '.join(sorted(unknown))}")
-    call = validated(query, key, value, rel_k, **(defaults | arguments))
+    call = validated(query, key, value, **(_DEFAULTS | arguments | {"rel_k": rel_k}))
     chosen = dispatch.select(*call, backend)
     return Explanation(chosen, {name: reason for name, reason in dispatch.reasons(*call).items() if reason is not None})
 
@@ -158,18 +176,18 @@ def validated(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_tensor(name, tensor)
         if tensor.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions (batch, heads, length, head size), got shape {_shape(tensor)}")
+            raise ValueError(f"{name}: expected 4 dimensions (batch, heads, length, head size), got shape {shape_text(tensor)}")
     batch, heads, query_length, head_size = query.shape
     key_heads, key_length, value_size = key.shape[1], key.shape[2], value.shape[3]
     if head_size == 0:
-        raise ValueError(f"query: expected a head size of at least 1, got shape {_shape(query)}")
+        raise ValueError(f"query: expected a head size of at least 1, got shape {shape_text(query)}")
     if value_size == 0:
-        raise ValueError(f"value: expected a size of at least 1, got {_shape(value)}")
+        raise ValueError(f"value: expected a size of at least 1, got {shape_text(value)}")
     if key.shape[0] != batch or key.shape[3] != head_size:
-        raise ValueError(f"key: expected ({batch}, heads, length, {head_size}) as query is {_shape(query)}, got {_shape(key)}")
+        raise ValueError(f"key: expected ({batch}, heads, length, {head_size}) as query is {shape_text(query)}, got {shape_text(key)}")
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(
-            f"value: expected ({batch}, {key_heads}, {key_length}, size) as key is {_shape(key)}, got {_shape(value)}"
+            f"value: expected ({batch}, {key_heads}, {key_length}, size) as key is {shape_text(key)}, got {shape_text(value)}"
         )
     if heads != key_heads:
         if not enable_gqa:
@@ -185,32 +203,32 @@ def validated(
             _check_tensor(name, table)
             fits = table.dim() in (2, 3) and table.shape[-1] == size and (table.dim() == 2 or table.shape[0] == heads)
             if not fits:
-                raise ValueError(f"{name}: expected (R, {size}) or ({heads}, R, {size}), got {_shape(table)}")
+                raise ValueError(f"{name}: expected (R, {size}) or ({heads}, R, {size}), got {shape_text(table)}")
             rows = _check_rows(name, table.shape[-2], rows)
     if rel_bias is not None:
         _check_tensor("rel_bias", rel_bias)
         if not (rel_bias.dim() == 1 or (rel_bias.dim() == 2 and rel_bias.shape[0] == heads)):
-            raise ValueError(f"rel_bias: expected (R,) or ({heads}, R), got {_shape(rel_bias)}")
+            raise ValueError(f"rel_bias: expected (R,) or ({heads}, R), got {shape_text(rel_bias)}")
         rows = _check_rows("rel_bias", rel_bias.shape[-1], rows)
     left, right = _clip(max_relative_position, rows)
     for name, bias in (("pos_bias_u", pos_bias_u), ("pos_bias_v", pos_bias_v)):
         if bias is not None:
             _check_tensor(name, bias)
             if bias.shape != (heads, head_size):
-                raise ValueError(f"{name}: expected ({heads}, {head_size}), got {_shape(bias)}")
+                raise ValueError(f"{name}: expected ({heads}, {head_size}), got {shape_text(bias)}")
 
     if attn_mask is not None:
         _check_tensor("attn_mask", attn_mask)
         target = (batch, heads, query_length, key_length)
         sizes = tuple(attn_mask.shape)
         if len(sizes) > 4 or any(size not in (1, full) for size, full in zip(sizes[::-1], target[::-1], strict=False)):
-            raise ValueError(f"attn_mask: expected a shape broadcastable to {_shape(target)}, got {_shape(attn_mask)}")
+            raise ValueError(f"attn_mask: expected a shape broadcastable to {target}, got {shape_text(attn_mask)}")
     if key_mask is not None:
         _check_tensor("key_mask", key_mask)
         if key_mask.dtype != torch.bool:
             raise TypeError(f"key_mask: expected torch.bool, got {key_mask.dtype}")
         if key_mask.shape != (batch, key_length):
-            raise ValueError(f"key_mask: expected ({batch}, {key_length}), got {_shape(key_mask)}")
+            raise ValueError(f"key_mask: expected ({batch}, {key_length}), got {shape_text(key_mask)}")
     if key_lengths is not None:
         _check_integers("key_lengths", key_lengths, batch)
     offsets = None
@@ -230,8 +248,8 @@ def validated(
         if not _is_integer(query_offset):
             raise TypeError(f"query_offset: expected an int or an integer tensor, got {type(query_offset).__name__}")
         query_offset = _plain(query_offset)
-    if offsets is None and _too_large(query_offset):
-        raise ValueError(f"query_offset: expected at most 2**62, so that distances fit 64-bit numbers, got {query_offset}")
+        if _too_large(query_offset):
+            raise ValueError(f"query_offset: expected at most 2**62, so that distances fit 64-bit numbers, got {query_offset}")
     window_left, window_right = window_sides(window, is_causal)
     if not _is_number(dropout_p):
         raise TypeError(f"dropout_p: expected a probability in [0, 1], got {dropout_p!r}")
@@ -255,11 +273,6 @@ def validated(
         head_size**-0.5 if scale is None else float(scale),
     )  # fmt: skip
     return tensors, settings
-
-
-def _shape(of) -> str:
-    sizes = tuple(of.shape) if isinstance(of, Tensor) else tuple(of)
-    return "(" + ", ".join(map(str, sizes)) + ("," if len(sizes) == 1 else "") + ")"
 
 
 def _is_integer(value) -> bool:
@@ -295,7 +308,7 @@ def _check_integers(name: str, tensor, batch: int) -> None:
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
     if tensor.shape != (batch,):
-        raise ValueError(f"{name}: expected ({batch},), got {_shape(tensor)}")
+        raise ValueError(f"{name}: expected ({batch},), got {shape_text(tensor)}")
 
 
 def _check_rows(name: str, rows: int, others: int | None) -> int:

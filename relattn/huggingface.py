@@ -46,10 +46,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.models.bert import modeling_bert
 from transformers.models.roberta import modeling_roberta
 
-from relattn import reference
-from relattn.arguments import Settings, Tensors
-from relattn.functional import clip_sides, relative_attention
-from relattn.philox import draw_seed
+from relattn.functional import attention_with_weights, clip_sides, relative_attention
 
 __all__ = ["TERMS", "add_relative_positions", "from_pretrained", "relattn_attention", "relattn_mask"]
 
@@ -158,24 +155,17 @@ def relattn_attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_causal = bool(is_causal) and "attn_mask" not in masks
-    terms: dict[str, Any] = {} if tables is None else tables.terms()
-    offset = key.shape[2] - query.shape[2]
-
-    clip = None if tables is None else tables.max_relative_position
-
+    arguments: dict[str, Any] = dict(
+        max_relative_position=None if tables is None else tables.max_relative_position, is_causal=is_causal,
+        query_offset=key.shape[2] - query.shape[2], dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    arguments |= masks | ({} if tables is None else tables.terms())
     output: Any
     weights = None
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        left, right = clip or (0, 0)
-        settings = Settings(left, right, is_causal, None, None, offset, dropout, scale)
-        seed = draw_seed(query.device) if dropout > 0.0 else None
-        output, _, weights = reference.attention(Tensors(query, key, value, **terms, **masks), settings, seed)
+        output, _, weights = attention_with_weights(query, key, value, **arguments)
     else:
-        output = relative_attention(
-            query, key, value, **terms, **masks, max_relative_position=clip, is_causal=is_causal, query_offset=offset,
-            dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+        output = relative_attention(query, key, value, **arguments)
     return output.transpose(1, 2).contiguous(), weights
 
 

@@ -10,14 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from relattn.arguments import autocast_enabled
+from relattn.arguments import autocast_enabled, shape_text
 from relattn.cache import KeyValueCache
 
 TERMS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias")
-
-
-def shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))
 
 
 def check_sizes(embed_dim, num_heads, dropout, kdim, vdim, dtype) -> None:
@@ -54,7 +50,7 @@ def check_mask(name: str, mask, shapes: list[tuple[int, ...]], query: Tensor, pa
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(mask).__name__}")
     if tuple(mask.shape) not in shapes:
-        raise ValueError(f"{name}: expected {' or '.join(map(str, shapes))}, got {shape(mask)}")
+        raise ValueError(f"{name}: expected {' or '.join(map(str, shapes))}, got {shape_text(mask)}")
     if mask.device != query.device:
         raise ValueError(f"{name}: expected device {query.device} as query, got {mask.device}")
     if mask.dtype in (torch.bool, query.dtype):

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relattn import dispatch, functional, reference
-from relattn.arguments import autocast_enabled
+from relattn import dispatch, functional
+from relattn.arguments import autocast_enabled, shape_text
 from relattn.cache import KeyValueCache
-from relattn.layer_checks import check_cache, check_mask, check_sizes, chosen, shape
-from relattn.philox import draw_seed
+from relattn.layer_checks import check_cache, check_mask, check_sizes, chosen
 
 _PARAMETERS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v")
 _TABLE_STD = 0.02  # small beside the content's scores: tables that start at N(0, 1) drown them
@@ -309,9 +308,9 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             ("value", value, self.vdim),
         ):
             if tensor.dim() != query.dim() or tensor.dim() not in (2, 3):
-                raise ValueError(f"{name}: expected 3 dimensions in each input, or 2 (unbatched) in each, got shape {shape(tensor)}")
+                raise ValueError(f"{name}: expected 3 dimensions in each input, or 2 (unbatched) in each, got shape {shape_text(tensor)}")
             if tensor.shape[-1] != size:
-                raise ValueError(f"{name}: expected a last size of {size}, got shape {shape(tensor)}")
+                raise ValueError(f"{name}: expected a last size of {size}, got shape {shape_text(tensor)}")
             if tensor.device != weight.device:
                 raise ValueError(f"{name}: expected device {weight.device} as the parameters, got {tensor.device}")
             if tensor.dtype != weight.dtype:
@@ -321,9 +320,9 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         if key is not query and query.dim() == 3:
             batch_dim = 0 if self.batch_first else 1
             if key.shape[batch_dim] != query.shape[batch_dim]:
-                raise ValueError(f"key: expected the batch size of query {shape(query)}, got {shape(key)}")
+                raise ValueError(f"key: expected the batch size of query {shape_text(query)}, got {shape_text(key)}")
         if value is not key and value.shape[:-1] != key.shape[:-1]:
-            raise ValueError(f"value: expected the length and batch size of key {shape(key)}, got {shape(value)}")
+            raise ValueError(f"value: expected the length and batch size of key {shape_text(key)}, got {shape_text(value)}")
 
     def _masks(
         self,
@@ -392,9 +391,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         )  # fmt: skip
         weights = None
         if need_weights:
-            tensors, settings = functional.validated(q, k, v, **arguments, scale=None, enable_gqa=False)
-            seed = draw_seed(q.device) if settings.dropout_p > 0.0 else None
-            output, lse, weights = reference.attention(tensors, settings, seed)
+            output, lse, weights = functional.attention_with_weights(q, k, v, **arguments)
         else:
             output, lse = functional.relative_attention(q, k, v, **arguments, return_lse=True, backend=self.backend)
         if self.bias_k is not None or self.add_zero_attn:

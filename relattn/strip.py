@@ -87,9 +87,9 @@ def fold_edges(buffer: Tensor, strip: Strip) -> Tensor:
     return band
 
 
-def merge(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """(P, Q, rows, n) as (H, B * rows, n), or as (1, H * B * rows, n) if `like`, (T, ...), is shared by the heads."""
-    groups = tensor.shape[0] if like is None or like.shape[0] > 1 else 1
+def merge(tensor: Tensor, like: Tensor) -> Tensor:
+    """(P, Q, rows, n) as (P, Q * rows, n), P being the heads, or as (1, P * Q * rows, n) if they share `like`, (T, ...)."""
+    groups = tensor.shape[0] if like.shape[0] > 1 else 1
     return tensor.reshape(groups, -1, tensor.shape[-1])
 
 

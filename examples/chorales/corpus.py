@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import SILENT, SPLITS, VOICES, Splits
+from .progress import progress_bar
 from .storage import atomic_write
 
 STEPS_PER_QUARTER = 4
@@ -107,15 +108,12 @@ def _parse_all(workers: int | None) -> Splits:
             f'the default chorales need {", ".join(missing)}: pip install "relattn[chorales]"; '
             "or give the classic file: --data PATH"
         )
-    from tqdm import tqdm
-
     rows = read_split()
     # Processes are spawned, not forked: a fork after torch has started its threads can hang.
     with ProcessPoolExecutor(workers or available_cores(), mp_context=get_context("spawn")) as pool:
         names, repeats = zip(*[(name, repeats) for _, _, name, repeats in rows], strict=True)
         parsed = pool.map(parse_chorale, names, repeats, chunksize=4)
-        interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs no animation
-        grids = list(tqdm(parsed, "parsing chorales", len(rows), mininterval=interval))
+        grids = list(progress_bar(parsed, desc="parsing chorales", total=len(rows)))
     splits: Splits = {name: [] for name in SPLITS}
     for (split, *_), grid in zip(rows, grids, strict=True):
         splits[split].append(grid)

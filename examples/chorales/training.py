@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .data import Chorales, Windows
 from .masking import EVALUATION_SEED, IGNORED, MaskingCollator
 from .model import build_model, parameter_count
+from .progress import progress_bar
 from .settings import Settings
 from .storage import read_json, write_json
 
@@ -128,9 +128,7 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         if state.is_world_process_zero:
-            interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs no animation
-            options = dict(desc=self.arm, dynamic_ncols=True, mininterval=interval)
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, **options)
+            self.bar = progress_bar(total=state.max_steps, initial=state.global_step, desc=self.arm, dynamic_ncols=True)
             self.shown = {}
 
     def on_step_end(self, args, state, control, **_):
