@@ -178,6 +178,8 @@ def training_arguments(settings: Settings, folder: Path, train_windows: int, pro
         use_cpu=not on_gpu,
         ddp_backend="gloo" if processes > 1 and not on_gpu else None,
         dataloader_num_workers=workers,
+        # Not forked: a fork of a process with gloo's threads sometimes inherits a lock that nobody releases, and hangs.
+        dataloader_multiprocessing_context="spawn" if workers else None,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         report_to="none",

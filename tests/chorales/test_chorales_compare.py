@@ -311,3 +311,26 @@ def test_batch_must_split_over_the_processes(tmp_path):
 
     with pytest.raises(ValueError, match="batch: expected a multiple of the 3 processes, got 16"):
         training_arguments(PRESETS["tiny"], tmp_path, 100, processes=3, workers=0)
+
+
+def test_workers_are_spawned(small_json, tmp_path):
+    """Forked from a process with gloo's threads, a worker once inherited a held lock, and both processes waited for it for ever."""
+    from examples.chorales.data import Chorales
+    from examples.chorales.masking import MaskingCollator
+    from examples.chorales.model import build_model
+    from examples.chorales.settings import PRESETS
+    from examples.chorales.training import ChoraleTrainer, cut_windows, training_arguments
+
+    settings, chorales = PRESETS["tiny"], Chorales.load(str(small_json))
+    windows, size = cut_windows(chorales, settings), len(chorales.vocabulary)
+    trainer = ChoraleTrainer(
+        model=build_model("absolute", size, settings.window, settings.max_relative_position, 0),
+        args=training_arguments(settings, tmp_path, len(windows["train"]), 1, 1),
+        train_dataset=windows["train"],
+        data_collator=MaskingCollator(windows["train"], settings.masking, size, 0),
+        eval_dataset=windows["valid"],
+        evaluation={},
+    )
+    loader = trainer.get_train_dataloader()
+    assert loader.base_dataloader.multiprocessing_context.get_start_method() == "spawn"
+    assert next(iter(loader))["input_ids"].shape == (settings.batch, settings.window)
