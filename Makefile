@@ -6,41 +6,50 @@ PRESET    ?= quick
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_COUNT ?= 300
 # Test processes: one per core, each with one thread (below); the cap keeps memory in bounds on large machines.
 JOBS      ?= auto
 
 BIN   := $(VENV)/bin
 # Named after this folder: an editable install points to a place, and a copied or moved clone would run the old one's code.
-STAMP := $(VENV)/.ready-$(shell pwd | cksum | cut -d ' ' -f 1)
+HERE  := $(shell pwd | cksum | cut -d ' ' -f 1)
+STAMP := $(VENV)/.ready-$(HERE)
+# relattn itself, with the native library of its C++ sources.
+INSTALLED := $(VENV)/.installed-$(HERE)
+NATIVE    := kernels/cpu/build.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 # A waiting OpenMP thread sleeps instead of spinning: on busy cores, spinning made small steps a hundred times slower.
 # (Not for benchmarks, which want idle cores and what a user's program would get.)
-demo test: export OMP_WAIT_POLICY ?= PASSIVE
+demo test sanitize: export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing is fetched from a model hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test sanitize bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP) ## the chorale comparison (PRESET=quick|seed|tiny, DEMO_ARGS="--out DIR ...")
+demo: $(INSTALLED) ## the chorale comparison (PRESET=quick|seed|tiny, DEMO_ARGS="--out DIR ...")
 	$(BIN)/python -m examples.chorales.compare --preset $(PRESET) $(DEMO_ARGS)
 
-test: $(STAMP) ## ruff and the test suite (TEST_ARGS="-k name ...")
+test: $(INSTALLED) ## ruff and the test suite (TEST_ARGS="-k name ...")
 	$(BIN)/python -m ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup $(TEST_ARGS)
 
-bench: $(STAMP) ## speed and memory on this machine (BENCH_ARGS="...")
+sanitize: $(INSTALLED) ## random calls of the native CPU kernels under GCC's sanitizers (FUZZ_COUNT=300)
+	$(BIN)/python -m tests.sanitize --count $(FUZZ_COUNT)
+
+bench: $(INSTALLED) ## speed and memory on this machine (BENCH_ARGS="...")
 	$(BIN)/python -m benchmarks.speed $(BENCH_ARGS)
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
 clean: ## delete builds and caches (not .venv: remove it yourself to set up anew)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f kernels/cpu/*.so kernels/cpu/build_report.json $(VENV)/.installed-*
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # The stamp is written last. A set-up that did not finish leaves .unfinished behind, and the next run starts over:
@@ -48,10 +57,16 @@ clean: ## delete builds and caches (not .venv: remove it yourself to set up anew
 $(STAMP): requirements-dev.txt constraints.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "relattn needs Python 3.11 or newer, and $(PYTHON) is %d.%d: try make PYTHON=python3.12" % sys.version_info[:2])'
 	@if [ -e $(VENV)/.unfinished ]; then echo "The last set-up did not finish: starting over."; rm -rf $(VENV); fi
-	@mkdir -p $(VENV) && rm -f $(VENV)/.ready-* && touch $(VENV)/.unfinished
+	@mkdir -p $(VENV) && rm -f $(VENV)/.ready-* $(VENV)/.installed-* && touch $(VENV)/.unfinished
 	@echo "Setting up $(VENV): once, and again when the requirements change."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt $$(grep '^torch==' requirements-dev.txt)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@rm $(VENV)/.unfinished && touch $@
+
+# A change of the C++ sources alone comes here: ninja compiles what it concerns.
+$(INSTALLED): $(STAMP) $(NATIVE)
+	@echo "Installing relattn and compiling its CPU kernels."
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@if grep -q '"library": true' kernels/cpu/build_report.json; then touch $@; \
+	else echo "Without native CPU kernels, until a compiler is there:"; cat kernels/cpu/build_report.json; fi

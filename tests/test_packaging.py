@@ -1,11 +1,13 @@
 """The package as a user gets it: sdist, wheel and editable install, used from another folder beside torch alone."""
 
+import ctypes
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -17,9 +19,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from relattn.kernels.cpu import build
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("relattn", "kernels", "benchmarks", "examples", "tests")
-DERIVED = re.compile(r"__pycache__|\.(py[cod]|so|dylib|dll|o)$|\.DS_Store")  # files that no archive should hold
+DERIVED = re.compile(r"__pycache__|\.(py[cod]|so|dylib|dll|o)$|build_report\.json$|\.DS_Store")  # files that no archive should hold
 
 pytestmark = pytest.mark.xdist_group("packaging")  # one process builds for all of them
 
@@ -41,9 +45,15 @@ import relattn.kernels
 """
 
 
-def run(python: Path | str, *arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `python` without what the test process's environment would add to its path."""
+def run(python: Path | str, *arguments: str, cwd: Path, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `python` without what the test process's environment would add to its path.
+
+    What it builds, it builds with the objects of this clone's own build: compiling the kernels anew takes a minute.
+    """
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"  # ninja
+    environ.setdefault("RELATTN_BUILD_DIR", str(ROOT / "build" / "cpu"))
+    environ |= variables
     done = subprocess.run([str(python), *arguments], cwd=cwd, env=environ, capture_output=True, text=True, timeout=300)
     if check and done.returncode:
         pytest.fail(f"{' '.join(arguments)}\n{done.stdout}{done.stderr}")
@@ -82,7 +92,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the source tree: builds leave files behind, and other tests run from the tree meanwhile."""
     clone = tmp_path_factory.mktemp("tree") / "clone"
     for folder in (".ci", *FOLDERS):
-        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "build_report.json"))
     for file in ROOT.iterdir():
         if file.is_file():
             shutil.copy(file, clone)
@@ -92,7 +102,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(source: Path) -> Path:
     """The folder that holds the sdist and the wheel built *from the sdist*: the tool's default."""
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", ".", cwd=source)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", ".", cwd=source, RELATTN_REQUIRE_NATIVE="1")
     return source / "dist"
 
 
@@ -102,13 +112,17 @@ def wheel(built: Path) -> Path:
     return path
 
 
+def install(wheel: Path, path: Path) -> Path:
+    """A new environment of torch and the wheel."""
+    python = empty_environment(path, "torch")
+    arguments = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    run(sys.executable, "-m", "pip", "--python", str(python), *arguments, cwd=wheel.parent)
+    return python
+
+
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment of torch and the installed wheel."""
-    python = empty_environment(tmp_path_factory.mktemp("wheel") / "env", "torch")
-    install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    run(sys.executable, "-m", "pip", "--python", str(python), *install, cwd=wheel.parent)
-    return python
+    return install(wheel, tmp_path_factory.mktemp("wheel") / "env")
 
 
 def names_in(wheel: Path) -> set[str]:
@@ -136,13 +150,49 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, source: Path) -> 
     modules = {file.relative_to(ROOT).as_posix() for file in (ROOT / "relattn").rglob("*.py")}
     modules |= {f"relattn/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "kernels").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
-    assert "relattn/py.typed" in names
+    others = {name for name in names if not name.endswith(".py") and ".dist-info/" not in name}
+    assert others == {"relattn/py.typed", *(f"relattn/kernels/cpu/{name}" for name in (build.LIBRARY, build.REPORT))}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"relattn"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
     run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", "direct", ".", cwd=source)
     (direct,) = (source / "direct").glob("*.whl")
     assert names_in(direct) == names  # the sdist lost nothing
+    assert direct.name == wheel.name
+
+
+def test_wheel_with_the_native_library_fits_every_python_of_the_platform(wheel: Path, installed: Path, tmp_path: Path) -> None:
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"relattn-{distribution('relattn').version}-py3-none-{platform}.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/WHEEL"))
+        assert "Root-Is-Purelib: false" in archive.read(name).decode()
+    folder = Path(run(installed, "-c", "import relattn.kernels as k; print(k.__path__[0])", cwd=tmp_path).stdout.strip()) / "cpu"
+    report = json.loads((folder / build.REPORT).read_text())
+    assert report["library"] is True
+    assert report["variants"][0] == "portable"
+    ctypes.CDLL(str(folder / build.LIBRARY))
+
+
+def test_without_a_compiler_the_package_is_pure_and_works(source: Path, wheel: Path, tmp_path: Path) -> None:
+    """A library left from an earlier build, in the tree or in setuptools' build folder, does not get in."""
+    for folder in ("kernels/cpu", "build/lib/relattn/kernels/cpu"):
+        (source / folder).mkdir(parents=True, exist_ok=True)
+        (source / folder / build.LIBRARY).write_bytes(b"of an earlier build")
+    command = ["-m", "build", "--no-isolation", "--wheel", "--outdir", "pure", "."]
+    run(sys.executable, *command, cwd=source, CXX="/bin/false", RELATTN_REQUIRE_NATIVE="0")
+    (pure,) = (source / "pure").glob("*.whl")
+    assert pure.name.endswith("-py3-none-any.whl")
+    assert names_in(wheel) - names_in(pure) == {f"relattn/kernels/cpu/{build.LIBRARY}"}
+    with zipfile.ZipFile(pure) as archive:
+        report = json.loads(archive.read(f"relattn/kernels/cpu/{build.REPORT}"))
+    assert report["library"] is False
+    assert "/bin/false" in report["reason"]
+    run(install(pure, tmp_path / "env"), "-c", USE, cwd=tmp_path)
+
+    done = run(sys.executable, *command, cwd=source, check=False, CXX="/bin/false", RELATTN_REQUIRE_NATIVE="1")
+    assert done.returncode
+    assert "/bin/false" in done.stdout + done.stderr
 
 
 def test_torch_is_the_only_requirement(wheel: Path) -> None:
@@ -167,15 +217,28 @@ def test_wheel_works_beside_torch_alone(installed: Path, tmp_path: Path) -> None
     assert Path(where.strip()).with_name("py.typed").exists()
 
 
-def test_editable_install_works(source: Path, tmp_path: Path) -> None:
+def test_editable_install_works(source: Path, wheel: Path, tmp_path: Path) -> None:
     python = empty_environment(tmp_path / "env", "torch", "setuptools")
-    install = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--editable", str(source)]
-    run(sys.executable, "-m", "pip", "--python", str(python), *install, cwd=tmp_path)
+    install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    install += ["--editable", str(source)]
+    objects = Path(os.environ.get("RELATTN_BUILD_DIR", ROOT / "build" / "cpu"))
+    times = {file: file.stat().st_mtime_ns for file in objects.rglob("*.o")}
+    assert times
+    run(sys.executable, *install, cwd=tmp_path)
+    assert times == {file: file.stat().st_mtime_ns for file in objects.rglob("*.o")}  # all compiled for the wheel already
+    report, library = (source / "kernels" / "cpu" / name for name in (build.REPORT, build.LIBRARY))
+    assert json.loads(report.read_text())["library"] is True
+    ctypes.CDLL(str(library))
     # Elsewhere the install's finder answers for all; in the clone the folder relattn/ does, and the finder for kernels.
     for folder in (tmp_path, source):
         run(python, "-c", USE, cwd=folder)
     kernels = run(python, "-c", "import relattn.kernels as k; print(k.__file__)", cwd=tmp_path).stdout
     assert Path(kernels.strip()).samefile(source / "kernels" / "__init__.py")
+    # Once more without a compiler: the library is gone, since nothing says that it is what the sources say.
+    run(sys.executable, *install, cwd=tmp_path, CXX="/bin/false", RELATTN_REQUIRE_NATIVE="0")
+    assert not library.exists()
+    assert "/bin/false" in json.loads(report.read_text())["reason"]
+    run(python, "-c", USE, cwd=tmp_path)
 
 
 def test_plain_install_run_from_the_clone_is_refused(installed: Path, source: Path) -> None:
