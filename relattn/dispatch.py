@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from relattn import blocked
+from relattn import blocked, cpu
 from relattn.arguments import Settings, Tensors
 
 
@@ -37,7 +37,7 @@ class Backend(NamedTuple):
 # by name, since blocked, before it, takes everything too.
 BACKENDS: dict[str, Backend] = {
     "triton": Backend(lambda: "this version of relattn has no Triton kernel yet"),
-    "cpu": Backend(lambda: "this version of relattn has no native CPU kernel yet"),
+    "cpu": Backend(cpu.unavailable, cpu.unsupported, cpu.forward, cpu.backward),
     "blocked": Backend(forward=blocked.forward, backward=blocked.backward),
     "reference": Backend(),  # plain differentiable PyTorch, outside the operators
 }

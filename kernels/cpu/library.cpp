@@ -1,0 +1,201 @@
+// The library's entry points, and what the kernels ask of the machine: its instruction set, its threads, memory. Baseline instructions only.
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "call.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace relattn {
+
+extern const Variant kernels_portable;
+#ifdef RELATTN_HAVE_AVX2
+extern const Variant kernels_avx2;
+#endif
+#ifdef RELATTN_HAVE_AVX512
+extern const Variant kernels_avx512;
+#endif
+
+namespace {
+
+// ---- Instruction sets, best first ----
+
+struct Named {
+  const char* name;
+  const Variant* variant;
+  bool (*usable)();
+};
+
+const Named kVariants[] = {
+#ifdef RELATTN_HAVE_AVX512
+    {"avx512", &kernels_avx512,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+     }},
+#endif
+#ifdef RELATTN_HAVE_AVX2
+    {"avx2", &kernels_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {"portable", &kernels_portable, [] { return true; }},
+};
+
+std::atomic<const Named*> chosen{nullptr};
+
+const Named* best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+  for (const Named& named : kVariants)
+    if (named.usable()) return &named;
+  return nullptr;
+}
+
+const Named* current() {
+  const Named* named = chosen.load(std::memory_order_relaxed);
+  if (!named) chosen.store(named = best(), std::memory_order_relaxed);
+  return named;
+}
+
+// ---- Threads: those of the OpenMP runtime that torch has loaded, so that there is one pool and it never waits for another ----
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel: GCC's runtime, and LLVM's on Linux
+
+Parallel openmp_parallel() {
+  static const Parallel found = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  return found;
+}
+
+// In a forked child the parent's pool is gone but its records are not: entering it would wait for ever.
+const pid_t loaded_in = getpid();
+
+struct Loop {
+  void (*task)(void*, int64_t, int64_t);
+  void* context;
+  int64_t count;
+  std::atomic<int64_t> next{0}, thread{0};
+
+  void work() {
+    const int64_t mine = thread.fetch_add(1);
+    for (int64_t index; (index = next.fetch_add(1)) < count;) task(context, index, mine);
+  }
+};
+
+void run(const Team& team, int64_t count, void (*task)(void*, int64_t, int64_t), void* context) {
+  Loop loop{task, context, count};
+  const int64_t threads = team.threads < count ? team.threads : count;
+  if (threads <= 1) return loop.work();
+  if (const Parallel parallel = openmp_parallel()) {
+    return parallel([](void* data) { ((Loop*)data)->work(); }, &loop, (unsigned)threads, 0);
+  }
+  std::vector<std::thread> others;
+  try {
+    for (int64_t other = 1; other < threads; ++other) others.emplace_back([&loop] { loop.work(); });
+  } catch (...) {  // no more threads to be had: those that started, and this one, do the work
+  }
+  loop.work();
+  for (std::thread& other : others) other.join();
+}
+
+// ---- Memory: one block a call, kept for the next one if it is not too large ----
+
+constexpr int64_t kKept = (int64_t)4 << 20;     // bytes of a block that is kept
+constexpr int64_t kFirstBlock = (int64_t)1 << 18;
+
+struct MemoryBlock {
+  char* data;
+  int64_t size, used;
+};
+
+struct Arena {
+  std::vector<MemoryBlock> blocks;
+};
+
+std::mutex kept_mutex;
+std::vector<MemoryBlock> kept_blocks;
+
+MemoryBlock take_block(int64_t bytes) {
+  if (bytes <= kKept) {
+    // A child forked while another thread held the lock finds it locked for ever: then it goes without.
+    std::unique_lock<std::mutex> lock(kept_mutex, std::try_to_lock);
+    if (lock && !kept_blocks.empty()) {
+      MemoryBlock block = kept_blocks.back();
+      kept_blocks.pop_back();
+      block.used = 0;
+      return block;
+    }
+    bytes = kKept;
+  }
+  void* data = nullptr;
+  if (posix_memalign(&data, 1<<21, (size_t)bytes) != 0) return {nullptr, 0, 0};
+  madvise(data,bytes,MADV_HUGEPAGE);
+  return {(char*)data, bytes, 0};
+}
+
+void return_block(const MemoryBlock& block) {
+  if (block.size == kKept) {
+    std::unique_lock<std::mutex> lock(kept_mutex, std::try_to_lock);
+    if (lock && kept_blocks.size() < 4) {
+      kept_blocks.push_back(block);
+      return;
+    }
+  }
+  free(block.data);
+}
+
+void* allocate(const Team& team, int64_t bytes) {
+  Arena& arena = *(Arena*)team.arena;
+  bytes = (bytes + 63) / 64 * 64;
+  for (MemoryBlock& block : arena.blocks)
+    if (block.size - block.used >= bytes) {
+      char* data = block.data + block.used;
+      block.used += bytes;
+      return data;
+    }
+  MemoryBlock block = take_block(bytes);
+  if (!block.data) return nullptr;
+  block.used = bytes;
+  arena.blocks.push_back(block);
+  return block.data;
+}
+
+int dispatch(const Call& call, int (*entry)(const Call&, const Team&)) {
+  Arena arena;
+  const int64_t threads = getpid() == loaded_in ? call.threads : 1;
+  const Team team{threads < 1 ? 1 : threads, run, allocate, &arena};
+  const int status = entry(call, team);
+  for (const MemoryBlock& block : arena.blocks) return_block(block);
+  return status;
+}
+
+}  // namespace
+}  // namespace relattn
+
+// Changes whenever Call does: the Python side refuses a library of another version.
+EXPORT int64_t relattn_abi_version() { return 1; }
+EXPORT int64_t relattn_call_size() { return (int64_t)sizeof(relattn::Call); }
+
+EXPORT const char* relattn_variant() { return relattn::current()->name; }
+
+// Use the named instruction set from now on. 0: done; 1: not built, or this machine lacks it.
+EXPORT int relattn_use_variant(const char* name) {
+  for (const relattn::Named& named : relattn::kVariants)
+    if (std::strcmp(named.name, name) == 0 && named.usable()) {
+      relattn::chosen.store(&named);
+      return 0;
+    }
+  return 1;
+}
+
+// 0: done; 1: out of memory.
+EXPORT int relattn_forward(const relattn::Call* call) { return relattn::dispatch(*call, relattn::current()->variant->forward); }
+EXPORT int relattn_backward(const relattn::Call* call) { return relattn::dispatch(*call, relattn::current()->variant->backward); }

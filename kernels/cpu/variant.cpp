@@ -1,0 +1,32 @@
+// The kernels for one instruction set. Compiled once for each (RELATTN_VARIANT is its name), everything in a namespace of its own: functions
+// shared between objects would be merged, and run instructions that an older processor lacks.
+#include "call.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define RELATTN_PASTE2(a, b) a##b
+#define RELATTN_PASTE(a, b) RELATTN_PASTE2(a, b)
+
+namespace relattn {
+namespace RELATTN_VARIANT {
+namespace {
+
+#include "vec.h"
+#include "tiles.h"
+#include "pack.h"
+#include "philox.h"
+#include "visible.h"
+#include "relative.h"
+#include "scores.h"
+#include "operands.h"
+#include "forward.h"
+
+}  // namespace
+}  // namespace RELATTN_VARIANT
+
+extern const Variant RELATTN_PASTE(kernels_, RELATTN_VARIANT);
+const Variant RELATTN_PASTE(kernels_, RELATTN_VARIANT) = {RELATTN_VARIANT::forward, nullptr};
+
+}  // namespace relattn
