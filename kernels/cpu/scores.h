@@ -61,10 +61,15 @@ struct Head {
 struct Workspace {
   float *content, *position;       // (q + u), (q + v) of the block's rows, scaled; rows padded to whole panels, zeros
   float *left_edge, *right_edge;   // the block's position scores at the two edges of the table
-  float *scores;                   // one group's, or a block's, tile
-  float *weights_gradient;         // backward: a block's tile
+  float *scores;                   // a block's tile
   float *result;                   // forward: the block's output, not yet divided
   float *highest, *total;          // per row
+  // backward
+  float *weights_gradient;         // a block's tile
+  float *upstream;                 // gradients of the block's output, rows padded
+  float *base, *inverse, *delta;   // per row, see row_statistics; delta is sum_j w_ij dw_ij less the gradient of the log-sum-exp
+  float *content_gradient, *position_gradient;
+  float *value_left_edge, *value_right_edge;
   float *row;                      // one row of a tile: masks
   float *keep;                     // one row of a tile: dropout
   float *scratch;                  // 16 rows of the widest operand; also one small tile

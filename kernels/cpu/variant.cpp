@@ -22,11 +22,13 @@ namespace {
 #include "scores.h"
 #include "operands.h"
 #include "forward.h"
+#include "backward.h"
+#include "gradients.h"
 
 }  // namespace
 }  // namespace RELATTN_VARIANT
 
 extern const Variant RELATTN_PASTE(kernels_, RELATTN_VARIANT);
-const Variant RELATTN_PASTE(kernels_, RELATTN_VARIANT) = {RELATTN_VARIANT::forward, nullptr};
+const Variant RELATTN_PASTE(kernels_, RELATTN_VARIANT) = {RELATTN_VARIANT::forward, RELATTN_VARIANT::backward};
 
 }  // namespace relattn

@@ -1,0 +1,265 @@
+// The backward pass: the tiles of scores once more, and from each of them every gradient (Dao et al. 2022, with the relative terms).
+//
+// A block of queries stays while the keys pass. Its query gradient is its own; those of keys and values belong to one thread at a time
+// (see gradients.h); those of the tables are summed for each thread.
+
+// What one head of one thread adds to. Null: not needed. Keys and values are shared by the query heads of a key head.
+struct Gradients {
+  Result key, value;         // key: still to be multiplied by ln 2
+  float *content, *position; // of the block's rows, padded as w.content and w.position are; still to be multiplied by the scale
+  float *rel_k, *rel_q, *rel_v;  // (R, padded); rel_k to be multiplied by ln 2 except for its bias column, rel_q by the scale
+  float *pos_bias_u, *pos_bias_v;  // (D,)
+};
+
+static int64_t carve_backward(const Problem& p, char* base, Workspace& w) {
+  Carver carver = {base, 0};
+  w = {};
+  carve_scores(p, carver, w);
+  const int64_t rows = round_up(p.block_rows, kPanel);  // rel_q transposes whole panels of rows
+  w.scores = carver.floats(rows * p.leading);
+  w.weights_gradient = carver.floats(rows * p.leading);
+  w.upstream = carver.floats(p.block_rows * p.padded_value_size);
+  w.base = carver.floats(p.block_rows);
+  w.inverse = carver.floats(p.block_rows);
+  w.delta = carver.floats(p.block_rows);
+  w.content_gradient = carver.floats(p.block_rows * p.padded_size);
+  w.position_gradient = carver.floats(p.block_rows * p.padded_depth);
+  if (p.call.rel_v.data) {
+    w.value_left_edge = carver.floats(p.block_rows);
+    w.value_right_edge = carver.floats(p.block_rows);
+  }
+  return carver.used;
+}
+
+// Gradients of a tile's weights, before dropout: upstream times (value + rel_v).
+static void tile_weights_gradient(const Problem& p, const Head& head, const Block& block, const Tile& tile, const Workspace& w, const Result& gradient) {
+  const bool relative = p.call.rel_v.data != nullptr;
+  const Range panels = {(tile.keys.first - tile.first_key) / kPanel, panels_of(tile.keys.last - tile.first_key)};
+  for (int g = 0; relative && g < tile.count; ++g) {
+    const Group& group = tile.groups[g];
+    const int64_t position = block.position + group.row;
+    const Result target = {gradient.data + group.row * gradient.row, gradient.row};
+    const Span span = table_span(group.rows, position, tile.first_key, group.columns, head.rel_v);
+    relative_product(group.rows, position, tile.first_key, span.first_panel, span.last_panel, {w.upstream + group.row * p.padded_value_size, p.padded_value_size, 1}, head.rel_v, target);
+    relative_edges(group.rows, position, tile.first_key, group.columns, span, head.rel_v, w.value_left_edge + group.row, w.value_right_edge + group.row, target);
+  }
+  for (int64_t panel = panels.first; panel < panels.last; panel += 4)
+    for (int g = 0; g < tile.count; ++g) {
+      const Group& group = tile.groups[g];
+      const int64_t first = most(panel, group.columns.first / kPanel), last = least(panel + 4, group.columns.last / kPanel);
+      const Left upstream = {w.upstream + group.row * p.padded_value_size, p.padded_value_size, 1};
+      const Right value = {head.value_panels + (tile.first_key + first * kPanel) * p.value_size, kPanel, kPanel * p.value_size};
+      const Result target = {gradient.data + group.row * gradient.row + first * kPanel, gradient.row};
+      if (relative) {
+        multiply<true>(group.rows, last - first, upstream, value, p.value_size, target);
+      } else {
+        multiply<false>(group.rows, last - first, upstream, value, p.value_size, target);
+      }
+    }
+}
+
+// Weights are 2^(score - base) * inverse. Where the log-sum-exp is moderate it is the base. A row whose scores share a large constant (a
+// mask of -1e9) has one that no longer holds the logarithm of the sum; and in half precision the rounded output does not give the exact
+// sum_j w_ij dw_ij. Then one more pass over the keys finds the maximum, the sum, and that.
+static void row_statistics(const Problem& p, const Head& head, const Block& block, Workspace& w, bool find_delta) {
+  const Result scores = {w.scores + kSlack, p.leading}, gradient = {w.weights_gradient + kSlack, p.leading};
+  fill(w.base, -kInfinity, block.rows);
+  fill(w.inverse, 0.0f, block.rows);  // for now the sum
+  float* sums = find_delta ? w.delta : nullptr;
+  if (sums) fill(sums, 0.0f, block.rows);
+  Tile tile;
+  for (int64_t first_key = block.keys.first / kPanel * kPanel; first_key < block.keys.last; first_key += p.block_keys) {
+    cut_tile(p, head, block, first_key, tile);
+    if (tile_hidden(p, head, block, tile.keys)) continue;
+    tile_scores(p, head, block, tile, w, scores);
+    if (sums) tile_weights_gradient(p, head, block, tile, w, gradient);
+    for (int g = 0; g < tile.count; ++g) {
+      const Group& group = tile.groups[g];
+      const int64_t begin = group.columns.first, columns = group.columns.last - begin;
+      for (int64_t row = group.row; row < group.row + group.rows; ++row) {
+        float* weights = scores.data + row * scores.row + begin;
+        softmax_row(weights, columns, w.base[row], w.inverse[row], sums ? sums + row : nullptr, sums ? 1 : 0);
+        if (!sums) continue;
+        const float* of_weights = gradient.data + row * gradient.row + begin;
+        if (p.dropout.used()) drop_row(p.dropout, head, block.first + row, first_key + begin, columns, weights, w.keep);
+        Vec sum = {};
+        for (int64_t column = 0; column < columns; column += kWidth) sum += load(weights + column) * load(of_weights + column);
+        sums[row] += sum_lanes(sum);
+      }
+    }
+  }
+  for (int64_t row = 0; row < block.rows; ++row) {
+    if (w.inverse[row] != 0.0f) w.inverse[row] = 1.0f / w.inverse[row];
+    if (w.base[row] == -kInfinity) w.base[row] = kInfinity;  // sees nothing: every weight is 0
+    if (sums) sums[row] *= w.inverse[row] / p.dropout.kept_share;
+  }
+}
+
+// Upstream gradients of a block's rows, and what turns scores into weights and their gradients.
+static void prepare_backward(const Problem& p, const Head& head, const Block& block, Workspace& w) {
+  const Call& call = p.call;
+  const Matrix grad_output = matrix(call.grad_output, head.batch, head.head), output = matrix(call.output, head.batch, head.head);
+  const bool half = call.output.dtype != kFloat32;
+  bool large = false;
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const int64_t query = block.first + row;
+    float* upstream = w.upstream + row * p.padded_value_size;
+    read_padded(grad_output, query, p.value_size, p.padded_value_size, upstream);
+    const float lse = ((const float*)call.lse.data)[head.batch * call.lse.stride[0] + head.head * call.lse.stride[1] + query * call.lse.stride[2]];
+    large |= (lse > 128.0f || lse < -128.0f) && lse != -kInfinity;
+    w.base[row] = lse == -kInfinity ? kInfinity : (float)(lse * kLog2E);
+    w.inverse[row] = 1.0f;
+    w.delta[row] = 0.0f;
+    if (half) continue;
+    read_padded(output, query, p.value_size, p.padded_value_size, w.scratch);
+    Vec sum = {};
+    for (int64_t column = 0; column < p.padded_value_size; column += kWidth) sum += load(upstream + column) * load(w.scratch + column);
+    w.delta[row] = sum_lanes(sum);
+  }
+  if (call.rel_v.data) {
+    const Left a = {w.upstream, p.padded_value_size, 1};
+    if (beyond_left(head.rel_v, block.position, block.rows, block.keys)) edge_scores(block.rows, a, head.rel_v, 0, w.value_left_edge, w.scratch);
+    if (beyond_right(head.rel_v, block.position, block.keys)) edge_scores(block.rows, a, head.rel_v, head.rel_v.rows - 1, w.value_right_edge, w.scratch);
+  }
+  if (half || large) row_statistics(p, head, block, w, half);
+  if (call.grad_lse.data)
+    for (int64_t row = 0; row < block.rows; ++row)
+      if (w.base[row] != kInfinity) {
+        const int64_t query = block.first + row;
+        w.delta[row] -= ((const float*)call.grad_lse.data)[head.batch * call.grad_lse.stride[0] + head.head * call.grad_lse.stride[1] + query * call.grad_lse.stride[2]];
+      }
+}
+
+// Scores become weights after dropout, gradients of weights become gradients of scores; zero wherever nothing is seen, slack included.
+static void weights_and_gradients(const Problem& p, const Head& head, const Block& block, const Tile& tile, Workspace& w, const Result& scores, const Result& gradient) {
+  int64_t next = 0;
+  auto clear = [&](int64_t row, int64_t first, int64_t last) {
+    fill(scores.data + row * scores.row + first, 0.0f, last - first);
+    fill(gradient.data + row * gradient.row + first, 0.0f, last - first);
+  };
+  const int64_t end = p.block_keys + kSlack;
+  for (int g = 0; g < tile.count; ++g) {
+    const Group& group = tile.groups[g];
+    for (; next < group.row; ++next) clear(next, -kSlack, end);
+    next = group.row + group.rows;
+    for (int64_t row = group.row; row < next; ++row) {
+      float *weights = scores.data + row * scores.row, *of_scores = gradient.data + row * gradient.row;
+      const Vec base = splat(w.base[row]), inverse = splat(w.inverse[row]), delta = splat(w.delta[row]);
+      const int64_t first = group.columns.first, last = group.columns.last;
+      if (p.dropout.used()) {
+        dropout_keep(p.dropout, head.batch, head.head, block.first + row, tile.first_key + first, tile.first_key + last, w.keep);
+        const Vec factor = splat(1.0f / p.dropout.kept_share);
+        for (int64_t column = first; column < last; column += kWidth) {
+          const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse, kept = load(w.keep + column - first) * factor;
+          store(of_scores + column, weight * (load(of_scores + column) * kept - delta));
+          store(weights + column, weight * kept);
+        }
+      } else {
+        for (int64_t column = first; column < last; column += kWidth) {
+          const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse;
+          store(of_scores + column, weight * (load(of_scores + column) - delta));
+          store(weights + column, weight);
+        }
+      }
+      clear(row, -kSlack, first);
+      clear(row, last, end);
+    }
+  }
+  const int64_t rows = p.call.rel_q.data ? round_up(block.rows, kPanel) : block.rows;
+  for (; next < rows; ++next) clear(next, -kSlack, end);
+}
+
+// gradient[key] += sum over the tile's rows of a[row][key] * right[row], for the keys of the tile.
+static void add_over_rows(const Block& block, const Tile& tile, const Result& a, const Right& right, int64_t panels, const Result& gradient) {
+  int64_t begin = 0, end = 0;
+  const int64_t first = tile.keys.first - tile.first_key, last = tile.keys.last - tile.first_key;
+  for (int64_t column = first; column < last; column += kRows) {
+    const int count = (int)least<int64_t>(kRows, last - column);
+    while (begin < block.rows && tile.last[begin] <= column) ++begin;
+    while (end < block.rows && tile.first[end] < column + count) ++end;
+    if (begin < end)
+      multiply<true>(count, panels, {a.data + begin * a.row + column, 1, a.row}, {right.data + begin * right.k, right.k, right.panel}, end - begin,
+                     {gradient.data + (tile.first_key + column) * gradient.row, gradient.row});
+  }
+}
+
+// rel_q's share in the gradients: its tile is the transposed one.
+static void key_score_gradients(const Problem& p, const Head& head, const Block& block, const Tile& tile, Workspace& w, const Result& gradient, const Gradients& out) {
+  const int64_t columns = round_up(block.rows, kPanel), leading = columns + 2 * kSlack, count = tile.keys.last - tile.keys.first;
+  const Result by_key = {w.by_key + kSlack, leading};
+  for (int64_t key = 0; key < count; key += kPanel) {
+    for (int64_t row = 0; row < columns; row += kPanel)
+      for (int64_t part = 0; part < kPanel; part += kWidth)
+        transpose(gradient.data + row * gradient.row + tile.keys.first - tile.first_key + key + part, gradient.row, by_key.data + (key + part) * leading + row, leading);
+  }
+  for (int64_t key = 0; key < count; ++key) {
+    fill(by_key.data + key * leading - kSlack, 0.0f, kSlack);
+    fill(by_key.data + key * leading + columns, 0.0f, kSlack);
+  }
+  const int64_t panels = p.padded_size / kPanel;
+  if (out.key.data)
+    for (int64_t key = 0; key < count; key += kRows)
+      relative_values((int)least<int64_t>(kRows, count - key), tile.keys.first + key, block.position, {0, block.rows}, {by_key.data + key * leading, leading}, head.rel_q, panels,
+                      p.padded_size, {out.key.data + (tile.keys.first + key) * out.key.row, out.key.row});
+  if (out.rel_q) {
+    int32_t* first = (int32_t*)w.key_left_edge;  // no longer needed
+    int32_t* last = (int32_t*)w.key_right_edge;
+    for (int64_t key = 0; key < count; ++key) first[key] = 0, last[key] = (int32_t)block.rows;
+    relative_table_gradient(count, tile.keys.first, block.position, first, last, by_key, {w.key_rows, p.padded_size, kPanel}, head.rel_q, panels, p.padded_size,
+                            {out.rel_q, p.padded_size});
+  }
+}
+
+// Everything that the block's rows and the keys in `keys` contribute. The block has been prepared.
+static void backward_keys(const Problem& p, const Head& head, const Block& block, Range keys, Workspace& w, const Gradients& out) {
+  const Call& call = p.call;
+  const Result scores = {w.scores + kSlack, p.leading}, gradient = {w.weights_gradient + kSlack, p.leading};
+  const int64_t value_panels = p.padded_value_size / kPanel, panels = p.padded_size / kPanel;
+  Block part = block;
+  part.keys = {most(keys.first, block.keys.first), least(keys.last, block.keys.last)};
+  Tile tile;
+  for (int64_t first_key = part.keys.first / kPanel * kPanel; first_key < part.keys.last; first_key += p.block_keys) {
+    cut_tile(p, head, part, first_key, tile);
+    if (tile.count == 0 || tile_hidden(p, head, part, tile.keys)) continue;
+    tile_scores(p, head, part, tile, w, scores);
+    tile_weights_gradient(p, head, part, tile, w, gradient);
+    weights_and_gradients(p, head, part, tile, w, scores, gradient);
+
+    if (out.value.data) add_over_rows(part, tile, scores, {w.upstream, p.padded_value_size, kPanel}, value_panels, out.value);
+    if (out.rel_v)
+      relative_table_gradient(block.rows, block.position, first_key, tile.first, tile.last, scores, {w.upstream, p.padded_value_size, kPanel}, head.rel_v, value_panels,
+                              p.padded_value_size, {out.rel_v, p.padded_value_size});
+    if (out.key.data) add_over_rows(part, tile, gradient, {w.content, p.padded_size, kPanel}, panels, out.key);
+    if (call.rel_q.data) key_score_gradients(p, head, part, tile, w, gradient, out);
+    if (out.rel_k)
+      relative_table_gradient(block.rows, block.position, first_key, tile.first, tile.last, gradient, {w.position, p.padded_depth, kPanel}, head.rel_k, p.padded_depth / kPanel,
+                              p.padded_depth, {out.rel_k, p.padded_depth});
+    if (!out.content) continue;
+    for (int g = 0; g < tile.count; ++g) {
+      const Group& group = tile.groups[g];
+      const Result of_scores = {gradient.data + group.row * gradient.row, gradient.row};
+      multiply<true>(group.rows, panels, {of_scores.data + group.seen.first, of_scores.row, 1}, {head.key.data + (first_key + group.seen.first) * head.key.k, head.key.k, head.key.panel},
+                     group.seen.last - group.seen.first, {out.content + group.row * p.padded_size, p.padded_size});
+      if (call.rel_k.data)
+        relative_values(group.rows, block.position + group.row, first_key, group.seen, of_scores, head.rel_k, p.padded_depth / kPanel, p.padded_depth,
+                        {out.position + group.row * p.padded_depth, p.padded_depth});
+    }
+  }
+}
+
+// The block's query gradient is complete: write it, and add to those of the two biases.
+static void finish_block(const Problem& p, const Head& head, const Block& block, const Gradients& out) {
+  const Call& call = p.call;
+  if (!out.content) return;
+  const float scale = (float)call.scale;
+  for (int64_t row = 0; row < block.rows; ++row) {
+    float* content = out.content + row * p.padded_size;
+    const float* position = call.rel_k.data ? out.position + row * p.padded_depth : nullptr;
+    if (out.pos_bias_u) add_scaled(out.pos_bias_u, content, scale, p.size);
+    if (out.pos_bias_v && position) add_scaled(out.pos_bias_v, position, scale, p.size);
+    if (!call.grad_query.data) continue;
+    if (position) add_scaled(content, position, 1.0f, p.size);
+    const Tensor& grad = call.grad_query;
+    write_row(grad.data, grad.dtype, head.batch * grad.stride[0] + head.head * grad.stride[1] + (block.first + row) * grad.stride[2], grad.stride[3], p.size, content, scale);
+  }
+}
