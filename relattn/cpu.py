@@ -24,7 +24,12 @@ _ABI_VERSION = 1  # as in library.cpp
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}
 _ABSENT = (0,) * 6
 _TENSORS = 26  # in Call
-_CALL = struct.Struct(f"=17q2d{6 * _TENSORS}q")
+_CALL = struct.Struct(f"=19q2d{6 * _TENSORS}q")
+
+# Calls of fewer multiplications than this run on one thread: about 25 microseconds, less than waking another takes.
+_ALONE = 1e6
+# Upper bounds of a tile of scores, (queries, keys); 0 = the kernel's own. Tests cut finer.
+_TILE = (0, 0)
 
 
 class _Library:
@@ -160,11 +165,14 @@ def _mask(tensor: Tensor | None) -> tuple[int, ...]:
     return _ABSENT if tensor is None else _describe(tensor, tuple(range(4 - tensor.dim(), 4)))
 
 
-def _pack(tensors: Tensors, settings: Settings, seed: Tensor, output: Tensor, lse: Tensor, gradients: tuple) -> bytes:
+def _pack(tensors: Tensors, settings: Settings, seed: Tensor, output: Tensor, lse: Tensor, gradients: tuple) -> tuple[bytes, list]:
+    """The Call, and tensors that it points to and nobody else holds."""
     query, key, value = tensors.query, tensors.key, tensors.value
     batch, heads, queries, size = query.shape
     window_right = 0 if settings.is_causal else settings.window_right
     rows = settings.left + settings.right + 1
+    products = batch * heads * queries * key.shape[2] * size
+    threads = torch.get_num_threads() if products >= _ALONE else 1
     integers = []
     for tensor in (tensors.key_lengths, tensors.query_offsets):
         integers.append(None if tensor is None else tensor.to(torch.int64))
@@ -177,7 +185,7 @@ def _pack(tensors: Tensors, settings: Settings, seed: Tensor, output: Tensor, ls
     return _CALL.pack(
         batch, heads, key.shape[1], queries, key.shape[2], size, value.shape[3], rows, settings.left, settings.right,
         settings.window_left is not None, settings.window_left or 0, window_right is not None, window_right or 0,
-        settings.query_offset, int(seed) if settings.dropout_p > 0.0 else 0, torch.get_num_threads(), settings.scale, settings.dropout_p,
+        settings.query_offset, int(seed) if settings.dropout_p > 0.0 else 0, threads, *_TILE, settings.scale, settings.dropout_p,
         *(number for numbers in described for number in numbers),
     ), integers  # fmt: skip
 

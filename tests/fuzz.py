@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import relattn
-from relattn import blocked
+from relattn import blocked, cpu
 
 # Lengths: empty and single ones, odd ones, one below and above the sizes of a block (64, 128), more than one block.
 QUERY_LENGTHS = (1, 2, 5, 16, 17, 63, 127, 128, 129, 200, 260)
@@ -146,19 +146,28 @@ def run(call: Call, backend: str, dtype: torch.dtype, rounded_to: torch.dtype | 
 
 @contextlib.contextmanager
 def cut(seed: int):
-    """Blocked's sizes drawn at random for two thirds of the calls: lengths here are too short to be cut by the real ones."""
+    """Sizes of blocks drawn at random for two thirds of the calls: lengths here are too short to be cut by the real ones.
+
+    And the native kernel's number of threads, which it would not use for so little.
+    """
     rng = random.Random(seed)
     drawn = {
         "_STRIP_SCORES_CPU": rng.choice((1, 1000, 20000)), "_STRIP_ROWS": rng.choice((1, 3, 64)), "_KEY_CHUNK": rng.choice((1, 5, 64)),
         "_COPIED": rng.choice((0, 500)), "_TORCH_KERNEL": rng.choice((0, 500)),
     }  # fmt: skip
-    kept = {name: getattr(blocked, name) for name in drawn}
+    drawn_cpu = {"_TILE": (rng.choice((0, 1, 7, 20, 60)), rng.choice((0, 16, 64, 128))), "_ALONE": 0}
+    kept, kept_cpu = ({name: vars(module)[name] for name in names} for module, names in ((blocked, drawn), (cpu, drawn_cpu)))
+    threads = torch.get_num_threads()
     try:
         if seed % 3:
             vars(blocked).update(drawn)
+            vars(cpu).update(drawn_cpu)
+            torch.set_num_threads(rng.choice((1, 2, 3, 5)))
         yield
     finally:
         vars(blocked).update(kept)
+        vars(cpu).update(kept_cpu)
+        torch.set_num_threads(threads)
 
 
 def check(call: Call, backend: str, dtype: torch.dtype) -> None:

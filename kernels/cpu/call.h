@@ -21,6 +21,7 @@ struct Call {
   int64_t query_offset;
   int64_t seed;
   int64_t threads;
+  int64_t block_queries, block_keys;  // upper bounds of a tile's size; 0: the kernel's own
   double scale, dropout_p;
   // Strides: (B, H, L, D).
   Tensor query, key, value, output, lse;

@@ -155,8 +155,8 @@ struct Backward {
             for (const Range& blocks : pieces(member, members, p.query_blocks()).ranges)
               for (int64_t block = blocks.first; block < blocks.last; ++block) {
                 if (block_out.content) {
-                  out.content = units[unit].content_gradient + block * kBlockRows * p.padded_size;
-                  out.position = units[unit].position_gradient + block * kBlockRows * p.padded_depth;
+                  out.content = units[unit].content_gradient + block * p.block_rows * p.padded_size;
+                  out.position = units[unit].position_gradient + block * p.block_rows * p.padded_depth;
                 }
                 queries(of, block, parts, step == 0, step == members - 1, out, workspaces[thread]);
               }

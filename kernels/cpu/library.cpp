@@ -170,9 +170,7 @@ void* allocate(const Team& team, int64_t bytes) {
 
 int dispatch(const Call& call, int (*entry)(const Call&, const Team&)) {
   Arena arena;
-  // About 25 microseconds of work: below that, waking others takes longer than it saves.
-  const double products = (double)call.batch * call.heads * call.queries * call.keys * call.size;
-  const int64_t threads = products < 1e6 || getpid() != loaded_in ? 1 : call.threads;
+  const int64_t threads = getpid() == loaded_in ? call.threads : 1;
   const Team team{threads < 1 ? 1 : threads, run, allocate, &arena};
   const int status = entry(call, team);
   for (const MemoryBlock& block : arena.blocks) return_block(block);

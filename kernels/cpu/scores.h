@@ -1,10 +1,10 @@
 // A call's sizes, one head's operands, one block of queries, and the scores of a group of its rows: what forward and backward share.
 
-constexpr int64_t kBlockRows = 96;  // queries of a block
+constexpr int64_t kBlockRows = 96;  // queries of a block, at most
 #if defined(__AVX512F__)
 constexpr int64_t kBlockKeysForward = 512;
 #else
-constexpr int64_t kBlockKeysForward = 512;
+constexpr int64_t kBlockKeysForward = 256;
 #endif
 constexpr int64_t kBlockKeysBackward = 256;
 
@@ -28,8 +28,8 @@ struct Problem {
     depth = (c.rel_k.data ? size : 0) + (c.rel_bias.data ? 1 : 0);
     padded_depth = round_up(depth, kPanel);
     ratio = c.heads / c.key_heads;
-    block_rows = least(kBlockRows, c.queries);
-    block_keys = least(keys_of_block, round_up(c.keys, kPanel));
+    block_rows = least(c.block_queries > 0 ? least(c.block_queries, kBlockRows) : kBlockRows, c.queries);
+    block_keys = least(c.block_keys > 0 ? round_up(least(c.block_keys, keys_of_block), kPanel) : keys_of_block, round_up(c.keys, kPanel));
     leading = block_keys + 2 * kSlack;
     position = depth > 0;
     per_head = false;
@@ -37,7 +37,7 @@ struct Problem {
     for (const Tensor* table : tables) per_head |= table->data && table->stride[1] != 0;
   }
 
-  int64_t query_blocks() const { return (call.queries + kBlockRows - 1) / kBlockRows; }
+  int64_t query_blocks() const { return (call.queries + block_rows - 1) / block_rows; }
   PanelSource key_source(int64_t batch, int64_t head) const { return {matrix(call.key, batch, head), call.keys, size, 1.0f, false, false, {}, 0.0f}; }
   PanelSource value_source(int64_t batch, int64_t head) const { return {matrix(call.value, batch, head), call.keys, value_size, 1.0f, false, false, {}, 0.0f}; }
   PanelSource rel_k_source(int64_t head) const {
@@ -117,8 +117,8 @@ struct Block {
 
 static Block prepare_block(const Problem& p, const Head& head, Workspace& w, int64_t index) {
   Block block;
-  block.first = index * kBlockRows;
-  block.rows = least(kBlockRows, p.call.queries - block.first);
+  block.first = index * p.block_rows;
+  block.rows = least(p.block_rows, p.call.queries - block.first);
   block.keys = window_of(p.call, head.keys, block.first, block.first + block.rows);
   block.position = table_position(head.keys, block.first);
   if (block.keys.empty()) return block;
