@@ -69,7 +69,7 @@ static void row_statistics(const Problem& p, const Head& head, const Block& bloc
   if (sums) fill(sums, 0.0f, block.rows);
   Tile tile;
   for (int64_t first_key = block.keys.first / kPanel * kPanel; first_key < block.keys.last; first_key += p.block_keys) {
-    cut_tile(p, head, block, first_key, tile);
+    cut_tile(p, head, block, first_key, kRows, tile);
     if (tile_hidden(p, head, block, tile.keys)) continue;
     tile_scores(p, head, block, tile, w, scores);
     if (sums) tile_weights_gradient(p, head, block, tile, w, gradient);
@@ -219,7 +219,7 @@ static void backward_keys(const Problem& p, const Head& head, const Block& block
   part.keys = {most(keys.first, block.keys.first), least(keys.last, block.keys.last)};
   Tile tile;
   for (int64_t first_key = part.keys.first / kPanel * kPanel; first_key < part.keys.last; first_key += p.block_keys) {
-    cut_tile(p, head, part, first_key, tile);
+    cut_tile(p, head, part, first_key, kRows, tile);
     if (tile.count == 0 || tile_hidden(p, head, part, tile.keys)) continue;
     tile_scores(p, head, part, tile, w, scores);
     tile_weights_gradient(p, head, part, tile, w, gradient);

@@ -35,6 +35,20 @@ INLINE void drop_row(const Dropout& dropout, const Head& head, int64_t query, in
   for (int64_t column = 0; column < columns; column += kWidth) store(weights + column, load(weights + column) * load(keep + column));
 }
 
+// The block's output and log-sum-exp.
+static void write_block(const Problem& p, const Head& head, const Block& block, const Workspace& w) {
+  const Tensor &output = p.call.output, &lse = p.call.lse;
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const int64_t query = block.first + row;
+    const float total = w.total[row];
+    const float factor = total == 0.0f ? 0.0f : 1.0f / (total * p.dropout.kept_share);
+    write_row(output.data, output.dtype, head.batch * output.stride[0] + head.head * output.stride[1] + query * output.stride[2], output.stride[3], p.value_size,
+              w.result + row * p.padded_value_size, factor);
+    float* logarithm = (float*)lse.data + head.batch * lse.stride[0] + head.head * lse.stride[1] + query * lse.stride[2];
+    *logarithm = total == 0.0f ? -kInfinity : (float)(w.highest[row] * kLn2) + __builtin_logf(total);
+  }
+}
+
 constexpr int64_t kStep = 128;  // keys of one step of the product with the values: their rows stay in the first cache
 
 static void forward_block(const Problem& p, const Head& head, Workspace& w, int64_t index) {
@@ -47,7 +61,7 @@ static void forward_block(const Problem& p, const Head& head, Workspace& w, int6
   const Result scores = {w.scores + kSlack, p.leading};
   Tile tile;
   for (int64_t first_key = block.keys.first / kPanel * kPanel; first_key < block.keys.last; first_key += p.block_keys) {
-    cut_tile(p, head, block, first_key, tile);
+    cut_tile(p, head, block, first_key, kRows, tile);
     if (tile_hidden(p, head, block, tile.keys)) continue;
     tile_scores(p, head, block, tile, w, scores);
     for (int g = 0; g < tile.count; ++g) {
@@ -80,16 +94,7 @@ static void forward_block(const Problem& p, const Head& head, Workspace& w, int6
                         {w.result + group.row * p.padded_value_size, p.padded_value_size});
       }
   }
-  const Tensor &output = call.output, &lse = call.lse;
-  for (int64_t row = 0; row < block.rows; ++row) {
-    const int64_t query = block.first + row;
-    const float total = w.total[row];
-    const float factor = total == 0.0f ? 0.0f : 1.0f / (total * p.dropout.kept_share);
-    write_row(output.data, output.dtype, head.batch * output.stride[0] + head.head * output.stride[1] + query * output.stride[2], output.stride[3], p.value_size,
-              w.result + row * p.padded_value_size, factor);
-    float* logarithm = (float*)lse.data + head.batch * lse.stride[0] + head.head * lse.stride[1] + query * lse.stride[2];
-    *logarithm = total == 0.0f ? -kInfinity : (float)(w.highest[row] * kLn2) + __builtin_logf(total);
-  }
+  write_block(p, head, block, w);
 }
 
 static int64_t carve_forward(const Problem& p, char* base, Workspace& w) {

@@ -10,6 +10,12 @@
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "call.h"
 
@@ -25,6 +31,10 @@ extern const Variant kernels_avx2;
 extern const Variant kernels_avx512;
 #endif
 
+#ifdef RELATTN_HAVE_AMX
+extern const Variant kernels_amx;
+#endif
+
 namespace {
 
 // ---- Instruction sets, best first ----
@@ -35,13 +45,34 @@ struct Named {
   bool (*usable)();
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma");
+}
+#endif
+
+#ifdef RELATTN_HAVE_AMX
+// The kernel lets a process use the tile registers, which are large, only when asked.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24)) return false;  // amx-bf16, amx-tile
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;                                          // avx512-bf16
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const Named kVariants[] = {
+#ifdef RELATTN_HAVE_AMX
+    {"amx", &kernels_amx, has_amx},
+#endif
 #ifdef RELATTN_HAVE_AVX512
-    {"avx512", &kernels_avx512,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-     }},
+    {"avx512", &kernels_avx512, has_avx512},
 #endif
 #ifdef RELATTN_HAVE_AVX2
     {"avx2", &kernels_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},

@@ -5,7 +5,12 @@
 //
 // The rel_q term is the same with keys for rows and queries for columns, and the table reversed.
 
-constexpr int64_t kSlack = 32;  // floats on both sides of a tile's rows, which panels that begin or end outside may write to
+// Floats on both sides of a tile's rows, which panels that begin or end outside may write to: a panel and a group's rows.
+#if defined(__AMX_BF16__)
+constexpr int64_t kSlack = 48;
+#else
+constexpr int64_t kSlack = 32;
+#endif
 
 struct Table {
   const float* panels;   // as B of products over the head size: (panel, depth, 16)

@@ -193,15 +193,15 @@ struct Tile {
   int32_t first[kBlockRows], last[kBlockRows];
 };
 
-static void cut_tile(const Problem& p, const Head& head, const Block& block, int64_t first_key, Tile& tile) {
+static void cut_tile(const Problem& p, const Head& head, const Block& block, int64_t first_key, int64_t group_rows, Tile& tile) {
   const int64_t last_key = first_key + p.block_keys;
   tile.first_key = first_key;
   tile.keys = {most(first_key, block.keys.first), least(last_key, block.keys.last)};
   tile.count = 0;
-  for (int64_t row = 0; row < block.rows; row += kRows) {
+  for (int64_t row = 0; row < block.rows; row += group_rows) {
     Group& group = tile.groups[tile.count];
     group.row = row;
-    group.rows = (int)least<int64_t>(kRows, block.rows - row);
+    group.rows = (int)least<int64_t>(group_rows, block.rows - row);
     for (int r = 0; r < group.rows; ++r) {
       const Range window = window_of(p.call, head.keys, block.first + row + r);
       tile.first[row + r] = (int32_t)(clamp(window.first, tile.keys.first, tile.keys.last) - first_key);
@@ -213,6 +213,18 @@ static void cut_tile(const Problem& p, const Head& head, const Block& block, int
     if (p.position) group.span = table_span(group.rows, block.position + row, first_key, group.columns, head.rel_k);
     ++tile.count;
   }
+}
+
+// Add attn_mask to the scores of one row of a tile, columns [begin, end), and set to -inf what the row does not see.
+INLINE void hide(const Problem& p, const Head& head, int64_t query, const Tile& tile, int64_t row, int64_t begin, int64_t end, const Workspace& w, float* scores) {
+  const int64_t first = clamp<int64_t>(tile.first[row], begin, end), last = clamp<int64_t>(tile.last[row], first, end);
+  if (first < last) {
+    if (p.call.attn_mask.data)
+      apply_attn_mask(p.call, head.batch, head.head, query, tile.first_key + first, tile.first_key + last, (float)kLog2E, scores + first, w.row);
+    if (head.keys.holes) add_scaled(scores + first, head.keys.holes + tile.first_key + first, 1.0f, last - first);
+  }
+  fill(scores + begin, -kInfinity, first - begin);
+  fill(scores + last, -kInfinity, end - last);
 }
 
 // Scores of a tile, -inf where hidden, at scores[row of the block][column].
@@ -255,15 +267,8 @@ static void tile_scores(const Problem& p, const Head& head, const Block& block, 
     const int64_t begin = group.columns.first, end = group.columns.last;
     for (int64_t row = group.row; row < group.row + group.rows; ++row) {
       float* of_row = scores.data + row * scores.row;
-      const int64_t first = clamp<int64_t>(tile.first[row], begin, end), last = clamp<int64_t>(tile.last[row], first, end);
       if (call.rel_q.data) add_scaled(of_row + begin, w.by_query + row * p.leading + begin, 1.0f, end - begin);
-      if (first < last) {
-        if (call.attn_mask.data)
-          apply_attn_mask(call, head.batch, head.head, block.first + row, tile.first_key + first, tile.first_key + last, (float)kLog2E, of_row + first, w.row);
-        if (head.keys.holes) add_scaled(of_row + first, head.keys.holes + tile.first_key + first, 1.0f, last - first);
-      }
-      fill(of_row + begin, -kInfinity, first - begin);
-      fill(of_row + last, -kInfinity, end - last);
+      hide(p, head, block.first + row, tile, row, begin, end, w, of_row);
     }
   }
 }

@@ -24,11 +24,19 @@ namespace {
 #include "forward.h"
 #include "backward.h"
 #include "gradients.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#include "forward_amx.h"
+
+int forward_any(const Call& call, const Team& team) { return takes_amx(call) ? forward_amx(call, team) : forward(call, team); }
+#else
+int forward_any(const Call& call, const Team& team) { return forward(call, team); }
+#endif
 
 }  // namespace
 }  // namespace RELATTN_VARIANT
 
 extern const Variant RELATTN_PASTE(kernels_, RELATTN_VARIANT);
-const Variant RELATTN_PASTE(kernels_, RELATTN_VARIANT) = {RELATTN_VARIANT::forward, RELATTN_VARIANT::backward};
+const Variant RELATTN_PASTE(kernels_, RELATTN_VARIANT) = {RELATTN_VARIANT::forward_any, RELATTN_VARIANT::backward};
 
 }  // namespace relattn
