@@ -137,10 +137,11 @@ void run(const Team& team, int64_t count, void (*task)(void*, int64_t, int64_t),
   for (std::thread& other : others) other.join();
 }
 
-// ---- Memory: one block a call, kept for the next one if it is not too large ----
+// ---- Memory: blocks that are handed out piece by piece during a call; small ones are kept for the next ----
 
-constexpr int64_t kKept = (int64_t)4 << 20;     // bytes of a block that is kept
-constexpr int64_t kFirstBlock = (int64_t)1 << 18;
+constexpr int64_t kKept = (int64_t)4 << 20;      // bytes of a block that is kept
+constexpr size_t kMostKept = 4;
+constexpr int64_t kHugePage = (int64_t)2 << 20;
 
 struct MemoryBlock {
   char* data;
@@ -152,31 +153,44 @@ struct Arena {
 };
 
 std::mutex kept_mutex;
-std::vector<MemoryBlock> kept_blocks;
+std::vector<MemoryBlock>& kept_blocks() {  // never destroyed: threads may still run when the process exits
+  static auto* blocks = new std::vector<MemoryBlock>;
+  return *blocks;
+}
+
+MemoryBlock new_block(int64_t bytes) {
+  void* data = nullptr;
+  const bool huge = bytes >= kHugePage;
+  if (posix_memalign(&data, huge ? (size_t)kHugePage : 64, (size_t)bytes) != 0) return {nullptr, 0, 0};
+#ifdef MADV_HUGEPAGE
+  if (huge) madvise(data, (size_t)bytes, MADV_HUGEPAGE);  // packed operands are read at many strides: fewer misses of the TLB
+#endif
+  return {(char*)data, bytes, 0};
+}
 
 MemoryBlock take_block(int64_t bytes) {
-  if (bytes <= kKept) {
+#if defined(__SANITIZE_ADDRESS__)
+  return new_block(bytes);  // a block for each piece: what is written past its end is noticed
+#endif
+  if (bytes > kKept) return new_block(bytes);
+  {
     // A child forked while another thread held the lock finds it locked for ever: then it goes without.
     std::unique_lock<std::mutex> lock(kept_mutex, std::try_to_lock);
-    if (lock && !kept_blocks.empty()) {
-      MemoryBlock block = kept_blocks.back();
-      kept_blocks.pop_back();
+    if (lock && !kept_blocks().empty()) {
+      MemoryBlock block = kept_blocks().back();
+      kept_blocks().pop_back();
       block.used = 0;
       return block;
     }
-    bytes = kKept;
   }
-  void* data = nullptr;
-  if (posix_memalign(&data, 1<<21, (size_t)bytes) != 0) return {nullptr, 0, 0};
-  madvise(data,bytes,MADV_HUGEPAGE);
-  return {(char*)data, bytes, 0};
+  return new_block(kKept);
 }
 
 void return_block(const MemoryBlock& block) {
   if (block.size == kKept) {
     std::unique_lock<std::mutex> lock(kept_mutex, std::try_to_lock);
-    if (lock && kept_blocks.size() < 4) {
-      kept_blocks.push_back(block);
+    if (lock && kept_blocks().size() < kMostKept) {
+      kept_blocks().push_back(block);
       return;
     }
   }
@@ -192,6 +206,11 @@ void* allocate(const Team& team, int64_t bytes) {
       block.used += bytes;
       return data;
     }
+  try {
+    arena.blocks.reserve(arena.blocks.size() + 1);
+  } catch (...) {
+    return nullptr;
+  }
   MemoryBlock block = take_block(bytes);
   if (!block.data) return nullptr;
   block.used = bytes;

@@ -85,6 +85,10 @@ struct Carver {
   float* floats(int64_t count) {
     float* result = (float*)(base + used);
     used += round_up(count * 4, 64);
+#if defined(__SANITIZE_ADDRESS__)
+    if (base) ASAN_POISON_MEMORY_REGION(base + used, 64);
+    used += 64;
+#endif
     return base ? result : nullptr;
   }
 };

@@ -2,8 +2,15 @@
 // shared between objects would be merged, and run instructions that an older processor lacks.
 #include "call.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own headers of intrinsics, up to version 12
+#pragma GCC diagnostic ignored "-Wpsabi"                // vectors are passed within this file only
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #endif
 
 #define RELATTN_PASTE2(a, b) a##b
