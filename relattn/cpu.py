@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import struct
@@ -123,7 +124,7 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
 
 
 def _describe(tensor: Tensor | None, dims: tuple[int, ...]) -> tuple[int, ...]:
-    """Address, dtype and the four strides of Call: tensor dimension k is dimension dims[k]; what lies along no dimension has stride 0."""
+    """Address, dtype and the four strides of Call: the tensor's dimension k is Call's dimension dims[k]; along the others the stride is 0."""
     if tensor is None:
         return _ABSENT
     strides = [0, 0, 0, 0]
@@ -186,7 +187,7 @@ def _pack(tensors: Tensors, settings: Settings, seed: Tensor, output: Tensor, ls
         batch, heads, key.shape[1], queries, key.shape[2], size, value.shape[3], rows, settings.left, settings.right,
         settings.window_left is not None, settings.window_left or 0, window_right is not None, window_right or 0,
         settings.query_offset, int(seed) if settings.dropout_p > 0.0 else 0, threads, *_TILE, settings.scale, settings.dropout_p,
-        *(number for numbers in described for number in numbers),
+        *itertools.chain.from_iterable(described),
     ), integers  # fmt: skip
 
 

@@ -32,13 +32,14 @@ struct HalfLeft {
 };
 struct HalfRight {
   const Half* data;
-  int64_t panel;  // stride in elements
+  int64_t panel;  // strides in elements: of panels of columns,
+  int64_t row = 2 * kPanel, step = kTileHalves;  // of pairs of k, and of whole tiles
 };
 
 // RowTiles x 16 rows and Panels x 16 columns.
 template <int RowTiles, int Panels, bool Accumulate>
 static void amx_tile(const HalfLeft& a, const HalfRight& b, int64_t steps, const Result& c) {
-  const int64_t c_bytes = c.row * 4, a_bytes = a.row * 2;
+  const int64_t c_bytes = c.row * 4, a_bytes = a.row * 2, b_bytes = b.row * 2;
   float* lower = c.data + kTileRows * c.row;
   if constexpr (Accumulate) {
     _tile_loadd(0, c.data, c_bytes);
@@ -52,12 +53,12 @@ static void amx_tile(const HalfLeft& a, const HalfRight& b, int64_t steps, const
     if constexpr (RowTiles == 2 && Panels == 2) _tile_zero(3);
   }
   const Half *left = a.data, *right = b.data;
-  for (int64_t step = 0; step < steps; ++step, left += kTileDepth, right += kTileHalves) {
-    _tile_loadd(6, right, 64);
+  for (int64_t step = 0; step < steps; ++step, left += kTileDepth, right += b.step) {
+    _tile_loadd(6, right, b_bytes);
     _tile_loadd(4, left, a_bytes);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (Panels == 2) {
-      _tile_loadd(7, right + b.panel, 64);
+      _tile_loadd(7, right + b.panel, b_bytes);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (RowTiles == 2) {

@@ -96,30 +96,51 @@ static void add_bias(const Table& table, const float* bias, int64_t position, in
   for (int64_t column = inner_last; column < last; ++column) to[column] += bias[table.rows - 1];
 }
 
-static void forward_block_amx(const Problem& p, const AmxSizes& sizes, const AmxHead& operands, AmxWorkspace& w, int64_t index) {
+// The raw products of a group of rows with its columns of a tile: scores[row of the group][column].
+static void group_products(const Problem& p, const AmxSizes& sizes, const AmxHead& operands, const Block& block, const Group& group, int64_t first_key, const AmxWorkspace& w, const Result& scores) {
+  const Head& head = operands.head;
+  const int64_t begin = group.columns.first, panels = (group.columns.last - begin) / kPanel, position = block.position + group.row;
+  const int64_t steps = sizes.size / kTileDepth, panel = kPanel * sizes.size;
+  const HalfRight key = {operands.key_panels + (first_key + begin) * sizes.size, panel};
+  const HalfLeft content = {w.content + group.row * sizes.size, sizes.size};
+  const Result target = {scores.data + begin, scores.row};
+  if (!p.call.rel_k.data) return amx_multiply<false>(group.rows, panels, content, key, steps, target);
+  const Span& span = group.span;
+  amx_multiply<false>(group.rows, span.last_panel - span.first_panel, {w.position + group.row * sizes.size, sizes.size}, {operands.table_panels + span.first_panel * panel, panel}, steps,
+                      {scores.data + span.first_panel * kPanel + position - head.rel_k.left - first_key, scores.row + 1});
+  relative_edges(group.rows, position, first_key, group.columns, span, head.rel_k, w.base.left_edge + group.row, w.base.right_edge + group.row, scores);
+  amx_multiply<true>(group.rows, panels, content, key, steps, target);
+}
+
+// Queries of a block, and their products with the table's edges where they are needed.
+static Block prepare_block_amx(const Problem& p, const AmxSizes& sizes, const AmxHead& operands, AmxWorkspace& w, int64_t index) {
   const Call& call = p.call;
   const Head& head = operands.head;
-  Workspace& base = w.base;
   Block block;
   block.first = index * p.block_rows;
   block.rows = least(p.block_rows, call.queries - block.first);
   block.keys = window_of(call, head.keys, block.first, block.first + block.rows);
   block.position = table_position(head.keys, block.first);
+  if (block.keys.empty()) return block;
+  read_queries(p, head, block, call.pos_bias_u, sizes.size, w.content, w.base.scratch);
+  if (w.position != w.content) read_queries(p, head, block, call.pos_bias_v, sizes.size, w.position, w.base.scratch);
+  if (call.rel_k.data && beyond_left(head.rel_k, block.position, block.rows, block.keys))
+    edge_products(p, sizes, w.position, block.rows, call.rel_k, head.head, 0, w.base.left_edge, w.base.scratch);
+  if (call.rel_k.data && beyond_right(head.rel_k, block.position, block.keys))
+    edge_products(p, sizes, w.position, block.rows, call.rel_k, head.head, call.rows - 1, w.base.right_edge, w.base.scratch);
+  return block;
+}
+
+static void forward_block_amx(const Problem& p, const AmxSizes& sizes, const AmxHead& operands, AmxWorkspace& w, int64_t index) {
+  const Call& call = p.call;
+  const Head& head = operands.head;
+  Workspace& base = w.base;
+  const Block block = prepare_block_amx(p, sizes, operands, w, index);
   fill(base.result, 0.0f, round_up(block.rows, kGroupRows) * p.padded_value_size);
   fill(base.highest, -kInfinity, block.rows);
   fill(base.total, 0.0f, block.rows);
-  const bool relative = call.rel_k.data != nullptr;
-  if (!block.keys.empty()) {
-    read_queries(p, head, block, call.pos_bias_u, sizes.size, w.content, base.scratch);
-    if (w.position != w.content) read_queries(p, head, block, call.pos_bias_v, sizes.size, w.position, base.scratch);
-    if (relative && beyond_left(head.rel_k, block.position, block.rows, block.keys))
-      edge_products(p, sizes, w.position, block.rows, call.rel_k, head.head, 0, base.left_edge, base.scratch);
-    if (relative && beyond_right(head.rel_k, block.position, block.keys))
-      edge_products(p, sizes, w.position, block.rows, call.rel_k, head.head, call.rows - 1, base.right_edge, base.scratch);
-  }
   const float unit = (float)((call.scale < 0 ? -call.scale : call.scale) * kLog2E);
   const bool adjusted = operands.bias || call.attn_mask.data;
-  const int64_t steps = sizes.size / kTileDepth, panel = kPanel * sizes.size;
   const Result scores = {base.scores + kSlack, p.leading};
   Tile tile;
   TileRegisters registers;
@@ -129,17 +150,7 @@ static void forward_block_amx(const Problem& p, const AmxSizes& sizes, const Amx
     for (int g = 0; g < tile.count; ++g) {
       const Group& group = tile.groups[g];
       const int64_t begin = group.columns.first, end = group.columns.last, position = block.position + group.row;
-      const HalfRight key = {operands.key_panels + (first_key + begin) * sizes.size, panel};
-      const HalfLeft content = {w.content + group.row * sizes.size, sizes.size};
-      if (relative) {
-        const Span& span = group.span;
-        amx_multiply<false>(group.rows, span.last_panel - span.first_panel, {w.position + group.row * sizes.size, sizes.size}, {operands.table_panels + span.first_panel * panel, panel}, steps,
-                            {scores.data + span.first_panel * kPanel + position - head.rel_k.left - first_key, scores.row + 1});
-        relative_edges(group.rows, position, first_key, group.columns, span, head.rel_k, base.left_edge + group.row, base.right_edge + group.row, scores);
-        amx_multiply<true>(group.rows, (end - begin) / kPanel, content, key, steps, {scores.data + begin, scores.row});
-      } else {
-        amx_multiply<false>(group.rows, (end - begin) / kPanel, content, key, steps, {scores.data + begin, scores.row});
-      }
+      group_products(p, sizes, operands, block, group, first_key, w, scores);
       const int64_t first_depth = begin / kTileDepth * kTileDepth, last_depth = round_up(end, kTileDepth);
       for (int r = 0; r < group.rows; ++r) {
         const int64_t row = group.row + r, query = block.first + row;
