@@ -23,3 +23,7 @@ def materialising_skew(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor)
 def sdpa(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
     """torch's attention with no relative term at all: a lower bound on the work, not a peer."""
     return F.scaled_dot_product_attention(query, key, value)
+
+
+def causal_sdpa(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)

@@ -1,12 +1,9 @@
-"""Speed and memory of the blocked backend and of the layer, against what the field does today.
+"""The figures that the native CPU kernel is held to: `python -m benchmarks.speed [--out DIR] [--only NAME ...] [--quick]`.
 
-    python -m benchmarks.speed [--out DIR]
-
-- time: forward + backward at L = 2048 (float32, B * H = 8, D = 64, unclipped), relattn's blocked backend, the materialising skew and, as a
-  ceiling, torch's attention with no relative term. The sides take turns in one process; medians.
-- memory: extra memory of forward + backward, each in a fresh process: its high-water resident set less that before the call, inputs and
-  their gradients already allocated; at L = 2048 both, at L = 16384 blocked alone (Q E^T by itself is 16 GiB there).
-- layer: a training step at L = 16 (embed 128, 4 heads, batch 32, need_weights=False) on one thread against nn.MultiheadAttention.
+Every case runs in a process of its own; what is compared takes turns within it, with equal threads. Medians, quartiles and (rounds).
+"torch, no relative term" is F.scaled_dot_product_attention on the same query, key and value: less work, so a bound, not a peer.
+float32, B * H = 8, torch's default threads and one table row per distance unless said. About five minutes; --quick, under one, stays at
+L = 1024, and shows no goals that are set for longer sequences.
 """
 
 from __future__ import annotations
@@ -14,144 +11,120 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import relattn
-from benchmarks.peers import materialising_skew, sdpa
-
-HEADS, HEAD_SIZE = 8, 64
-
-
-def relattn_blocked(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
-    return relattn.relative_attention(query, key, value, rel_k, backend="blocked")
+from benchmarks.cases import BLOCKED, BOTH, FORWARD, OWN, SKEW, TORCH, attention, decoding, features, layer, overhead, variants
+from benchmarks.measure import Watch, in_fresh_process
+from benchmarks.memory import growth, memory
+from benchmarks.report import Table, goals, text
 
 
-PEERS = {"relattn blocked": relattn_blocked, "materialising skew": materialising_skew, "sdpa, no relative term": sdpa}
+class Case(NamedTuple):
+    name: str  # for --only; several cases may share it
+    function: Callable[..., list[Table]]
+    arguments: dict[str, Any]
+    threads: int | None = None
 
 
-def make_inputs(length: int) -> list[Tensor]:
-    torch.manual_seed(0)
-    inputs = [torch.randn(1, HEADS, length, HEAD_SIZE, requires_grad=True) for _ in range(3)]
-    inputs.append(torch.randn(2 * length - 1, HEAD_SIZE, requires_grad=True))
-    for tensor in inputs:
-        tensor.grad = torch.zeros_like(tensor)
-    return inputs
+NAMES = {
+    "attention": "unclipped relative attention against torch's attention without a relative term, and the materialising skew",
+    "clip": "distances clipped at 64",
+    "causal": "causal, with one table row for each distance to the left",
+    "bfloat16": "in bfloat16, both sides",
+    "decoding": "new queries behind a cache of keys",
+    "layer": "the layer, without weights, on one thread",
+    "overhead": "what a call costs, on one thread",
+    "memory": "peak memory of a call beyond its inputs, outputs and gradients",
+    "growth": "growth with the length",
+    "variants": "instruction sets",
+    "features": "what a feature costs",
+}
 
 
-def interleave(steps: dict, repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds: the median, and the quartiles, of `repeats` rounds in which every step runs once; one more warms up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(repeats + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if round_number > 0:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    results = {}
-    for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        results[name] = {"median_ms": round(median, 3), "quartiles_ms": [round(low, 3), round(high, 3)]}
-    return results
-
-
-def measure_time(length: int = 2048, repeats: int = 11) -> dict:
-    inputs = make_inputs(length)
-    outputs = {name: peer(*inputs).detach() for name, peer in PEERS.items() if peer is not sdpa}
-    difference = (outputs["relattn blocked"] - outputs["materialising skew"]).abs().max().item()
-    steps = {name: lambda peer=peer: peer(*inputs).sum().backward() for name, peer in PEERS.items()}
-    return {"length": length, "largest_difference": difference, "steps": interleave(steps, repeats)}
-
-
-def measure_layer(repeats: int = 400) -> dict:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    options = dict(embed_dim=128, num_heads=4, batch_first=True)
-    layers = {
-        "RelativeMultiheadAttention": relattn.RelativeMultiheadAttention(**options, max_relative_position=15),
-        "nn.MultiheadAttention": torch.nn.MultiheadAttention(**options),
-    }
-    x = torch.randn(32, 16, 128, requires_grad=True)
-    steps = {name: lambda layer=layer: layer(x, x, x, need_weights=False)[0].sum().backward() for name, layer in layers.items()}
-    return {"length": 16, "steps": interleave(steps, repeats)}
-
-
-def resident_kib(field: str) -> int:
-    """VmRSS (now) or VmHWM (the most so far) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
-def measure_memory(peer: str, length: int) -> dict:
-    inputs = make_inputs(length)
-    small = make_inputs(64)
-    PEERS[peer](*small).sum().backward()  # what is loaded and started at the first use
-    before = resident_kib("VmRSS")
-    start = time.perf_counter()
-    PEERS[peer](*inputs).sum().backward()
-    seconds = time.perf_counter() - start
-    return {"length": length, "extra_mib": round((resident_kib("VmHWM") - before) / 1024, 1), "seconds": round(seconds, 2)}
-
-
-def in_fresh_process(*arguments: str, threads: int | None = None) -> dict:
-    environment = dict(os.environ) if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "benchmarks.speed", "--measure", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr}")
-    return json.loads(result.stdout)
+def cases(quick: bool) -> list[Case]:
+    unclipped = {FORWARD: {TORCH: 0.70, SKEW: 6.0}, BOTH: {TORCH: 0.62, SKEW: 4.0}}
+    with_skew = [OWN, TORCH, SKEW, BLOCKED]
+    pair = [OWN, TORCH]
+    lengths = [1024] if quick else [1024, 4096, 16384]
+    listed = []
+    for length in lengths:
+        for size in (64, 128):
+            arguments: dict[str, Any] = dict(length=length, size=size, goals=unclipped, sides=with_skew)
+            if length == 1024:
+                arguments |= dict(seconds=1.0 if quick else 4.0, limits={SKEW: 5, BLOCKED: 8})
+            elif length == 4096:
+                arguments |= dict(seconds=8.0, limits={SKEW: 2, BLOCKED: 3})  # the skew takes about 5 GB here
+            else:  # fewer heads, for time's sake
+                arguments |= dict(seconds=8.0, limits={BLOCKED: 1}, sides=[OWN, TORCH, BLOCKED], heads=4)
+            listed.append(Case("attention", attention, arguments))
+    long = dict(length=1024 if quick else 4096, seconds=0.7 if quick else 5.0, sides=pair)
+    for name, setting, goal in (
+        ("clip", dict(clip=64, size=64), {FORWARD: {TORCH: 0.9}, BOTH: {TORCH: 0.9}}),
+        ("causal", dict(causal=True, size=64), {FORWARD: {TORCH: 0.65}, BOTH: {TORCH: 0.65}}),
+        ("bfloat16", dict(dtype="bfloat16", size=64), {FORWARD: {TORCH: 0.6}}),
+        ("bfloat16", dict(dtype="bfloat16", size=128), {FORWARD: {TORCH: 0.6}}),
+    ):
+        listed.append(Case(name, attention, long | setting | {"goals": {} if quick else goal}))
+    few = 0.3 if quick else 1.0
+    listed += [Case("decoding", decoding, dict(dtype=dtype, seconds=few)) for dtype in ("float32", "bfloat16")]
+    listed.append(Case("layer", layer, dict(lengths=[16, 64, 128], seconds=0.7 if quick else 3.0, goals={"16": 1.0}), threads=1))
+    listed.append(Case("overhead", overhead, dict(seconds=few), threads=1))
+    listed += [Case("memory", memory, dict(length=length, heads=8)) for length in lengths]
+    listed += [] if quick else [Case("memory", memory, dict(length=16384, heads=1))]
+    listed.append(Case("growth", growth, dict(longest=4096 if quick else 32768, seconds=0.2 if quick else 1.0)))
+    listed.append(Case("variants", variants, dict(seconds=1.0 if quick else 4.0)))
+    listed.append(Case("features", features, dict(seconds=2.0 if quick else 8.0)))
+    return listed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for speed.json")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # one measurement in this process, as JSON
+    parser.add_argument("--only", nargs="+", choices=list(NAMES), metavar="NAME", help=f"only these: {', '.join(NAMES)}")
+    parser.add_argument("--quick", action="store_true", help="L = 1024, few rounds")
     options = parser.parse_args()
-    if options.measure:
-        kind, *rest = options.measure
-        measured = {"time": measure_time, "layer": measure_layer, "memory": lambda: measure_memory(rest[0], int(rest[1]))}[kind]()
-        print(json.dumps(measured))
-        return
+    reason = relattn.cpu.unavailable()
+    if reason is not None:
+        raise SystemExit(f"No native CPU kernel to measure: {reason}")
 
-    results: dict = {"torch": torch.__version__, "relattn": relattn.__version__, "threads": torch.get_num_threads()}
-    versions = f"relattn {relattn.__version__}, torch {torch.__version__}"
-    print(f"{versions}, {results['threads']} threads, float32, B * H = {HEADS}, D = {HEAD_SIZE}")
-    results["load_before"] = os.getloadavg()
+    results: dict[str, Any] = {"torch": torch.__version__, "relattn": relattn.__version__, "variant": relattn.cpu.variant()}
+    results |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "quick": options.quick, "cases": []}
+    print(f"relattn {relattn.__version__} ({results['variant']}), torch {torch.__version__}, {results['threads']} threads")
+    tables: list[Table] = []
+    heading = None
+    for case in cases(options.quick):
+        if options.only and case.name not in options.only:
+            continue
+        if case.name != heading:
+            heading = case.name
+            print(f"\n== {heading}: {NAMES[heading]}", flush=True)
+        with Watch() as watch:
+            measured = in_fresh_process(case.function, case.arguments, case.threads)
+        tables += measured
+        results["cases"].append({"name": case.name, "threads": case.threads or results["threads"], **watch.seen, "tables": measured})
+        print("\n".join(text(table) for table in measured))
+        print(f"  [{_conditions(watch.seen)}]", flush=True)
 
-    results["time"] = timing = in_fresh_process("time")
-    print(f"\nforward + backward, L = {timing['length']} (largest difference of the outputs {timing['largest_difference']:.1e})")
-    own = timing["steps"]["relattn blocked"]["median_ms"]
-    for name, step in timing["steps"].items():
-        print(f"  {name:30} {step['median_ms']:9.1f} ms   {step['median_ms'] / own:5.2f} x relattn's time")
-
-    print("\nextra memory, forward + backward")
-    results["memory"] = {}
-    for name, length in (("relattn blocked", 2048), ("materialising skew", 2048), ("relattn blocked", 16384)):
-        measured = results["memory"][f"{name}, L = {length}"] = in_fresh_process("memory", name, str(length))
-        print(f"  {name:30} L = {length:5}  {measured['extra_mib']:9.1f} MiB   ({measured['seconds']} s)")
-    least, most = (results["memory"][f"{name}, L = 2048"]["extra_mib"] for name in ("relattn blocked", "materialising skew"))
-    print(f"  at L = 2048 relattn takes {least / most:.3f} of the materialising skew's")
-
-    results["layer"] = layer = in_fresh_process("layer", threads=1)
-    print("\nlayer, training step, L = 16, embed 128, 4 heads, batch 32, need_weights=False, one thread")
-    for name, step in layer["steps"].items():
-        print(f"  {name:30} {step['median_ms']:9.3f} ms")
-    own, peer = (layer["steps"][name]["median_ms"] for name in ("RelativeMultiheadAttention", "nn.MultiheadAttention"))
-    print(f"  relattn's layer takes {own / peer:.2f} of nn.MultiheadAttention's time")
-
-    results["load_after"] = os.getloadavg()
-    print(f"\nload before {results['load_before'][0]:.2f}, after {results['load_after'][0]:.2f}")
+    missed, count = goals(tables)
+    results["goals"] = {"set": count, "missed": missed}
+    print(f"\n{count - len(missed)} of {count} goals met" + "".join(f"\n  missed: {line}" for line in missed))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / "speed.json"
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(f"wrote {path}")
+
+
+def _conditions(seen: dict[str, Any]) -> str:
+    before, after = seen["load"]
+    others = seen["other_processes_cores"]
+    busy = "" if others is None else f", other processes used {others:.2f} cores"
+    return f"{seen['seconds']:.0f} s, load {before:.2f} before, {after:.2f} after{busy}"
 
 
 if __name__ == "__main__":
