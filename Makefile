@@ -40,7 +40,7 @@ test: $(INSTALLED) ## ruff and the test suite (TEST_ARGS="-k name ...")
 sanitize: $(INSTALLED) ## random calls of the native CPU kernels under GCC's sanitizers (FUZZ_COUNT=300)
 	$(BIN)/python -m tests.sanitize --count $(FUZZ_COUNT)
 
-bench: $(INSTALLED) ## speed and memory on this machine (BENCH_ARGS="...")
+bench: $(INSTALLED) ## speed and memory on this machine, five minutes (BENCH_ARGS="--quick")
 	$(BIN)/python -m benchmarks.speed $(BENCH_ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy

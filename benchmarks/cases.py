@@ -92,7 +92,8 @@ def attention(
         steps = {name: make_step(side, inputs) for name, side in functions(length).items()}
         timings = interleave(steps, seconds, limits=limits, warm=length <= 4096)
         tables.append(speeds(f"{kind}, {setting}", OWN, timings, (goals or {}).get(kind)))
-    tables[0]["largest_difference"] = max(differences)
+    if differences:
+        tables[0]["largest_difference"] = max(differences)
     return tables
 
 
@@ -105,7 +106,7 @@ def decoding(dtype: str, seconds: float, keys: int = 4096, size: int = 64) -> li
         options = dict(max_relative_position=(keys - 1, 0), is_causal=True, query_offset=keys - queries)
         sides = {OWN: relative("cpu", **options), TORCH: sdpa, BLOCKED: relative("blocked", **options)}
         timings = interleave({name: forward_step(side, inputs) for name, side in sides.items()}, seconds)
-        tables.append(speeds(f"decoding, Lq = {queries}, {keys} keys, D = {size}, {dtype}", OWN, timings, unit="us"))
+        tables.append(speeds(f"decoding, Lq = {queries}, {keys} keys, D = {size}, {dtype}", OWN, timings))
     return tables
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+_CLONE = Path(__file__).resolve().parents[1]
 Step = Callable[[], object]
 TensorStep = Callable[[], tuple[Tensor, ...]]
 
@@ -105,7 +106,7 @@ def in_fresh_process(function: Callable[..., Any], arguments: Mapping[str, Any],
     environment = dict(os.environ) if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
     target = f"{function.__module__}:{function.__qualname__}"
     command = [sys.executable, "-m", "benchmarks.measure", target, json.dumps(arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=_CLONE)
     if result.returncode != 0:
         raise RuntimeError(f"{target} {dict(arguments)} ended with {result.returncode}:\n{result.stderr}")
     return json.loads(result.stdout.splitlines()[-1])

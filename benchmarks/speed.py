@@ -58,7 +58,7 @@ def cases(quick: bool) -> list[Case]:
             if length == 1024:
                 arguments |= dict(seconds=1.0 if quick else 4.0, limits={SKEW: 5, BLOCKED: 8})
             elif length == 4096:
-                arguments |= dict(seconds=8.0, limits={SKEW: 2, BLOCKED: 3})  # the skew takes about 5 GB here
+                arguments |= dict(seconds=8.0, limits={SKEW: 2, BLOCKED: 3})  # the skew takes about 2 GiB here
             else:  # fewer heads, for time's sake
                 arguments |= dict(seconds=8.0, limits={BLOCKED: 1}, sides=[OWN, TORCH, BLOCKED], heads=4)
             listed.append(Case("attention", attention, arguments))
