@@ -51,7 +51,22 @@ static void write_block(const Problem& p, const Head& head, const Block& block, 
 
 constexpr int64_t kStep = 128;  // keys of one step of the product with the values: their rows stay in the first cache
 
-static void forward_block(const Problem& p, const Head& head, Workspace& w, int64_t index) {
+// Pack a tile's keys, and its values if need be, for this one use.
+static void pack_tile(const Problem& p, const Tile& tile, Head& head, const Workspace& w) {
+  const int64_t key_head = head.head / p.ratio;
+  const PanelSource key = p.key_source(head.batch, key_head), value = p.value_source(head.batch, key_head);
+  const int64_t first = tile.keys.first / kPanel, last = panels_of(tile.keys.last);
+  for (int64_t panel = first; panel < last; ++panel) pack_panel(key, panel, w.keys + (panel * kPanel - tile.first_key) * p.size, w.scratch);
+  head.key_panels = w.keys;
+  head.first_key = tile.first_key;
+  if (!w.values) return;
+  for (int64_t row = tile.keys.first; row < tile.keys.last; ++row)
+    read_padded(value.matrix, row, p.value_size, p.padded_value_size, w.values + (row - tile.first_key) * p.padded_value_size);
+  head.value = {w.values, p.padded_value_size, kPanel};
+  head.first_value = tile.first_key;
+}
+
+static void forward_block(const Problem& p, Head head, Workspace& w, int64_t index) {
   const Call& call = p.call;
   const Block block = prepare_block(p, head, w, index);
   const int64_t value_panels = p.padded_value_size / kPanel;
@@ -63,6 +78,7 @@ static void forward_block(const Problem& p, const Head& head, Workspace& w, int6
   for (int64_t first_key = block.keys.first / kPanel * kPanel; first_key < block.keys.last; first_key += p.block_keys) {
     cut_tile(p, head, block, first_key, kRows, tile);
     if (tile_hidden(p, head, block, tile.keys)) continue;
+    if (w.keys) pack_tile(p, tile, head, w);
     tile_scores(p, head, block, tile, w, scores);
     for (int g = 0; g < tile.count; ++g) {
       const Group& group = tile.groups[g];
@@ -84,7 +100,7 @@ static void forward_block(const Problem& p, const Head& head, Workspace& w, int6
         const int64_t first = most(column, group.seen.first), last = least(column + kStep, group.seen.last);
         if (first < last)
           multiply<true>(group.rows, value_panels, {scores.data + group.row * scores.row + first, scores.row, 1},
-                         {head.value.data + (first_key + first) * head.value.k, head.value.k, head.value.panel}, last - first,
+                         {head.value.data + (first_key - head.first_value + first) * head.value.k, head.value.k, head.value.panel}, last - first,
                          {w.result + group.row * p.padded_value_size, p.padded_value_size});
       }
     if (call.rel_v.data)
@@ -97,11 +113,19 @@ static void forward_block(const Problem& p, const Head& head, Workspace& w, int6
   write_block(p, head, block, w);
 }
 
+// One block of queries per head of keys, as in decoding: keys and values are packed a tile at a time where they are used.
+static bool used_once(const Problem& p) { return p.query_blocks() == 1 && p.ratio == 1; }
+static bool values_in_place(const Problem& p) { return readable_in_place(matrix(p.call.value, 0, 0), p.call.keys, p.value_size); }
+
 static int64_t carve_forward(const Problem& p, char* base, Workspace& w) {
   Carver carver = {base, 0};
   w = {};
   carve_scores(p, carver, w);
   w.scores = carver.floats(p.block_rows * p.leading);
+  if (used_once(p)) {
+    w.keys = carver.floats(p.block_keys * p.size);
+    w.values = values_in_place(p) ? nullptr : carver.floats(p.block_keys * p.padded_value_size);
+  }
   w.result = carver.floats(p.block_rows * p.padded_value_size);
   w.highest = carver.floats(p.block_rows);
   w.total = carver.floats(p.block_rows);
@@ -134,11 +158,11 @@ static int forward(const Call& call, const Team& team) {
       !plan_table(p, team, call.rel_q, Tensor{}, p.rel_q_source(0), call.right, true, false, tables.rel_q) ||
       !plan_table(p, team, call.rel_v, Tensor{}, p.rel_v_source(0), call.left, false, true, tables.rel_v))
     return 1;
-  pack_tables(p, team, tables, scratch);
+  pack_tables(p, team, keys, tables, scratch);
 
   const int64_t units = batch * key_heads, panel_floats = panels_of(call.keys) * kPanel * p.size, row_floats = call.keys * p.padded_value_size;
-  const bool values_in_place = readable_in_place(matrix(call.value, 0, 0), call.keys, p.value_size);
-  const int64_t unit_floats = panel_floats + (values_in_place ? 0 : row_floats);
+  const bool once = used_once(p), in_place = values_in_place(p);
+  const int64_t unit_floats = once ? 0 : panel_floats + (in_place ? 0 : row_floats);
   const int64_t chunk = clamp<int64_t>(kPackedBytes / 4 / most<int64_t>(unit_floats, 1), 1, units);
   float* packed = allocate(team, chunk * unit_floats);
   if (!packed) return 1;
@@ -147,9 +171,9 @@ static int forward(const Call& call, const Team& team) {
     const int64_t count = least(chunk, units - start);
     auto pack_of = [&](int64_t index) {
       float* memory = packed + index * unit_floats;
-      return KeyPack{memory, nullptr, nullptr, values_in_place ? nullptr : memory + panel_floats};
+      return KeyPack{memory, nullptr, nullptr, in_place ? nullptr : memory + panel_floats};
     };
-    const int64_t tasks = pack_tasks(p);
+    const int64_t tasks = once ? 0 : pack_tasks(p);
     parallel(team, count * tasks, [&](int64_t index, int64_t thread) {
       const int64_t unit = start + index / tasks;
       pack_keys(p, unit / key_heads, unit % key_heads, pack_of(index / tasks), index % tasks, scratch[thread]);
@@ -164,7 +188,7 @@ static int forward(const Call& call, const Team& team) {
       head.head = h;
       head.keys = keys[b];
       head.key_panels = pack.key_panels;
-      head.value = rows_of(matrix(call.value, b, key_head), pack.value_rows, p.padded_value_size);
+      head.value = rows_of(matrix(call.value, b, key_head), once ? nullptr : pack.value_rows, p.padded_value_size);
       head.rel_k = tables.rel_k.table(p.rel_k_source(h), h);
       head.rel_q = tables.rel_q.table(p.rel_q_source(h), h);
       head.rel_v = tables.rel_v.table(p.rel_v_source(h), h);

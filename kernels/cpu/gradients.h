@@ -43,6 +43,7 @@ struct Backward {
     result.head = index;
     result.keys = keys[batch];
     result.key_panels = unit.pack.key_panels;
+    result.first_key = 0;
     result.value_panels = unit.pack.value_panels;
     result.key = rows_of(matrix(call.key, batch, key_head), unit.pack.key_rows, p.padded_size);
     result.rel_k = tables.rel_k.table(p.rel_k_source(index), index);
@@ -267,7 +268,7 @@ static int backward(const Call& call, const Team& team) {
     carve_backward(p, (char*)memory, run.workspaces[thread]);
     run.scratch[thread] = run.workspaces[thread].scratch;
   }
-  pack_tables(p, team, run.tables, run.scratch);
+  pack_tables(p, team, run.keys, run.tables, run.scratch);
 
   bool enough = true;
   auto zeros = [&](bool needed, int64_t floats) -> float* {

@@ -74,28 +74,46 @@ static void pack_natural(const PanelSource& source, int64_t first, int64_t last,
   }
 }
 
+// The table's rows that distances of the call can reach, in whole panels: one query against many keys needs half of a table at most.
+static Range reached_panels(const Problem& p, const Keys* keys, bool reversed) {
+  int64_t lowest = p.call.rows - 1, highest = 0;
+  for (int64_t b = 0; b < p.call.batch; ++b) {
+    const int64_t first = table_position(keys[b], 0), last = table_position(keys[b], p.call.queries - 1);
+    lowest = least(lowest, clamp<int64_t>(keys[b].range.first - last + p.call.left, 0, p.call.rows - 1));
+    highest = most(highest, clamp<int64_t>(keys[b].range.last - 1 - first + p.call.left, 0, p.call.rows - 1));
+  }
+  if (reversed) {
+    const int64_t swapped = p.call.rows - 1 - highest;
+    highest = p.call.rows - 1 - lowest;
+    lowest = swapped;
+  }
+  return {lowest / kPanel, highest / kPanel + 1};
+}
+
 // Pack all tables that are in use, in parallel. The forms were planned.
-static void pack_tables(const Problem& p, const Team& team, const Tables& tables, float* const* scratch) {
+static void pack_tables(const Problem& p, const Team& team, const Keys* keys, const Tables& tables, float* const* scratch) {
   struct Job {
     const PackedTable* packed;
     int kind;
     int64_t heads, chunks;
+    Range panels;
   };
   Job jobs[3];
   int64_t total = 0;
   int used = 0;
   const PackedTable* all[3] = {&tables.rel_k, &tables.rel_q, &tables.rel_v};
-  const int64_t chunks = (panels_of(p.call.rows) + kPanelsOfTask - 1) / kPanelsOfTask;
   for (int kind = 0; kind < 3; ++kind) {
     if (!all[kind]->used) continue;
-    jobs[used++] = {all[kind], kind, all[kind]->per_head ? p.call.heads : 1, chunks};
-    total += jobs[used - 1].heads * chunks;
+    const Range panels = reached_panels(p, keys, kind == 1);
+    jobs[used++] = {all[kind], kind, all[kind]->per_head ? p.call.heads : 1, (panels.last - panels.first + kPanelsOfTask - 1) / kPanelsOfTask, panels};
+    total += jobs[used - 1].heads * jobs[used - 1].chunks;
   }
   parallel(team, total, [&](int64_t index, int64_t thread) {
     int job = 0;
     while (index >= jobs[job].heads * jobs[job].chunks) index -= jobs[job].heads * jobs[job].chunks, ++job;
     const PackedTable& packed = *jobs[job].packed;
-    const int64_t head = index / chunks, first = index % chunks * kPanelsOfTask, last = least(first + kPanelsOfTask, panels_of(packed.rows));
+    const int64_t head = index / jobs[job].chunks, first = jobs[job].panels.first + index % jobs[job].chunks * kPanelsOfTask;
+    const int64_t last = least(first + kPanelsOfTask, jobs[job].panels.last);
     const PanelSource source = jobs[job].kind == 0 ? p.rel_k_source(head) : jobs[job].kind == 1 ? p.rel_q_source(head) : p.rel_v_source(head);
     if (packed.panels)
       for (int64_t panel = first; panel < last; ++panel)

@@ -51,8 +51,10 @@ struct Problem {
 struct Head {
   int64_t batch, head;
   Keys keys;
-  const float* key_panels;  // (panel of 16 keys, D, 16)
-  Right key, value;         // rows of keys and of values
+  const float* key_panels;  // (panel of 16 keys, D, 16), from key `first_key` on
+  int64_t first_key;
+  Right key, value;         // rows of keys and of values; of values from `first_value` on
+  int64_t first_value;
   const float* value_panels;
   Table rel_k, rel_q, rel_v;
 };
@@ -62,6 +64,7 @@ struct Workspace {
   float *content, *position;       // (q + u), (q + v) of the block's rows, scaled; rows padded to whole panels, zeros
   float *left_edge, *right_edge;   // the block's position scores at the two edges of the table
   float *scores;                   // a block's tile
+  float *keys, *values;            // forward: a tile's keys in panels, and rows of values, where each is used only once
   float *result;                   // forward: the block's output, not yet divided
   float *highest, *total;          // per row
   // backward
@@ -258,7 +261,7 @@ static void tile_scores(const Problem& p, const Head& head, const Block& block, 
       const Group& group = tile.groups[g];
       const int64_t first = most(panel, group.columns.first / kPanel), last = least(panel + 4, group.columns.last / kPanel);
       const Left content = {w.content + group.row * p.padded_size, p.padded_size, 1};
-      const Right key = {head.key_panels + (tile.first_key + first * kPanel) * p.size, kPanel, kPanel * p.size};
+      const Right key = {head.key_panels + (tile.first_key - head.first_key + first * kPanel) * p.size, kPanel, kPanel * p.size};
       const Result target = {scores.data + group.row * scores.row + first * kPanel, scores.row};
       if (p.position) {
         multiply<true>(group.rows, last - first, content, key, p.size, target);
