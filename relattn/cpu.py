@@ -7,7 +7,6 @@ dtype and strides.
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 import itertools
 import json
@@ -33,33 +32,6 @@ _ALONE = 1e6
 _TILE = (0, 0)
 
 
-class _Library:
-    """The loaded library, or why there is none."""
-
-    def __init__(self) -> None:
-        self.functions: Any = None
-        self.reason: str | None = None
-        path = _library_path()
-        if path is None or not path.exists():
-            self.reason = _why_not_built()
-            return
-        try:
-            functions = ctypes.CDLL(str(path))
-        except OSError as error:
-            self.reason = f"the native library could not be loaded: {error}"
-            return
-        functions.relattn_abi_version.restype = functions.relattn_call_size.restype = ctypes.c_int64
-        functions.relattn_variant.restype = ctypes.c_char_p
-        if functions.relattn_abi_version() != _ABI_VERSION or functions.relattn_call_size() != _CALL.size:
-            self.reason = f"the native library is of another version of relattn; install relattn again ({path})"
-            return
-        variant = os.environ.get("RELATTN_CPU_VARIANT")
-        if variant and functions.relattn_use_variant(variant.encode()) != 0:
-            self.reason = f"RELATTN_CPU_VARIANT={variant}: not built, or not for this processor"
-            return
-        self.functions = functions
-
-
 def _folder() -> Path | None:
     """Where relattn.kernels.cpu lies, without importing it."""
     try:
@@ -71,16 +43,7 @@ def _folder() -> Path | None:
     return Path(next(iter(spec.submodule_search_locations))) / "cpu"
 
 
-def _library_path() -> Path | None:
-    given = os.environ.get("RELATTN_CPU_LIBRARY")
-    if given:
-        return Path(given)
-    folder = _folder()
-    return None if folder is None else folder / "librelattn_cpu.so"
-
-
-def _why_not_built() -> str:
-    folder = _folder()
+def _why_not_built(folder: Path | None) -> str:
     if folder is None:
         return "this is a source tree without relattn.kernels: pip install -e ."
     try:
@@ -90,26 +53,50 @@ def _why_not_built() -> str:
     return f"the native library was not built: {reason or 'no build report'}"
 
 
-@functools.cache
-def _library() -> _Library:
-    return _Library()
+def _load() -> tuple[Any, str | None]:
+    """The library, or None and why there is none."""
+    given, folder = os.environ.get("RELATTN_CPU_LIBRARY"), _folder()
+    if given:
+        path = Path(given)
+    elif folder is None or not (folder / "librelattn_cpu.so").exists():
+        return None, _why_not_built(folder)
+    else:
+        path = folder / "librelattn_cpu.so"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.relattn_abi_version.restype = library.relattn_call_size.restype = ctypes.c_int64
+        library.relattn_variant.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        return None, f"the native library could not be loaded: {error}"
+    if library.relattn_abi_version() != _ABI_VERSION or library.relattn_call_size() != _CALL.size:
+        return None, f"the native library is of another version of relattn: install relattn again ({path})"
+    name = os.environ.get("RELATTN_CPU_VARIANT")
+    if name and library.relattn_use_variant(name.encode()) != 0:
+        return None, f"RELATTN_CPU_VARIANT={name}: it was not built, or this processor lacks it"
+    return library, None
+
+
+# Loaded at import: what torch.compile traces then sees a constant.
+_library, _reason = _load()
 
 
 def unavailable() -> str | None:
-    return _library().reason
+    return _reason
 
 
 def variant() -> str | None:
-    """The instruction set in use: "avx512", "avx2" or "portable"; None without the library."""
-    functions = _library().functions
-    return None if functions is None else functions.relattn_variant().decode()
+    """The instruction set in use: "amx", "avx512", "avx2" or "portable"; None without the library."""
+    return None if _library is None else _library.relattn_variant().decode()
 
 
 def use_variant(name: str) -> None:
-    """Use another of the built instruction sets in this process (tests and benchmarks do)."""
-    functions = _library().functions
-    if functions is None or functions.relattn_use_variant(name.encode()) != 0:
-        raise ValueError(f"variant: {name!r} is not built, or not for this processor")
+    """Use another of the built instruction sets in this process, as tests and benchmarks do.
+
+    Raises:
+        ValueError: it was not built, or this processor lacks it.
+    """
+    if _library is None or _library.relattn_use_variant(name.encode()) != 0:
+        raise ValueError(f"name: {name!r} was not built, or this processor lacks it")
 
 
 def unsupported(tensors: Tensors, settings: Settings) -> str | None:
@@ -203,7 +190,7 @@ def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor,
     if output.numel() == 0 or tensors.key.numel() == 0:
         return output.zero_(), lse.fill_(-torch.inf)
     call, _keep = _pack(tensors, settings, seed, output, lse, _NO_GRADIENTS)
-    _check(_library().functions.relattn_forward(call))
+    _check(_library.relattn_forward(call))
     return output, lse
 
 
@@ -234,5 +221,5 @@ def backward(
         _pos_bias(grad("pos_bias_u")), _pos_bias(grad("pos_bias_v")),
     )  # fmt: skip
     call, _keep = _pack(tensors, settings, seed, output, lse, described)
-    _check(_library().functions.relattn_backward(call))
+    _check(_library.relattn_backward(call))
     return list(gradients.values())

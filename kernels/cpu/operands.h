@@ -87,7 +87,8 @@ static Range reached_panels(const Problem& p, const Keys* keys, bool reversed) {
     highest = p.call.rows - 1 - lowest;
     lowest = swapped;
   }
-  return {lowest / kPanel, highest / kPanel + 1};
+  // Products cover whole panels of columns, so that they read up to 15 rows more on either side.
+  return {most<int64_t>(lowest / kPanel - 1, 0), least(highest / kPanel + 2, panels_of(p.call.rows))};
 }
 
 // Pack all tables that are in use, in parallel. The forms were planned.
