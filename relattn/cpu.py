@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relattn import blocked
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout
 
 _ABI_VERSION = 1  # as in library.cpp
@@ -210,7 +211,9 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of the differentiable tensors for which `needs` is True, in the order of `DIFFERENTIABLE`."""
-    gradients = {name: empty_gradient(tensor) for name, tensor, need in zip(DIFFERENTIABLE, tensors, needs, strict=False) if need}
+    if needs[DIFFERENTIABLE.index("attn_mask")]:  # not through `unsupported`, but the operator can be called by itself
+        return blocked.backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)
+    gradients = {name: empty_gradient(tensor) for name, tensor, need in zip(DIFFERENTIABLE, tensors, needs, strict=False) if need and tensor is not None}
     if output.numel() == 0 or tensors.key.numel() == 0:
         return [gradient.zero_() for gradient in gradients.values()]
     grad = gradients.get
