@@ -58,6 +58,23 @@ static void tile_weights_gradient(const Problem& p, const Head& head, const Bloc
     }
 }
 
+// From maxima, sums and unnormalised sum_j w_ij dw_ij to base, inverse and delta.
+static void finish_statistics(const Problem& p, const Block& block, Workspace& w, bool find_delta) {
+  for (int64_t row = 0; row < block.rows; ++row) {
+    if (w.inverse[row] != 0.0f) w.inverse[row] = 1.0f / w.inverse[row];
+    if (w.base[row] == -kInfinity) w.base[row] = kInfinity;  // sees nothing: every weight is 0
+    if (find_delta) w.delta[row] *= w.inverse[row] / p.dropout.kept_share;
+  }
+}
+
+// d lse / d score is the weight.
+static void subtract_lse_gradient(const Problem& p, const Head& head, const Block& block, Workspace& w) {
+  const Tensor& grad = p.call.grad_lse;
+  for (int64_t row = 0; row < block.rows; ++row)
+    if (w.base[row] != kInfinity)  // whatever the slope of a log-sum-exp of nothing
+      w.delta[row] -= ((const float*)grad.data)[head.batch * grad.stride[0] + head.head * grad.stride[1] + (block.first + row) * grad.stride[2]];
+}
+
 // Weights are 2^(score - base) * inverse. Where the log-sum-exp is moderate it is the base. A row whose scores share a large constant (a
 // mask of -1e9) has one that no longer holds the logarithm of the sum; and in half precision the rounded output does not give the exact
 // sum_j w_ij dw_ij. Then one more pass over the keys finds the maximum, the sum, and that.
@@ -88,11 +105,7 @@ static void row_statistics(const Problem& p, const Head& head, const Block& bloc
       }
     }
   }
-  for (int64_t row = 0; row < block.rows; ++row) {
-    if (w.inverse[row] != 0.0f) w.inverse[row] = 1.0f / w.inverse[row];
-    if (w.base[row] == -kInfinity) w.base[row] = kInfinity;  // sees nothing: every weight is 0
-    if (sums) sums[row] *= w.inverse[row] / p.dropout.kept_share;
-  }
+  finish_statistics(p, block, w, find_delta);
 }
 
 // Upstream gradients of a block's rows, and what turns scores into weights and their gradients.
@@ -122,12 +135,7 @@ static void prepare_backward(const Problem& p, const Head& head, const Block& bl
     if (beyond_right(head.rel_v, block.position, block.keys)) edge_scores(block.rows, a, head.rel_v, head.rel_v.rows - 1, w.value_right_edge, w.scratch);
   }
   if (half || large) row_statistics(p, head, block, w, half);
-  if (call.grad_lse.data)
-    for (int64_t row = 0; row < block.rows; ++row)
-      if (w.base[row] != kInfinity) {
-        const int64_t query = block.first + row;
-        w.delta[row] -= ((const float*)call.grad_lse.data)[head.batch * call.grad_lse.stride[0] + head.head * call.grad_lse.stride[1] + query * call.grad_lse.stride[2]];
-      }
+  if (call.grad_lse.data) subtract_lse_gradient(p, head, block, w);
 }
 
 // Scores become weights after dropout, gradients of weights become gradients of scores; zero wherever nothing is seen, slack included.

@@ -19,6 +19,7 @@ struct AmxSizes {
 struct AmxHead {
   Head head;
   const Half *key_panels, *value_pairs, *table_panels;
+  const Half* value_panels;  // backward
   const float* bias;  // rel_bias in units of ln 2, null: none
 };
 
@@ -197,6 +198,12 @@ static int64_t carve_amx(const Problem& p, const AmxSizes& sizes, char* memory, 
   return carver.used;
 }
 
+// One head's rel_bias in units of ln 2.
+static void read_bias(const Call& call, int64_t head, float* to) {
+  read_row(call.rel_bias.data, call.rel_bias.dtype, head * call.rel_bias.stride[1], call.rel_bias.stride[2], call.rows, to);
+  scale_row(to, (float)kLog2E, call.rows);
+}
+
 static int forward_amx(const Call& call, const Team& team) {
   Problem p(call, kBlockKeysAmx);
   p.block_keys = round_up(p.block_keys, kTileDepth);
@@ -223,10 +230,7 @@ static int forward_amx(const Call& call, const Team& team) {
     carve_amx(p, sizes, (char*)memory, workspaces[thread]);
   }
   for (int64_t b = 0; b < batch; ++b) keys[b] = visible_keys(call, b, holes ? holes + b * call.keys : nullptr);
-  if (biases)
-    for (int64_t h = 0; h < (bias_per_head ? call.heads : 1); ++h)
-      for (int64_t row = 0; row < call.rows; ++row)
-        biases[h * call.rows + row] = (float)(read_element(call.rel_bias.data, call.rel_bias.dtype, h * call.rel_bias.stride[1] + row * call.rel_bias.stride[2]) * kLog2E);
+  for (int64_t h = 0; biases && h < (bias_per_head ? call.heads : 1); ++h) read_bias(call, h, biases + h * call.rows);
   if (tables) {
     const int64_t panels = panels_of(call.rows), tasks = (panels + kPanelsOfTask - 1) / kPanelsOfTask;
     parallel(team, (per_head ? call.heads : 1) * tasks, [&](int64_t index, int64_t thread) {

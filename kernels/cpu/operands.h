@@ -130,6 +130,10 @@ struct KeyPack {
 
 INLINE int64_t pack_tasks(const Problem& p) { return (panels_of(p.call.keys) + kPanelsOfTask - 1) / kPanelsOfTask; }
 
+INLINE Range keys_of_task(const Problem& p, int64_t task) {
+  return {task * kPanelsOfTask * kPanel, least((task + 1) * kPanelsOfTask * kPanel, p.call.keys)};
+}
+
 static void pack_keys(const Problem& p, int64_t batch, int64_t key_head, const KeyPack& pack, int64_t task, float* scratch) {
   const PanelSource key = p.key_source(batch, key_head), value = p.value_source(batch, key_head);
   const int64_t first = task * kPanelsOfTask, last = least(first + kPanelsOfTask, panels_of(p.call.keys));

@@ -3,6 +3,7 @@
 #include "call.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own headers of intrinsics, up to version 12
 #pragma GCC diagnostic ignored "-Wpsabi"                // vectors are passed within this file only
 #endif
@@ -34,16 +35,19 @@ namespace {
 #if defined(__AMX_BF16__)
 #include "amx.h"
 #include "forward_amx.h"
+#include "backward_amx.h"
 
 int forward_any(const Call& call, const Team& team) { return takes_amx(call) ? forward_amx(call, team) : forward(call, team); }
+int backward_any(const Call& call, const Team& team) { return takes_amx(call) ? backward_amx(call, team) : backward(call, team); }
 #else
 int forward_any(const Call& call, const Team& team) { return forward(call, team); }
+int backward_any(const Call& call, const Team& team) { return backward(call, team); }
 #endif
 
 }  // namespace
 }  // namespace RELATTN_VARIANT
 
 extern const Variant RELATTN_PASTE(kernels_, RELATTN_VARIANT);
-const Variant RELATTN_PASTE(kernels_, RELATTN_VARIANT) = {RELATTN_VARIANT::forward_any, RELATTN_VARIANT::backward};
+const Variant RELATTN_PASTE(kernels_, RELATTN_VARIANT) = {RELATTN_VARIANT::forward_any, RELATTN_VARIANT::backward_any};
 
 }  // namespace relattn
