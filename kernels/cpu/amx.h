@@ -89,14 +89,7 @@ static void amx_multiply(int rows, int64_t panels, HalfLeft a, HalfRight b, int6
 
 INLINE void store_half(Half* to, Vec v) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
 
-static float sum_halves(const Half* row, int64_t count) {
-  Vec total = {};
-  int64_t done = 0;
-  for (; done + kWidth <= count; done += kWidth) total += (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(row + done))), 16));
-  float sum = sum_lanes(total);
-  for (; done < count; ++done) sum += from_bfloat16(row[done]);
-  return sum;
-}
+INLINE Vec widen(__m256i halves) { return (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
 
 // Row `row` of a matrix of any dtype, rounded to bfloat16, zeros up to `padded`. `scratch` holds `count` floats.
 static void read_halves(const Matrix& from, int64_t row, int64_t count, int64_t padded, Half* to, float* scratch) {

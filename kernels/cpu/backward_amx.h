@@ -21,8 +21,10 @@ struct AmxSums {
 struct AmxBackwardWorkspace {
   AmxWorkspace forward;
   Half *upstream, *content_t, *position_t, *upstream_t;
-  uint32_t *weights, *gradient, *skewed;  // pairs of rows: a word holds (row 2t, row 2t + 1); of `skewed`, the latter one column on
-  Half* gradient_rows;
+  uint32_t *weights, *gradient;  // pairs of rows: a word holds (row 2t, row 2t + 1)
+  // Gradients of scores as the sum of two bfloat16 numbers, for the products with tables: sums of many that nearly cancel.
+  uint32_t* skewed[2];           // pairs of rows, the second taken one column further right
+  Half* gradient_rows[2];
   float *weights_gradient, *row_left, *row_right;  // of a group; a row's sums beyond the edges
 };
 
@@ -65,8 +67,11 @@ struct AmxBackward {
     w.upstream_t = half(upstream_size * rows);
     w.weights = (uint32_t*)carver.floats(rows / 2 * words);
     w.gradient = (uint32_t*)carver.floats(rows / 2 * words);
-    w.skewed = p.call.rel_k.data ? (uint32_t*)carver.floats((rows / 2 + kTileRows) * words) : nullptr;
-    w.gradient_rows = half((rows + kGroupRows) * halves);
+    const bool table = p.call.rel_k.data != nullptr;
+    for (int part = 0; part < 2; ++part) {
+      w.skewed[part] = table ? (uint32_t*)carver.floats((rows / 2 + kTileRows) * words) : nullptr;
+      w.gradient_rows[part] = part == 0 || table ? half((rows + kGroupRows) * halves) : nullptr;
+    }
     w.weights_gradient = carver.floats(kGroupRows * p.leading + 2 * kGroupRows);
     w.row_left = carver.floats(rows);
     w.row_right = carver.floats(rows);
@@ -149,8 +154,9 @@ struct AmxBackward {
   }
 
   void zero_pairs(uint32_t* pairs, int64_t pair, int64_t first, int64_t last) const { __builtin_memset(pairs + pair * words + kWideSlack + first, 0, (size_t)(last - first) * 4); }
-  void zero_halves(AmxBackwardWorkspace& w, int64_t row, int64_t first, int64_t last) const {
-    __builtin_memset(w.gradient_rows + row * halves + kWideSlack + first, 0, (size_t)(last - first) * 2);
+  void zero_halves(const AmxBackwardWorkspace& w, int64_t row, int64_t first, int64_t last) const {
+    for (Half* of_rows : w.gradient_rows)
+      if (of_rows) __builtin_memset(of_rows + row * halves + kWideSlack + first, 0, (size_t)(last - first) * 2);
   }
 
   // A group's weights after dropout and gradients of its scores, as pairs of rows and as rows.
@@ -177,11 +183,11 @@ struct AmxBackward {
           store(weights + column, weight);
         }
       }
-      if (!sums.bias) continue;
+      if (!p.position) continue;
       const int64_t left_stop = clamp(shift + r, begin, end), right_start = clamp(head.rel_k.rows + shift + r, left_stop, end);
-      sums.bias[0] += sum_row(of_scores + begin, left_stop - begin);
-      sums.bias[head.rel_k.rows - 1] += sum_row(of_scores + right_start, end - right_start);
-      if (left_stop < right_start) add_scaled(sums.bias + left_stop - shift - r, of_scores + left_stop, 1.0f, right_start - left_stop);
+      w.row_left[row] += sum_row(of_scores + begin, left_stop - begin);
+      w.row_right[row] += sum_row(of_scores + right_start, end - right_start);
+      if (sums.bias && left_stop < right_start) add_scaled(sums.bias + left_stop - shift - r, of_scores + left_stop, 1.0f, right_start - left_stop);
     }
     for (int r = of.rows; r < round_up(of.rows, 2); ++r) {
       fill(scores.data + r * scores.row + begin, 0.0f, end - begin);
@@ -192,7 +198,8 @@ struct AmxBackward {
       const int64_t r = 2 * pair - of.row;
       const float *low = scores.data + r * scores.row, *high = low + scores.row, *low_gradient = gradient.data + r * gradient.row, *high_gradient = low_gradient + gradient.row;
       uint32_t *weights = w.weights + pair * words + kWideSlack, *of_scores = w.gradient + pair * words + kWideSlack;
-      Half *low_row = w.gradient_rows + 2 * pair * halves + kWideSlack, *high_row = low_row + halves;
+      Half *low_row = w.gradient_rows[0] + 2 * pair * halves + kWideSlack, *high_row = low_row + halves;
+      Half* rest = w.gradient_rows[1] ? w.gradient_rows[1] + 2 * pair * halves + kWideSlack : nullptr;
       for (int64_t column = begin; column < end; column += kWidth) {
         const __m512i of_weights = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(high + column), (__m512)load(low + column));
         _mm512_storeu_si512(weights + column, _mm512_permutexvar_epi16(interleave, of_weights));
@@ -200,6 +207,10 @@ struct AmxBackward {
         _mm512_storeu_si512(of_scores + column, _mm512_permutexvar_epi16(interleave, both));
         _mm256_storeu_si256((__m256i*)(low_row + column), _mm512_castsi512_si256(both));
         _mm256_storeu_si256((__m256i*)(high_row + column), _mm512_extracti64x4_epi64(both, 1));
+        if (rest) {
+          store_half(rest + column, load(low_gradient + column) - widen(_mm512_castsi512_si256(both)));
+          store_half(rest + halves + column, load(high_gradient + column) - widen(_mm512_extracti64x4_epi64(both, 1)));
+        }
       }
       zero_pairs(w.weights, pair, -kWideSlack, begin);
       zero_pairs(w.weights, pair, end, limit + kWideSlack);
@@ -209,23 +220,18 @@ struct AmxBackward {
         zero_halves(w, row, -kWideSlack, begin);
         zero_halves(w, row, end, limit + kWideSlack);
       }
-      if (!w.skewed) continue;
-      // Sums beyond the edges are those of the rounded gradients, so that they cancel against the products where exact ones would.
-      for (int64_t row = 2 * pair; row < least(2 * pair + 2, block.rows); ++row) {
-        const Half* of_row = w.gradient_rows + row * halves + kWideSlack;
-        const int64_t left_stop = clamp(shift + row - of.row, begin, end), right_start = clamp(head.rel_k.rows + shift + row - of.row, left_stop, end);
-        w.row_left[row] += sum_halves(of_row + begin, left_stop - begin);
-        w.row_right[row] += sum_halves(of_row + right_start, end - right_start);
+      if (!w.skewed[0]) continue;
+      for (int part = 0; part < 2; ++part) {
+        const Half *first_row = w.gradient_rows[part] + 2 * pair * halves + kWideSlack, *second_row = first_row + halves;
+        uint32_t* skewed = w.skewed[part] + pair * words + kWideSlack;
+        for (int64_t column = begin - kPanel; column < end; column += kPanel) {  // the second row's first column stands at begin - 1
+          const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(first_row + column)));
+          const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(second_row + column + 1)));
+          _mm512_storeu_si512(skewed + column, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+        }
+        zero_pairs(w.skewed[part], pair, -kWideSlack, begin - kPanel);
+        zero_pairs(w.skewed[part], pair, end, limit + kWideSlack);
       }
-      uint32_t* skewed = w.skewed + pair * words + kWideSlack;
-      int64_t column = begin - kPanel;  // the second row's first column stands at begin - 1
-      for (; column < end; column += kPanel) {
-        const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(low_row + column)));
-        const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(high_row + column + 1)));
-        _mm512_storeu_si512(skewed + column, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
-      }
-      zero_pairs(w.skewed, pair, -kWideSlack, begin - kPanel);
-      zero_pairs(w.skewed, pair, end, limit + kWideSlack);
     }
     for (int64_t pair = (of.row + of.rows + 1) / 2; pair < (of.row + kGroupRows) / 2; ++pair) clear_pair(w, pair);
   }
@@ -233,7 +239,8 @@ struct AmxBackward {
   void clear_pair(AmxBackwardWorkspace& w, int64_t pair) const {
     zero_pairs(w.weights, pair, -kWideSlack, p.block_keys + kWideSlack);
     zero_pairs(w.gradient, pair, -kWideSlack, p.block_keys + kWideSlack);
-    if (w.skewed) zero_pairs(w.skewed, pair, -kWideSlack, p.block_keys + kWideSlack);
+    for (uint32_t* skewed : w.skewed)
+      if (skewed) zero_pairs(skewed, pair, -kWideSlack, p.block_keys + kWideSlack);
     for (int64_t row = 2 * pair; row < 2 * pair + 2; ++row) zero_halves(w, row, -kWideSlack, p.block_keys + kWideSlack);
   }
 
@@ -257,10 +264,12 @@ struct AmxBackward {
       while (begin < end && r + shift + end - kGroupRows >= tile.keys.last - tile.first_key) end -= kGroupRows;
       if (begin == end) continue;
       const int64_t panels = least<int64_t>(2, panels_of(highest + 1 - r));
-      const uint32_t* pairs = w.skewed + begin / 2 * words + kWideSlack + r + shift + begin;
-      for (int64_t d = 0; d < sizes.size; d += kGroupRows)
-        amx_multiply<true>((int)least(kGroupRows, sizes.size - d), panels, {w.position_t + d * rows + begin, rows},
-                           {(const Half*)pairs, 2 * kPanel, 2 * (words + 2), 2 * kTileRows * (words + 2)}, (end - begin) / kTileDepth, {gradient + d * table_columns + r, table_columns});
+      for (const uint32_t* part : w.skewed) {
+        const uint32_t* pairs = part + begin / 2 * words + kWideSlack + r + shift + begin;
+        for (int64_t d = 0; d < sizes.size; d += kGroupRows)
+          amx_multiply<true>((int)least(kGroupRows, sizes.size - d), panels, {w.position_t + d * rows + begin, rows},
+                             {(const Half*)pairs, 2 * kPanel, 2 * (words + 2), 2 * kTileRows * (words + 2)}, (end - begin) / kTileDepth, {gradient + d * table_columns + r, table_columns});
+      }
     }
   }
 
@@ -287,22 +296,22 @@ struct AmxBackward {
         group(operands, block, tile, of, w, scores, gradient);
         write_pairs(operands, block, tile, of, sums, w, scores, gradient);
         if (!out.content) continue;
-        const Half* rows_of = w.gradient_rows + of.row * halves + kWideSlack;
+        const Half* rows_of = w.gradient_rows[0] + of.row * halves + kWideSlack;
         const int64_t first = of.columns.first, steps = (of.columns.last - first + kTileDepth - 1) / kTileDepth, panels = p.padded_size / kPanel;
         amx_multiply<true>(of.rows, panels, {rows_of + first, halves}, {unit.key_pairs + (first_key + first) * kPanel, (sizes.keys + kTileDepth) * kPanel}, steps,
                            {out.content + of.row * p.padded_size, p.padded_size});
         if (!p.call.rel_k.data) continue;
         const int64_t shift = block.position + of.row - head.rel_k.left - first_key;
         const int64_t lowest = most<int64_t>(of.seen.first - shift - (of.rows - 1), 0) / 2 * 2, highest = least(of.seen.last - 1 - shift, p.call.rows - 1);
-        if (lowest <= highest)
-          amx_multiply<true>(of.rows, panels, {rows_of + lowest + shift, halves + 1}, {table_pairs + (per_head ? head.head * pair_halves : 0) + lowest * kPanel, table_pair_rows * kPanel},
+        for (int part = 0; part < 2 && lowest <= highest; ++part)
+          amx_multiply<true>(of.rows, panels, {w.gradient_rows[part] + of.row * halves + kWideSlack + lowest + shift, halves + 1}, {table_pairs + (per_head ? head.head * pair_halves : 0) + lowest * kPanel, table_pair_rows * kPanel},
                              (highest - lowest) / kTileDepth + 1, {out.position + of.row * p.padded_depth, p.padded_depth});
       }
       if (out.value.data) add_over_rows(tile, w.upstream_t, p.padded_value_size, w.weights, first_row, last_row, unit.value_gradient);
       if (out.key.data) add_over_rows(tile, w.content_t, p.padded_size, w.gradient, first_row, last_row, unit.key_gradient);
       if (sums.table) table_gradient(tile, block, head, first_row, last_row, w, sums.table);
     }
-    if (p.call.rel_k.data) add_edges(operands, block, sums, out, w);
+    if (p.position) add_edges(operands, block, sums, out, w);
   }
 
   // What lies beyond the table's edges, from the rows' sums there.
@@ -313,9 +322,11 @@ struct AmxBackward {
       const int64_t table_row = side ? p.call.rows - 1 : 0;
       float* gradient = side ? sums.right_edge : sums.left_edge;
       float* edge = w.forward.base.scratch;
-      read_row(rel_k.data, rel_k.dtype, operands.head.head * rel_k.stride[1] + table_row * rel_k.stride[2], rel_k.stride[3], p.size, edge);
+      if (rel_k.data) read_row(rel_k.data, rel_k.dtype, operands.head.head * rel_k.stride[1] + table_row * rel_k.stride[2], rel_k.stride[3], p.size, edge);
       for (int64_t row = 0; row < block.rows; ++row) {
         if (total[row] == 0.0f) continue;
+        if (sums.bias) sums.bias[table_row] += total[row];
+        if (!rel_k.data) continue;
         const Half* position = w.forward.position + row * sizes.size;
         for (int64_t column = 0; gradient && column < p.size; ++column) gradient[column] += total[row] * from_bfloat16(position[column]);
         if (out.content) add_scaled(out.position + row * p.padded_depth, edge, total[row], p.size);
