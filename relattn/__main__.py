@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from relattn._version import __version__
+from relattn.cpu import variant
 from relattn.dispatch import backends
 
 # What a package is imported as -> the distributions that provide it.
@@ -74,10 +75,14 @@ def report() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: installed_version(distributions) for name, distributions in OPTIONAL.items()},
         },
-        "cpu": {"name": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads()},
+        "cpu": {"name": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads(), "instruction_set": variant()},
         "accelerators": accelerators(),
         "backends": {name: {"usable": reason is None, "reason": reason} for name, reason in backends().items()},
     }
+
+
+def _usable(name: str, facts: dict[str, Any]) -> str:
+    return f"usable, with {facts['cpu']['instruction_set']} instructions" if name == "cpu" else "usable"
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -88,7 +93,7 @@ def table(facts: dict[str, Any]) -> str:
         "devices": {"cpu": f"{cpu['name']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads"}
         | {one["device"]: one["name"] for one in facts["accelerators"]},
         "backends, fastest first": {
-            name: "usable" if state["usable"] else f"not here: {state['reason']}"
+            name: _usable(name, facts) if state["usable"] else f"not here: {state['reason']}"
             for name, state in facts["backends"].items()
         },
     }

@@ -112,7 +112,7 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
 
 
 def _describe(tensor: Tensor | None, dims: tuple[int, ...]) -> tuple[int, ...]:
-    """Address, dtype and the four strides of Call: the tensor's dimension k is Call's dimension dims[k]; along the others the stride is 0."""
+    """Address, dtype and the four strides of Call: dimension k of the tensor is Call's dims[k]; along the others the stride is 0."""
     if tensor is None:
         return _ABSENT
     strides = [0, 0, 0, 0]
@@ -213,7 +213,8 @@ def backward(
     """Gradients of the differentiable tensors for which `needs` is True, in the order of `DIFFERENTIABLE`."""
     if needs[DIFFERENTIABLE.index("attn_mask")]:  # not through `unsupported`, but the operator can be called by itself
         return blocked.backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)
-    gradients = {name: empty_gradient(tensor) for name, tensor, need in zip(DIFFERENTIABLE, tensors, needs, strict=False) if need and tensor is not None}
+    differentiable = zip(DIFFERENTIABLE, tensors, needs, strict=False)
+    gradients = {name: empty_gradient(tensor) for name, tensor, need in differentiable if need and tensor is not None}
     if output.numel() == 0 or tensors.key.numel() == 0:
         return [gradient.zero_() for gradient in gradients.values()]
     grad = gradients.get

@@ -99,7 +99,9 @@ def _is_plain(tensors) -> bool:
 
     The way through torch's dispatcher takes 40 microseconds, as long as all the rest of a call with short sequences.
     """
-    return _len_torch_dispatch_stack() == 0 and not torch._C._are_functorch_transforms_active() and all(type(tensor) in _PLAIN for tensor in tensors)
+    if _len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(tensor) in _PLAIN for tensor in tensors)
 
 
 class RelativeAttentionFunction(torch.autograd.Function):

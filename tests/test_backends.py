@@ -21,7 +21,9 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 IN_FLOAT64 = [name for name in BACKENDS if name != "cpu"]  # the native kernels compute in float32
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [(name, dtype) for name in BACKENDS for dtype in DTYPES if dtype != torch.float64 or name in IN_FLOAT64])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [(name, dtype) for name in BACKENDS for dtype in DTYPES if dtype != torch.float64 or name in IN_FLOAT64]
+)
 @pytest.mark.parametrize("first", range(0, 120, 30))
 def test_random_calls(backend, dtype, first):
     for seed in range(first, first + 30):

@@ -1,15 +1,15 @@
 // Products of bfloat16 tiles on AMX: C (rows, columns) float32 = or += A (rows, k) B (k, columns).
 //
-// A's rows are bfloat16, zero beyond k up to a multiple of 32. B's columns come in panels of 16: for each pair of k steps 16 pairs, so that a
-// panel of keys is their rows' 32-bit words transposed. As with the register tiles (tiles.h), C's rows may each begin one element further
+// A's rows are bfloat16, zero beyond k up to a multiple of 32. B's columns come in panels of 16: for each pair of k steps 16 pairs, so that
+// a panel of keys is their rows' 32-bit words transposed. As with the register tiles (tiles.h), C's rows may each begin one element further
 // right, which skews for free: the tile store takes any stride.
 
 typedef uint16_t Half;  // the bits of a bfloat16
 
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileDepth = 32;       // k steps of one instruction
-constexpr int64_t kTileHalves = 512;     // of an A or B tile
-constexpr int64_t kGroupRows = 32;       // rows of a group: two tiles
+constexpr int64_t kTileDepth = 32;    // k steps of one instruction
+constexpr int64_t kTileHalves = 512;  // of an A or B tile
+constexpr int64_t kGroupRows = 32;    // rows of a group: two tiles
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -32,7 +32,7 @@ struct HalfLeft {
 };
 struct HalfRight {
   const Half* data;
-  int64_t panel;  // strides in elements: of panels of columns,
+  int64_t panel;                                 // strides in elements: of panels of columns,
   int64_t row = 2 * kPanel, step = kTileHalves;  // of pairs of k, and of whole tiles
 };
 
@@ -104,7 +104,8 @@ static void read_halves(const Matrix& from, int64_t row, int64_t count, int64_t 
 }
 
 // Panel `index` of a matrix's rows, transposed: (padded / 2, 16) pairs. Beyond the last row come zeros, or copies of it.
-static void pack_half_panel(const Matrix& m, int64_t rows, int64_t size, int64_t padded, bool repeat_last, int64_t index, Half* to, Half* scratch, float* row_scratch) {
+static void pack_half_panel(const Matrix& m, int64_t rows, int64_t size, int64_t padded, bool repeat_last, int64_t index, Half* to,
+                            Half* scratch, float* row_scratch) {
   const int64_t first = index * kPanel;
   const Half* source = scratch;
   int64_t stride = padded;
@@ -121,11 +122,13 @@ static void pack_half_panel(const Matrix& m, int64_t rows, int64_t size, int64_t
       }
     }
   }
-  for (int64_t pair = 0; pair < padded / 2; pair += kPanel) transpose((const float*)(source + 2 * pair), stride / 2, (float*)to + pair * kPanel, kPanel);
+  for (int64_t pair = 0; pair < padded / 2; pair += kPanel)
+    transpose((const float*)(source + 2 * pair), stride / 2, (float*)to + pair * kPanel, kPanel);
 }
 
 // Rows [first, last) of a matrix (first even) as B over its rows: panel c of its columns holds (padded_rows / 2, 16) pairs of rows.
-static void pack_half_pairs(const Matrix& m, int64_t rows, int64_t size, int64_t padded, int64_t first, int64_t last, int64_t padded_rows, Half* to, Half* scratch, float* row_scratch) {
+static void pack_half_pairs(const Matrix& m, int64_t rows, int64_t size, int64_t padded, int64_t first, int64_t last, int64_t padded_rows,
+                            Half* to, Half* scratch, float* row_scratch) {
   for (int64_t row = first; row < last; row += 2) {
     Half* pair[2] = {scratch, scratch + padded};
     for (int r = 0; r < 2; ++r) {

@@ -5,9 +5,9 @@
 
 // What one head of one thread adds to. Null: not needed. Keys and values are shared by the query heads of a key head.
 struct Gradients {
-  Result key, value;         // key: still to be multiplied by ln 2
-  float *content, *position; // of the block's rows, padded as w.content and w.position are; still to be multiplied by the scale
-  float *rel_k, *rel_q, *rel_v;  // (R, padded); rel_k to be multiplied by ln 2 except for its bias column, rel_q by the scale
+  Result key, value;               // key: still to be multiplied by ln 2
+  float *content, *position;       // of the block's rows, padded as w.content and w.position are; still to be multiplied by the scale
+  float *rel_k, *rel_q, *rel_v;    // (R, padded); rel_k to be multiplied by ln 2 except for its bias column, rel_q by the scale
   float *pos_bias_u, *pos_bias_v;  // (D,)
 };
 
@@ -32,7 +32,8 @@ static int64_t carve_backward(const Problem& p, char* base, Workspace& w) {
 }
 
 // Gradients of a tile's weights, before dropout: upstream times (value + rel_v).
-static void tile_weights_gradient(const Problem& p, const Head& head, const Block& block, const Tile& tile, const Workspace& w, const Result& gradient) {
+static void tile_weights_gradient(const Problem& p, const Head& head, const Block& block, const Tile& tile, const Workspace& w,
+                                  const Result& gradient) {
   const bool relative = p.call.rel_v.data != nullptr;
   const Range panels = {(tile.keys.first - tile.first_key) / kPanel, panels_of(tile.keys.last - tile.first_key)};
   for (int g = 0; relative && g < tile.count; ++g) {
@@ -40,8 +41,10 @@ static void tile_weights_gradient(const Problem& p, const Head& head, const Bloc
     const int64_t position = block.position + group.row;
     const Result target = {gradient.data + group.row * gradient.row, gradient.row};
     const Span span = table_span(group.rows, position, tile.first_key, group.columns, head.rel_v);
-    relative_product(group.rows, position, tile.first_key, span.first_panel, span.last_panel, {w.upstream + group.row * p.padded_value_size, p.padded_value_size, 1}, head.rel_v, target);
-    relative_edges(group.rows, position, tile.first_key, group.columns, span, head.rel_v, w.value_left_edge + group.row, w.value_right_edge + group.row, target);
+    relative_product(group.rows, position, tile.first_key, span.first_panel, span.last_panel,
+                     {w.upstream + group.row * p.padded_value_size, p.padded_value_size, 1}, head.rel_v, target);
+    relative_edges(group.rows, position, tile.first_key, group.columns, span, head.rel_v, w.value_left_edge + group.row,
+                   w.value_right_edge + group.row, target);
   }
   for (int64_t panel = panels.first; panel < panels.last; panel += 4)
     for (int g = 0; g < tile.count; ++g) {
@@ -72,7 +75,8 @@ static void subtract_lse_gradient(const Problem& p, const Head& head, const Bloc
   const Tensor& grad = p.call.grad_lse;
   for (int64_t row = 0; row < block.rows; ++row)
     if (w.base[row] != kInfinity)  // whatever the slope of a log-sum-exp of nothing
-      w.delta[row] -= ((const float*)grad.data)[head.batch * grad.stride[0] + head.head * grad.stride[1] + (block.first + row) * grad.stride[2]];
+      w.delta[row] -=
+          ((const float*)grad.data)[head.batch * grad.stride[0] + head.head * grad.stride[1] + (block.first + row) * grad.stride[2]];
 }
 
 // Weights are 2^(score - base) * inverse. Where the log-sum-exp is moderate it is the base. A row whose scores share a large constant (a
@@ -118,7 +122,8 @@ static void prepare_backward(const Problem& p, const Head& head, const Block& bl
     const int64_t query = block.first + row;
     float* upstream = w.upstream + row * p.padded_value_size;
     read_padded(grad_output, query, p.value_size, p.padded_value_size, upstream);
-    const float lse = ((const float*)call.lse.data)[head.batch * call.lse.stride[0] + head.head * call.lse.stride[1] + query * call.lse.stride[2]];
+    const float lse =
+        ((const float*)call.lse.data)[head.batch * call.lse.stride[0] + head.head * call.lse.stride[1] + query * call.lse.stride[2]];
     large |= (lse > 128.0f || lse < -128.0f) && lse != -kInfinity;
     w.base[row] = lse == -kInfinity ? kInfinity : (float)(lse * kLog2E);
     w.inverse[row] = 1.0f;
@@ -131,15 +136,18 @@ static void prepare_backward(const Problem& p, const Head& head, const Block& bl
   }
   if (call.rel_v.data) {
     const Left a = {w.upstream, p.padded_value_size, 1};
-    if (beyond_left(head.rel_v, block.position, block.rows, block.keys)) edge_scores(block.rows, a, head.rel_v, 0, w.value_left_edge, w.scratch);
-    if (beyond_right(head.rel_v, block.position, block.keys)) edge_scores(block.rows, a, head.rel_v, head.rel_v.rows - 1, w.value_right_edge, w.scratch);
+    if (beyond_left(head.rel_v, block.position, block.rows, block.keys))
+      edge_scores(block.rows, a, head.rel_v, 0, w.value_left_edge, w.scratch);
+    if (beyond_right(head.rel_v, block.position, block.keys))
+      edge_scores(block.rows, a, head.rel_v, head.rel_v.rows - 1, w.value_right_edge, w.scratch);
   }
   if (half || large) row_statistics(p, head, block, w, half);
   if (call.grad_lse.data) subtract_lse_gradient(p, head, block, w);
 }
 
 // Scores become weights after dropout, gradients of weights become gradients of scores; zero wherever nothing is seen, slack included.
-static void weights_and_gradients(const Problem& p, const Head& head, const Block& block, const Tile& tile, Workspace& w, const Result& scores, const Result& gradient) {
+static void weights_and_gradients(const Problem& p, const Head& head, const Block& block, const Tile& tile, Workspace& w,
+                                  const Result& scores, const Result& gradient) {
   int64_t next = 0;
   auto clear = [&](int64_t row, int64_t first, int64_t last) {
     fill(scores.data + row * scores.row + first, 0.0f, last - first);
@@ -178,7 +186,8 @@ static void weights_and_gradients(const Problem& p, const Head& head, const Bloc
 }
 
 // gradient[key] += sum over the tile's rows of a[row][key] * right[row], for the keys of the tile.
-static void add_over_rows(const Block& block, const Tile& tile, const Result& a, const Right& right, int64_t panels, const Result& gradient) {
+static void add_over_rows(const Block& block, const Tile& tile, const Result& a, const Right& right, int64_t panels,
+                          const Result& gradient) {
   int64_t begin = 0, end = 0;
   const int64_t first = tile.keys.first - tile.first_key, last = tile.keys.last - tile.first_key;
   for (int64_t column = first; column < last; column += kRows) {
@@ -186,19 +195,21 @@ static void add_over_rows(const Block& block, const Tile& tile, const Result& a,
     while (begin < block.rows && tile.last[begin] <= column) ++begin;
     while (end < block.rows && tile.first[end] < column + count) ++end;
     if (begin < end)
-      multiply<true>(count, panels, {a.data + begin * a.row + column, 1, a.row}, {right.data + begin * right.k, right.k, right.panel}, end - begin,
-                     {gradient.data + (tile.first_key + column) * gradient.row, gradient.row});
+      multiply<true>(count, panels, {a.data + begin * a.row + column, 1, a.row}, {right.data + begin * right.k, right.k, right.panel},
+                     end - begin, {gradient.data + (tile.first_key + column) * gradient.row, gradient.row});
   }
 }
 
 // rel_q's share in the gradients: its tile is the transposed one.
-static void key_score_gradients(const Problem& p, const Head& head, const Block& block, const Tile& tile, Workspace& w, const Result& gradient, const Gradients& out) {
+static void key_score_gradients(const Problem& p, const Head& head, const Block& block, const Tile& tile, Workspace& w,
+                                const Result& gradient, const Gradients& out) {
   const int64_t columns = round_up(block.rows, kPanel), leading = columns + 2 * kSlack, count = tile.keys.last - tile.keys.first;
   const Result by_key = {w.by_key + kSlack, leading};
   for (int64_t key = 0; key < count; key += kPanel) {
     for (int64_t row = 0; row < columns; row += kPanel)
       for (int64_t part = 0; part < kPanel; part += kWidth)
-        transpose(gradient.data + row * gradient.row + tile.keys.first - tile.first_key + key + part, gradient.row, by_key.data + (key + part) * leading + row, leading);
+        transpose(gradient.data + row * gradient.row + tile.keys.first - tile.first_key + key + part, gradient.row,
+                  by_key.data + (key + part) * leading + row, leading);
   }
   for (int64_t key = 0; key < count; ++key) {
     fill(by_key.data + key * leading - kSlack, 0.0f, kSlack);
@@ -207,14 +218,15 @@ static void key_score_gradients(const Problem& p, const Head& head, const Block&
   const int64_t panels = p.padded_size / kPanel;
   if (out.key.data)
     for (int64_t key = 0; key < count; key += kRows)
-      relative_values((int)least<int64_t>(kRows, count - key), tile.keys.first + key, block.position, {0, block.rows}, {by_key.data + key * leading, leading}, head.rel_q, panels,
-                      p.padded_size, {out.key.data + (tile.keys.first + key) * out.key.row, out.key.row});
+      relative_values((int)least<int64_t>(kRows, count - key), tile.keys.first + key, block.position, {0, block.rows},
+                      {by_key.data + key * leading, leading}, head.rel_q, panels, p.padded_size,
+                      {out.key.data + (tile.keys.first + key) * out.key.row, out.key.row});
   if (out.rel_q) {
     int32_t* first = (int32_t*)w.key_left_edge;  // no longer needed
     int32_t* last = (int32_t*)w.key_right_edge;
     for (int64_t key = 0; key < count; ++key) first[key] = 0, last[key] = (int32_t)block.rows;
-    relative_table_gradient(count, tile.keys.first, block.position, first, last, by_key, {w.key_rows, p.padded_size, kPanel}, head.rel_q, panels, p.padded_size,
-                            {out.rel_q, p.padded_size});
+    relative_table_gradient(count, tile.keys.first, block.position, first, last, by_key, {w.key_rows, p.padded_size, kPanel}, head.rel_q,
+                            panels, p.padded_size, {out.rel_q, p.padded_size});
   }
 }
 
@@ -235,22 +247,24 @@ static void backward_keys(const Problem& p, const Head& head, const Block& block
 
     if (out.value.data) add_over_rows(part, tile, scores, {w.upstream, p.padded_value_size, kPanel}, value_panels, out.value);
     if (out.rel_v)
-      relative_table_gradient(block.rows, block.position, first_key, tile.first, tile.last, scores, {w.upstream, p.padded_value_size, kPanel}, head.rel_v, value_panels,
-                              p.padded_value_size, {out.rel_v, p.padded_value_size});
+      relative_table_gradient(block.rows, block.position, first_key, tile.first, tile.last, scores,
+                              {w.upstream, p.padded_value_size, kPanel}, head.rel_v, value_panels, p.padded_value_size,
+                              {out.rel_v, p.padded_value_size});
     if (out.key.data) add_over_rows(part, tile, gradient, {w.content, p.padded_size, kPanel}, panels, out.key);
     if (call.rel_q.data) key_score_gradients(p, head, part, tile, w, gradient, out);
     if (out.rel_k)
-      relative_table_gradient(block.rows, block.position, first_key, tile.first, tile.last, gradient, {w.position, p.padded_depth, kPanel}, head.rel_k, p.padded_depth / kPanel,
-                              p.padded_depth, {out.rel_k, p.padded_depth});
+      relative_table_gradient(block.rows, block.position, first_key, tile.first, tile.last, gradient, {w.position, p.padded_depth, kPanel},
+                              head.rel_k, p.padded_depth / kPanel, p.padded_depth, {out.rel_k, p.padded_depth});
     if (!out.content) continue;
     for (int g = 0; g < tile.count; ++g) {
       const Group& group = tile.groups[g];
       const Result of_scores = {gradient.data + group.row * gradient.row, gradient.row};
-      multiply<true>(group.rows, panels, {of_scores.data + group.seen.first, of_scores.row, 1}, {head.key.data + (first_key + group.seen.first) * head.key.k, head.key.k, head.key.panel},
+      multiply<true>(group.rows, panels, {of_scores.data + group.seen.first, of_scores.row, 1},
+                     {head.key.data + (first_key + group.seen.first) * head.key.k, head.key.k, head.key.panel},
                      group.seen.last - group.seen.first, {out.content + group.row * p.padded_size, p.padded_size});
       if (call.rel_k.data)
-        relative_values(group.rows, block.position + group.row, first_key, group.seen, of_scores, head.rel_k, p.padded_depth / kPanel, p.padded_depth,
-                        {out.position + group.row * p.padded_depth, p.padded_depth});
+        relative_values(group.rows, block.position + group.row, first_key, group.seen, of_scores, head.rel_k, p.padded_depth / kPanel,
+                        p.padded_depth, {out.position + group.row * p.padded_depth, p.padded_depth});
     }
   }
 }
@@ -268,6 +282,7 @@ static void finish_block(const Problem& p, const Head& head, const Block& block,
     if (!call.grad_query.data) continue;
     if (position) add_scaled(content, position, 1.0f, p.size);
     const Tensor& grad = call.grad_query;
-    write_row(grad.data, grad.dtype, head.batch * grad.stride[0] + head.head * grad.stride[1] + (block.first + row) * grad.stride[2], grad.stride[3], p.size, content, scale);
+    write_row(grad.data, grad.dtype, head.batch * grad.stride[0] + head.head * grad.stride[1] + (block.first + row) * grad.stride[2],
+              grad.stride[3], p.size, content, scale);
   }
 }

@@ -1,5 +1,5 @@
-// The backward pass in bfloat16 on AMX. B of a product over queries is a pair of rows interleaved, which the pass over the scores writes; so
-// gradients of keys, values and tables are summed transposed, (size, rows), and no tile is ever transposed:
+// The backward pass in bfloat16 on AMX. B of a product over queries is a pair of rows interleaved, which the pass over the scores writes;
+// so gradients of keys, values and tables are summed transposed, (size, rows), and no tile is ever transposed:
 //
 //   dV^T (Dv, keys)  += upstream^T x weights          dK^T (D, keys) += content^T x dS
 //   dE^T (D, rows)   += position^T x dS, in which row 2t + 1 is taken one column further right, and pair t two columns further: unskewed
@@ -23,7 +23,7 @@ struct AmxBackwardWorkspace {
   Half *upstream, *content_t, *position_t, *upstream_t;
   uint32_t *weights, *gradient;  // pairs of rows: a word holds (row 2t, row 2t + 1)
   // Gradients of scores as the sum of two bfloat16 numbers, for the products with tables: sums of many that nearly cancel.
-  uint32_t* skewed[2];           // pairs of rows, the second taken one column further right
+  uint32_t* skewed[2];  // pairs of rows, the second taken one column further right
   Half* gradient_rows[2];
   float *weights_gradient, *row_left, *row_right;  // of a group; a row's sums beyond the edges
 };
@@ -31,9 +31,9 @@ struct AmxBackwardWorkspace {
 struct AmxBackward {
   const Problem& p;
   AmxSizes sizes;
-  int64_t upstream_size;   // of values, rounded up to whole instructions
-  int64_t rows;            // of a block, rounded up to whole groups
-  int64_t words, halves;   // strides of rows of pairs and of gradient_rows
+  int64_t upstream_size;               // of values, rounded up to whole instructions
+  int64_t rows;                        // of a block, rounded up to whole groups
+  int64_t words, halves;               // strides of rows of pairs and of gradient_rows
   int64_t key_columns, table_columns;  // strides of transposed sums
   Half *tables, *table_pairs;          // of all heads that differ
   float* biases;
@@ -95,7 +95,8 @@ struct AmxBackward {
     if (block.keys.empty()) return block;
     const Head& head = operands.head;
     const Matrix grad = matrix(p.call.grad_output, head.batch, head.head);
-    for (int64_t row = 0; row < block.rows; ++row) read_halves(grad, block.first + row, p.value_size, upstream_size, w.upstream + row * upstream_size, w.forward.row_scratch);
+    for (int64_t row = 0; row < block.rows; ++row)
+      read_halves(grad, block.first + row, p.value_size, upstream_size, w.upstream + row * upstream_size, w.forward.row_scratch);
     __builtin_memset(w.upstream + block.rows * upstream_size, 0, (size_t)((rows - block.rows) * upstream_size) * 2);
     transpose_rows(w.upstream, block.rows, upstream_size, w.upstream_t);
     transpose_rows(w.forward.content, block.rows, sizes.size, w.content_t);
@@ -106,12 +107,14 @@ struct AmxBackward {
   }
 
   // Scores of a group's columns in units of ln 2, -inf where hidden, and gradients of its weights before dropout.
-  void group(const AmxHead& operands, const Block& block, const Tile& tile, const Group& group, AmxBackwardWorkspace& w, const Result& scores, const Result& gradient) const {
+  void group(const AmxHead& operands, const Block& block, const Tile& tile, const Group& group, AmxBackwardWorkspace& w,
+             const Result& scores, const Result& gradient) const {
     const Head& head = operands.head;
     const int64_t begin = group.columns.first, end = group.columns.last;
     group_products(p, sizes, operands, block, group, tile.first_key, w.forward, scores);
     amx_multiply<false>(group.rows, (end - begin) / kPanel, {w.upstream + group.row * upstream_size, upstream_size},
-                        {operands.value_panels + (tile.first_key + begin) * upstream_size, kPanel * upstream_size}, upstream_size / kTileDepth, {gradient.data + begin, gradient.row});
+                        {operands.value_panels + (tile.first_key + begin) * upstream_size, kPanel * upstream_size},
+                        upstream_size / kTileDepth, {gradient.data + begin, gradient.row});
     const float unit = (float)((p.call.scale < 0 ? -p.call.scale : p.call.scale) * kLog2E);
     for (int r = 0; r < group.rows; ++r) {
       float* of_row = scores.data + r * scores.row;
@@ -153,24 +156,29 @@ struct AmxBackward {
     finish_statistics(p, block, base, true);
   }
 
-  void zero_pairs(uint32_t* pairs, int64_t pair, int64_t first, int64_t last) const { __builtin_memset(pairs + pair * words + kWideSlack + first, 0, (size_t)(last - first) * 4); }
+  void zero_pairs(uint32_t* pairs, int64_t pair, int64_t first, int64_t last) const {
+    __builtin_memset(pairs + pair * words + kWideSlack + first, 0, (size_t)(last - first) * 4);
+  }
   void zero_halves(const AmxBackwardWorkspace& w, int64_t row, int64_t first, int64_t last) const {
     for (Half* of_rows : w.gradient_rows)
       if (of_rows) __builtin_memset(of_rows + row * halves + kWideSlack + first, 0, (size_t)(last - first) * 2);
   }
 
   // A group's weights after dropout and gradients of its scores, as pairs of rows and as rows.
-  void write_pairs(const AmxHead& operands, const Block& block, const Tile& tile, const Group& of, const AmxSums& sums, AmxBackwardWorkspace& w, const Result& scores, const Result& gradient) const {
+  void write_pairs(const AmxHead& operands, const Block& block, const Tile& tile, const Group& of, const AmxSums& sums,
+                   AmxBackwardWorkspace& w, const Result& scores, const Result& gradient) const {
     const Head& head = operands.head;
     Workspace& base = w.forward.base;
     const int64_t begin = of.columns.first, end = of.columns.last, shift = block.position + of.row - head.rel_k.left - tile.first_key;
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                                19, 3, 18, 2, 17, 1, 16, 0);
     const Vec factor = splat(1.0f / p.dropout.kept_share);
     for (int r = 0; r < of.rows; ++r) {  // in place, in float32
       const int64_t row = of.row + r;
       float *weights = scores.data + r * scores.row, *of_scores = gradient.data + r * gradient.row;
       const Vec subtracted = splat(base.base[row]), inverse = splat(base.inverse[row]), delta = splat(base.delta[row]);
-      if (p.dropout.used()) dropout_keep(p.dropout, head.batch, head.head, block.first + row, tile.first_key + begin, tile.first_key + end, base.keep);
+      if (p.dropout.used())
+        dropout_keep(p.dropout, head.batch, head.head, block.first + row, tile.first_key + begin, tile.first_key + end, base.keep);
       for (int64_t column = begin; column < end; column += kWidth) {
         const Vec weight = exp2_nonpositive(load(weights + column) - subtracted) * inverse;
         const Vec upstream = load(of_scores + column);
@@ -187,7 +195,8 @@ struct AmxBackward {
       const int64_t left_stop = clamp(shift + r, begin, end), right_start = clamp(head.rel_k.rows + shift + r, left_stop, end);
       w.row_left[row] += sum_row(of_scores + begin, left_stop - begin);
       w.row_right[row] += sum_row(of_scores + right_start, end - right_start);
-      if (sums.bias && left_stop < right_start) add_scaled(sums.bias + left_stop - shift - r, of_scores + left_stop, 1.0f, right_start - left_stop);
+      if (sums.bias && left_stop < right_start)
+        add_scaled(sums.bias + left_stop - shift - r, of_scores + left_stop, 1.0f, right_start - left_stop);
     }
     for (int r = of.rows; r < round_up(of.rows, 2); ++r) {
       fill(scores.data + r * scores.row + begin, 0.0f, end - begin);
@@ -196,7 +205,8 @@ struct AmxBackward {
     const int64_t limit = p.block_keys;
     for (int64_t pair = of.row / 2; pair < (of.row + of.rows + 1) / 2; ++pair) {
       const int64_t r = 2 * pair - of.row;
-      const float *low = scores.data + r * scores.row, *high = low + scores.row, *low_gradient = gradient.data + r * gradient.row, *high_gradient = low_gradient + gradient.row;
+      const float *low = scores.data + r * scores.row, *high = low + scores.row, *low_gradient = gradient.data + r * gradient.row,
+                  *high_gradient = low_gradient + gradient.row;
       uint32_t *weights = w.weights + pair * words + kWideSlack, *of_scores = w.gradient + pair * words + kWideSlack;
       Half *low_row = w.gradient_rows[0] + 2 * pair * halves + kWideSlack, *high_row = low_row + halves;
       Half* rest = w.gradient_rows[1] ? w.gradient_rows[1] + 2 * pair * halves + kWideSlack : nullptr;
@@ -245,17 +255,22 @@ struct AmxBackward {
   }
 
   // gradient^T (size, keys) += rows^T x pairs, over the rows of the groups [first_group, last_group).
-  void add_over_rows(const Tile& tile, const Half* rows_t, int64_t size, const uint32_t* pairs, int64_t first_row, int64_t last_row, float* gradient) const {
-    const int64_t first = (tile.keys.first - tile.first_key) / kPanel, last = panels_of(tile.keys.last - tile.first_key), steps = (last_row - first_row) / kTileDepth;
+  void add_over_rows(const Tile& tile, const Half* rows_t, int64_t size, const uint32_t* pairs, int64_t first_row, int64_t last_row,
+                     float* gradient) const {
+    const int64_t first = (tile.keys.first - tile.first_key) / kPanel, last = panels_of(tile.keys.last - tile.first_key),
+                  steps = (last_row - first_row) / kTileDepth;
     for (int64_t d = 0; d < size; d += kGroupRows)
-      amx_multiply<true>((int)least(kGroupRows, size - d), last - first, {rows_t + d * rows + first_row, rows},
-                         {(const Half*)(pairs + first_row / 2 * words + kWideSlack + first * kPanel), 2 * kPanel, 2 * words, 2 * kTileRows * words}, steps,
-                         {gradient + d * key_columns + tile.first_key + first * kPanel, key_columns});
+      amx_multiply<true>(
+          (int)least(kGroupRows, size - d), last - first, {rows_t + d * rows + first_row, rows},
+          {(const Half*)(pairs + first_row / 2 * words + kWideSlack + first * kPanel), 2 * kPanel, 2 * words, 2 * kTileRows * words}, steps,
+          {gradient + d * key_columns + tile.first_key + first * kPanel, key_columns});
   }
 
-  void table_gradient(const Tile& tile, const Block& block, const Head& head, int64_t first_row, int64_t last_row, AmxBackwardWorkspace& w, float* gradient) const {
+  void table_gradient(const Tile& tile, const Block& block, const Head& head, int64_t first_row, int64_t last_row, AmxBackwardWorkspace& w,
+                      float* gradient) const {
     const int64_t shift = block.position - head.rel_k.left - tile.first_key;
-    const int64_t lowest = most<int64_t>(tile.keys.first - tile.first_key - shift - (last_row - 1), 0), highest = least(tile.keys.last - tile.first_key - 1 - shift - first_row, head.rel_k.rows - 1);
+    const int64_t lowest = most<int64_t>(tile.keys.first - tile.first_key - shift - (last_row - 1), 0),
+                  highest = least(tile.keys.last - tile.first_key - 1 - shift - first_row, head.rel_k.rows - 1);
     if (lowest > highest) return;
     for (int64_t r = lowest / kPanel * kPanel; r <= highest; r += 2 * kPanel) {
       // Groups of rows with some column in these two panels.
@@ -268,13 +283,15 @@ struct AmxBackward {
         const uint32_t* pairs = part + begin / 2 * words + kWideSlack + r + shift + begin;
         for (int64_t d = 0; d < sizes.size; d += kGroupRows)
           amx_multiply<true>((int)least(kGroupRows, sizes.size - d), panels, {w.position_t + d * rows + begin, rows},
-                             {(const Half*)pairs, 2 * kPanel, 2 * (words + 2), 2 * kTileRows * (words + 2)}, (end - begin) / kTileDepth, {gradient + d * table_columns + r, table_columns});
+                             {(const Half*)pairs, 2 * kPanel, 2 * (words + 2), 2 * kTileRows * (words + 2)}, (end - begin) / kTileDepth,
+                             {gradient + d * table_columns + r, table_columns});
       }
     }
   }
 
   // Everything that the block's rows and the keys in `keys` contribute. The block has been prepared.
-  void keys(const AmxHead& operands, const Block& whole, Range keys, const AmxUnit& unit, const AmxSums& sums, const Gradients& out, AmxBackwardWorkspace& w) const {
+  void keys(const AmxHead& operands, const Block& whole, Range keys, const AmxUnit& unit, const AmxSums& sums, const Gradients& out,
+            AmxBackwardWorkspace& w) const {
     const Head& head = operands.head;
     Workspace& base = w.forward.base;
     const Result scores = {base.scores + kSlack, p.leading}, gradient = {w.weights_gradient + kSlack, p.leading};
@@ -297,14 +314,18 @@ struct AmxBackward {
         write_pairs(operands, block, tile, of, sums, w, scores, gradient);
         if (!out.content) continue;
         const Half* rows_of = w.gradient_rows[0] + of.row * halves + kWideSlack;
-        const int64_t first = of.columns.first, steps = (of.columns.last - first + kTileDepth - 1) / kTileDepth, panels = p.padded_size / kPanel;
-        amx_multiply<true>(of.rows, panels, {rows_of + first, halves}, {unit.key_pairs + (first_key + first) * kPanel, (sizes.keys + kTileDepth) * kPanel}, steps,
+        const int64_t first = of.columns.first, steps = (of.columns.last - first + kTileDepth - 1) / kTileDepth,
+                      panels = p.padded_size / kPanel;
+        amx_multiply<true>(of.rows, panels, {rows_of + first, halves},
+                           {unit.key_pairs + (first_key + first) * kPanel, (sizes.keys + kTileDepth) * kPanel}, steps,
                            {out.content + of.row * p.padded_size, p.padded_size});
         if (!p.call.rel_k.data) continue;
         const int64_t shift = block.position + of.row - head.rel_k.left - first_key;
-        const int64_t lowest = most<int64_t>(of.seen.first - shift - (of.rows - 1), 0) / 2 * 2, highest = least(of.seen.last - 1 - shift, p.call.rows - 1);
+        const int64_t lowest = most<int64_t>(of.seen.first - shift - (of.rows - 1), 0) / 2 * 2,
+                      highest = least(of.seen.last - 1 - shift, p.call.rows - 1);
         for (int part = 0; part < 2 && lowest <= highest; ++part)
-          amx_multiply<true>(of.rows, panels, {w.gradient_rows[part] + of.row * halves + kWideSlack + lowest + shift, halves + 1}, {table_pairs + (per_head ? head.head * pair_halves : 0) + lowest * kPanel, table_pair_rows * kPanel},
+          amx_multiply<true>(of.rows, panels, {w.gradient_rows[part] + of.row * halves + kWideSlack + lowest + shift, halves + 1},
+                             {table_pairs + (per_head ? head.head * pair_halves : 0) + lowest * kPanel, table_pair_rows * kPanel},
                              (highest - lowest) / kTileDepth + 1, {out.position + of.row * p.padded_depth, p.padded_depth});
       }
       if (out.value.data) add_over_rows(tile, w.upstream_t, p.padded_value_size, w.weights, first_row, last_row, unit.value_gradient);
@@ -322,7 +343,9 @@ struct AmxBackward {
       const int64_t table_row = side ? p.call.rows - 1 : 0;
       float* gradient = side ? sums.right_edge : sums.left_edge;
       float* edge = w.forward.base.scratch;
-      if (rel_k.data) read_row(rel_k.data, rel_k.dtype, operands.head.head * rel_k.stride[1] + table_row * rel_k.stride[2], rel_k.stride[3], p.size, edge);
+      if (rel_k.data)
+        read_row(rel_k.data, rel_k.dtype, operands.head.head * rel_k.stride[1] + table_row * rel_k.stride[2], rel_k.stride[3], p.size,
+                 edge);
       for (int64_t row = 0; row < block.rows; ++row) {
         if (total[row] == 0.0f) continue;
         if (sums.bias) sums.bias[table_row] += total[row];
@@ -334,173 +357,3 @@ struct AmxBackward {
     }
   }
 };
-
-// AMX behind the schedule of gradients.h.
-struct AmxKernel {
-  const Problem& p;
-  const Shared& shared;
-  AmxBackward amx;
-  AmxUnit* units = nullptr;
-  AmxSums* sums = nullptr;  // of each member, `heads` of them
-  int64_t heads;
-  float **content_gradients = nullptr, **position_gradients = nullptr;
-  AmxBackwardWorkspace* workspaces = nullptr;
-
-  AmxKernel(const Problem& problem, const Shared& of_call) : p(problem), shared(of_call), amx(problem) { heads = shared.tables.rel_k.per_head ? p.ratio : 1; }
-
-  void take_memory(Memory& memory, int64_t threads, int64_t unit_count, int64_t members, bool teams) {
-    const Call& call = p.call;
-    auto half = [&](bool needed, int64_t count) { return (Half*)memory.floats(needed, (count + 1) / 2); };
-    workspaces = memory.array<AmxBackwardWorkspace>(threads);
-    units = memory.array<AmxUnit>(unit_count);
-    sums = memory.array<AmxSums>(members * heads);
-    content_gradients = memory.array<float*>(unit_count);
-    position_gradients = memory.array<float*>(unit_count);
-    AmxBackwardWorkspace probe;
-    const int64_t floats = amx.carve(nullptr, probe) / 4, padded_queries = p.query_blocks() * p.block_rows;
-    for (int64_t thread = 0; memory.enough && thread < threads; ++thread)
-      if (float* space = memory.floats(true, floats)) amx.carve((char*)space, workspaces[thread]);
-    for (int64_t index = 0; memory.enough && index < unit_count; ++index) {
-      units[index].key_panels = half(true, amx.key_columns * amx.sizes.size);
-      units[index].key_pairs = half(true, (amx.sizes.keys + kTileDepth) * p.padded_size);
-      units[index].value_panels = half(true, amx.key_columns * amx.upstream_size);
-      units[index].key_gradient = memory.floats(call.grad_key.data, p.padded_size * amx.key_columns);
-      units[index].value_gradient = memory.floats(call.grad_value.data, p.padded_value_size * amx.key_columns);
-      content_gradients[index] = memory.floats(teams, padded_queries * p.padded_size);
-      position_gradients[index] = memory.floats(teams, padded_queries * p.padded_depth);
-    }
-    for (int64_t index = 0; memory.enough && index < members * heads; ++index) {
-      sums[index].table = memory.zeros(call.grad_rel_k.data, amx.sizes.size * amx.table_columns);
-      sums[index].left_edge = memory.zeros(call.grad_rel_k.data, p.size);
-      sums[index].right_edge = memory.zeros(call.grad_rel_k.data, p.size);
-      sums[index].bias = memory.zeros(call.grad_rel_bias.data, call.rows);
-    }
-    amx.tables = half(call.rel_k.data, (amx.per_head ? call.heads : 1) * amx.table_halves);
-    amx.table_pairs = half(call.rel_k.data, (amx.per_head ? call.heads : 1) * amx.pair_halves);
-    amx.biases = memory.floats(call.rel_bias.data, (amx.bias_per_head ? call.heads : 1) * call.rows);
-  }
-
-  void pack_tables(const Team& team, Memory&) const {
-    const Call& call = p.call;
-    if (amx.biases)
-      for (int64_t h = 0; h < (amx.bias_per_head ? call.heads : 1); ++h) read_bias(call, h, amx.biases + h * call.rows);
-    if (!amx.tables) return;
-    const int64_t panels = amx.table_pair_rows / kPanel, tasks = (panels + kPanelsOfTask - 1) / kPanelsOfTask;
-    parallel(team, (amx.per_head ? call.heads : 1) * tasks, [&](int64_t index, int64_t thread) {
-      const int64_t h = index / tasks, first = index % tasks * kPanelsOfTask, last = least(first + kPanelsOfTask, panels);
-      const AmxWorkspace& w = workspaces[thread].forward;
-      const Matrix table = matrix(call.rel_k, 0, h);
-      for (int64_t panel = first; panel < least(last, panels_of(call.rows)); ++panel)
-        pack_half_panel(table, call.rows, p.size, amx.sizes.size, true, panel, amx.tables + h * amx.table_halves + panel * kPanel * amx.sizes.size, w.scratch, w.row_scratch);
-      pack_half_pairs(table, call.rows, p.size, p.padded_size, first * kPanel, last * kPanel, amx.table_pair_rows, amx.table_pairs + h * amx.pair_halves, w.scratch, w.row_scratch);
-    });
-  }
-
-  void begin(const Job& job, int64_t task) const {
-    const AmxUnit& unit = units[job.unit];
-    const AmxWorkspace& w = workspaces[job.thread].forward;
-    const Matrix key = matrix(p.call.key, job.batch, job.key_head), value = matrix(p.call.value, job.batch, job.key_head);
-    const int64_t first = task * kPanelsOfTask, last = least(first + kPanelsOfTask, panels_of(p.call.keys));
-    for (int64_t panel = first; panel < last; ++panel) {
-      pack_half_panel(key, p.call.keys, p.size, amx.sizes.size, false, panel, unit.key_panels + panel * kPanel * amx.sizes.size, w.scratch, w.row_scratch);
-      pack_half_panel(value, p.call.keys, p.value_size, amx.upstream_size, false, panel, unit.value_panels + panel * kPanel * amx.upstream_size, w.scratch, w.row_scratch);
-    }
-    const bool final = (task + 1) * kPanelsOfTask >= panels_of(p.call.keys);
-    pack_half_pairs(key, p.call.keys, p.size, p.padded_size, first * kPanel, final ? amx.sizes.keys + kTileDepth : last * kPanel, amx.sizes.keys + kTileDepth, unit.key_pairs, w.scratch, w.row_scratch);
-    for (int64_t d = 0; unit.key_gradient && d < p.padded_size; ++d) fill(unit.key_gradient + d * amx.key_columns + first * kPanel, 0.0f, (last - first) * kPanel);
-    for (int64_t d = 0; unit.value_gradient && d < p.padded_value_size; ++d) fill(unit.value_gradient + d * amx.key_columns + first * kPanel, 0.0f, (last - first) * kPanel);
-  }
-
-  // Columns [first, first + 16) of a transposed sum as 16 rows of `padded`.
-  static void transpose_columns(const float* from, int64_t stride, int64_t first, int64_t padded, float* to) {
-    for (int64_t d = 0; d < padded; d += kPanel) transpose(from + d * stride + first, stride, to + d, padded);
-  }
-
-  void end(const Job& job, int64_t task) const {
-    const AmxUnit& unit = units[job.unit];
-    const Range keys = keys_of_task(p, task);
-    auto write = [&](const Tensor& grad, const float* sum, int64_t size, int64_t padded, float factor) {
-      if (!grad.data) return;
-      float* rows = workspaces[job.thread].forward.base.scores;  // 16 rows, for a moment
-      for (int64_t first = keys.first; first < keys.last; first += kPanel) {
-        for (int64_t part = 0; part < padded; part += 2 * kPanel) {
-          const int64_t width = least<int64_t>(2 * kPanel, padded - part);
-          transpose_columns(sum + part * amx.key_columns, amx.key_columns, first, width, rows);
-          for (int64_t row = 0; row < least<int64_t>(kPanel, keys.last - first); ++row)
-            if (part < size)
-              write_row(grad.data, grad.dtype, job.batch * grad.stride[0] + job.key_head * grad.stride[1] + (first + row) * grad.stride[2] + part * grad.stride[3], grad.stride[3],
-                        least(width, size - part), rows + row * width, factor);
-        }
-      }
-    };
-    write(p.call.grad_key, unit.key_gradient, p.size, p.padded_size, absolute_scale());
-    write(p.call.grad_value, unit.value_gradient, p.value_size, p.padded_value_size, 1.0f);
-  }
-
-  float absolute_scale() const { return (float)(p.call.scale < 0 ? -p.call.scale : p.call.scale); }
-
-  void queries(const Job& job, int64_t index, int64_t block_index, const Parts& parts, bool team, bool first, bool last) const {
-    const Call& call = p.call;
-    const AmxUnit& unit = units[job.unit];
-    const Sums& own = shared.sums[job.member];
-    AmxBackwardWorkspace& w = workspaces[job.thread];
-    AmxHead operands = {};
-    Head& head = operands.head;
-    head.batch = job.batch;
-    head.head = index;
-    head.keys = shared.keys[job.batch];
-    head.rel_k.rows = call.rows;
-    head.rel_k.left = call.left;
-    operands.key_panels = unit.key_panels;
-    operands.value_panels = unit.value_panels;
-    operands.table_panels = amx.tables ? amx.tables + (amx.per_head ? index * amx.table_halves : 0) : nullptr;
-    operands.bias = amx.biases ? amx.biases + (amx.bias_per_head ? index * call.rows : 0) : nullptr;
-    Gradients out = {};
-    out.key.data = unit.key_gradient;
-    out.value.data = unit.value_gradient;
-    FloatKernel::query_sums(p, own, index, block_index, team ? content_gradients[job.unit] : nullptr, position_gradients[job.unit], w.forward.base, out);
-
-    const AmxSums& of_member = sums[job.member * heads + (heads > 1 ? index % p.ratio : 0)];
-    const Block block = amx.prepare(operands, w, block_index);
-    if (first && out.content) {
-      fill(out.content, 0.0f, p.block_rows * p.padded_size);
-      if (p.position) fill(out.position, 0.0f, p.block_rows * p.padded_depth);
-    }
-    if (!block.keys.empty())
-      for (const Range& keys : parts.ranges) amx.keys(operands, block, keys, unit, of_member, out, w);
-    if (last) finish_block(p, head, block, out);
-  }
-
-  // The sums of other kernels have a factor of scale * log2(e) in their tables: theirs is the scaled query.
-  void collect(int64_t member) const {
-    const float factor = (float)(absolute_scale() * kLog2E);
-    const int64_t rows = p.call.rows;
-    for (int64_t local = 0; local < heads; ++local) {
-      const AmxSums& from = sums[member * heads + local];
-      if (!shared.sums[member].rel_k) return;
-      float* to = shared.sums[member].rel_k + local * rows * p.padded_depth;
-      if (from.table) {
-        for (int64_t d = 0; d < p.size; ++d)
-          for (int64_t row = 0; row < rows; ++row) to[row * p.padded_depth + d] += factor * from.table[d * amx.table_columns + row];
-        add_scaled(to, from.left_edge, factor, p.size);
-        add_scaled(to + (rows - 1) * p.padded_depth, from.right_edge, factor, p.size);
-        fill(from.table, 0.0f, amx.sizes.size * amx.table_columns);
-        fill(from.left_edge, 0.0f, p.size);
-        fill(from.right_edge, 0.0f, p.size);
-      }
-      if (from.bias) {
-        for (int64_t row = 0; row < rows; ++row) to[row * p.padded_depth + p.depth - 1] += from.bias[row];
-        fill(from.bias, 0.0f, rows);
-      }
-    }
-  }
-};
-
-static int backward_amx(const Call& call, const Team& team) {
-  Problem p(call, kBlockKeysBackward);
-  p.block_rows = least(round_up(p.block_rows, kGroupRows), kBlockRows);  // a group's rows are summed whole
-  Shared shared = {};
-  Memory memory = {team};
-  if (!find_keys(call, memory, shared) || !plan_table(p, team, call.rel_k, call.rel_bias, p.rel_k_source(0), call.left, false, false, shared.tables.rel_k)) return 1;
-  return backward_with<AmxKernel>(p, team, shared, memory);
-}

@@ -30,7 +30,8 @@ INLINE void softmax_row(float* scores, int64_t columns, float& highest, float& t
 }
 
 // Multiply a row's weights by dropout's 1 or 0.
-INLINE void drop_row(const Dropout& dropout, const Head& head, int64_t query, int64_t first_key, int64_t columns, float* weights, float* keep) {
+INLINE void drop_row(const Dropout& dropout, const Head& head, int64_t query, int64_t first_key, int64_t columns, float* weights,
+                     float* keep) {
   dropout_keep(dropout, head.batch, head.head, query, first_key, first_key + columns, keep);
   for (int64_t column = 0; column < columns; column += kWidth) store(weights + column, load(weights + column) * load(keep + column));
 }
@@ -42,8 +43,8 @@ static void write_block(const Problem& p, const Head& head, const Block& block, 
     const int64_t query = block.first + row;
     const float total = w.total[row];
     const float factor = total == 0.0f ? 0.0f : 1.0f / (total * p.dropout.kept_share);
-    write_row(output.data, output.dtype, head.batch * output.stride[0] + head.head * output.stride[1] + query * output.stride[2], output.stride[3], p.value_size,
-              w.result + row * p.padded_value_size, factor);
+    write_row(output.data, output.dtype, head.batch * output.stride[0] + head.head * output.stride[1] + query * output.stride[2],
+              output.stride[3], p.value_size, w.result + row * p.padded_value_size, factor);
     float* logarithm = (float*)lse.data + head.batch * lse.stride[0] + head.head * lse.stride[1] + query * lse.stride[2];
     *logarithm = total == 0.0f ? -kInfinity : (float)(w.highest[row] * kLn2) + __builtin_logf(total);
   }
@@ -100,14 +101,14 @@ static void forward_block(const Problem& p, Head head, Workspace& w, int64_t ind
         const int64_t first = most(column, group.seen.first), last = least(column + kStep, group.seen.last);
         if (first < last)
           multiply<true>(group.rows, value_panels, {scores.data + group.row * scores.row + first, scores.row, 1},
-                         {head.value.data + (first_key - head.first_value + first) * head.value.k, head.value.k, head.value.panel}, last - first,
-                         {w.result + group.row * p.padded_value_size, p.padded_value_size});
+                         {head.value.data + (first_key - head.first_value + first) * head.value.k, head.value.k, head.value.panel},
+                         last - first, {w.result + group.row * p.padded_value_size, p.padded_value_size});
       }
     if (call.rel_v.data)
       for (int g = 0; g < tile.count; ++g) {
         const Group& group = tile.groups[g];
-        relative_values(group.rows, block.position + group.row, first_key, group.seen, {scores.data + group.row * scores.row, scores.row}, head.rel_v, value_panels, p.padded_value_size,
-                        {w.result + group.row * p.padded_value_size, p.padded_value_size});
+        relative_values(group.rows, block.position + group.row, first_key, group.seen, {scores.data + group.row * scores.row, scores.row},
+                        head.rel_v, value_panels, p.padded_value_size, {w.result + group.row * p.padded_value_size, p.padded_value_size});
       }
   }
   write_block(p, head, block, w);
@@ -160,7 +161,8 @@ static int forward(const Call& call, const Team& team) {
     return 1;
   pack_tables(p, team, keys, tables, scratch);
 
-  const int64_t units = batch * key_heads, panel_floats = panels_of(call.keys) * kPanel * p.size, row_floats = call.keys * p.padded_value_size;
+  const int64_t units = batch * key_heads, panel_floats = panels_of(call.keys) * kPanel * p.size,
+                row_floats = call.keys * p.padded_value_size;
   const bool once = used_once(p), in_place = values_in_place(p);
   const int64_t unit_floats = once ? 0 : panel_floats + (in_place ? 0 : row_floats);
   const int64_t chunk = clamp<int64_t>(kPackedBytes / 4 / most<int64_t>(unit_floats, 1), 1, units);

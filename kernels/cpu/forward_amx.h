@@ -1,5 +1,5 @@
-// The forward pass in bfloat16 on AMX: forward.h's algorithm with tiles of 32 rows, which hold raw products; scale and units of ln 2 come with
-// the softmax. rel_q and rel_v have no such form: their calls take the float32 kernel.
+// The forward pass in bfloat16 on AMX: forward.h's algorithm with tiles of 32 rows, which hold raw products; scale and units of ln 2 come
+// with the softmax. rel_q and rel_v have no such form: their calls take the float32 kernel.
 
 constexpr int64_t kBlockKeysAmx = 256;
 
@@ -20,7 +20,7 @@ struct AmxHead {
   Head head;
   const Half *key_panels, *value_pairs, *table_panels;
   const Half* value_panels;  // backward
-  const float* bias;  // rel_bias in units of ln 2, null: none
+  const float* bias;         // rel_bias in units of ln 2, null: none
 };
 
 struct AmxWorkspace {
@@ -32,7 +32,8 @@ struct AmxWorkspace {
 static bool takes_amx(const Call& call) { return call.query.dtype == kBFloat16 && !call.rel_q.data && !call.rel_v.data; }
 
 // (q + bias) of a block's rows times the sign of the scale, in bfloat16.
-static void read_queries(const Problem& p, const Head& head, const Block& block, const Tensor& bias, int64_t padded, Half* to, float* scratch) {
+static void read_queries(const Problem& p, const Head& head, const Block& block, const Tensor& bias, int64_t padded, Half* to,
+                         float* scratch) {
   const Matrix query = matrix(p.call.query, head.batch, head.head);
   float* added = scratch + p.padded_size;
   if (bias.data) read_row(bias.data, bias.dtype, head.head * bias.stride[1], bias.stride[3], p.size, added);
@@ -52,18 +53,21 @@ static void read_queries(const Problem& p, const Head& head, const Block& block,
 }
 
 // The block's rows times one row of rel_k.
-static void edge_products(const Problem& p, const AmxSizes& sizes, const Half* rows, int64_t count, const Tensor& table, int64_t head, int64_t table_row, float* edge, float* scratch) {
+static void edge_products(const Problem& p, const AmxSizes& sizes, const Half* rows, int64_t count, const Tensor& table, int64_t head,
+                          int64_t table_row, float* edge, float* scratch) {
   float* other = scratch;
   read_row(table.data, table.dtype, head * table.stride[1] + table_row * table.stride[2], table.stride[3], p.size, other);
   for (int64_t row = 0; row < count; ++row) {
     float sum = 0;
-    for (int64_t column = 0; column < p.size; ++column) sum += from_bfloat16(rows[row * sizes.size + column]) * from_bfloat16(to_bfloat16(other[column]));
+    for (int64_t column = 0; column < p.size; ++column)
+      sum += from_bfloat16(rows[row * sizes.size + column]) * from_bfloat16(to_bfloat16(other[column]));
     edge[row] = sum;
   }
 }
 
 // One row's scores [0, columns) times `unit` become weights in bfloat16.
-INLINE void softmax_row_half(const float* scores, int64_t columns, float unit, float& highest, float& total, float* result, int64_t result_size, const float* keep, Half* weights) {
+INLINE void softmax_row_half(const float* scores, int64_t columns, float unit, float& highest, float& total, float* result,
+                             int64_t result_size, const float* keep, Half* weights) {
   const float next = most(highest, max_row(scores, columns) * unit);
   const float base = next == -kInfinity ? 0.0f : next;
   Vec sum[2] = {};
@@ -98,7 +102,8 @@ static void add_bias(const Table& table, const float* bias, int64_t position, in
 }
 
 // The raw products of a group of rows with its columns of a tile: scores[row of the group][column].
-static void group_products(const Problem& p, const AmxSizes& sizes, const AmxHead& operands, const Block& block, const Group& group, int64_t first_key, const AmxWorkspace& w, const Result& scores) {
+static void group_products(const Problem& p, const AmxSizes& sizes, const AmxHead& operands, const Block& block, const Group& group,
+                           int64_t first_key, const AmxWorkspace& w, const Result& scores) {
   const Head& head = operands.head;
   const int64_t begin = group.columns.first, panels = (group.columns.last - begin) / kPanel, position = block.position + group.row;
   const int64_t steps = sizes.size / kTileDepth, panel = kPanel * sizes.size;
@@ -107,9 +112,11 @@ static void group_products(const Problem& p, const AmxSizes& sizes, const AmxHea
   const Result target = {scores.data + begin, scores.row};
   if (!p.call.rel_k.data) return amx_multiply<false>(group.rows, panels, content, key, steps, target);
   const Span& span = group.span;
-  amx_multiply<false>(group.rows, span.last_panel - span.first_panel, {w.position + group.row * sizes.size, sizes.size}, {operands.table_panels + span.first_panel * panel, panel}, steps,
+  amx_multiply<false>(group.rows, span.last_panel - span.first_panel, {w.position + group.row * sizes.size, sizes.size},
+                      {operands.table_panels + span.first_panel * panel, panel}, steps,
                       {scores.data + span.first_panel * kPanel + position - head.rel_k.left - first_key, scores.row + 1});
-  relative_edges(group.rows, position, first_key, group.columns, span, head.rel_k, w.base.left_edge + group.row, w.base.right_edge + group.row, scores);
+  relative_edges(group.rows, position, first_key, group.columns, span, head.rel_k, w.base.left_edge + group.row,
+                 w.base.right_edge + group.row, scores);
   amx_multiply<true>(group.rows, panels, content, key, steps, target);
 }
 
@@ -161,12 +168,14 @@ static void forward_block_amx(const Problem& p, const AmxSizes& sizes, const Amx
         if (operands.bias) add_bias(head.rel_k, operands.bias, position + r, first_key, begin, end, of_row);
         hide(p, head, query, tile, row, begin, end, base, of_row);
         if (p.dropout.used()) dropout_keep(p.dropout, head.batch, head.head, query, first_key + begin, first_key + end, base.keep);
-        softmax_row_half(of_row + begin, end - begin, adjusted ? 1.0f : unit, base.highest[row], base.total[row], base.result + row * p.padded_value_size, p.padded_value_size,
-                         p.dropout.used() ? base.keep : nullptr, weights + begin);
+        softmax_row_half(of_row + begin, end - begin, adjusted ? 1.0f : unit, base.highest[row], base.total[row],
+                         base.result + row * p.padded_value_size, p.padded_value_size, p.dropout.used() ? base.keep : nullptr,
+                         weights + begin);
         __builtin_memset(weights + first_depth, 0, (size_t)(begin - first_depth) * 2);
         __builtin_memset(weights + end, 0, (size_t)(last_depth - end) * 2);
       }
-      for (int64_t row = group.rows; row < kGroupRows; ++row) __builtin_memset(w.weights + row * sizes.weights_row + first_depth, 0, (size_t)(last_depth - first_depth) * 2);
+      for (int64_t row = group.rows; row < kGroupRows; ++row)
+        __builtin_memset(w.weights + row * sizes.weights_row + first_depth, 0, (size_t)(last_depth - first_depth) * 2);
       const int64_t value_panel = sizes.keys * kPanel;
       amx_multiply<true>(group.rows, p.padded_value_size / kPanel, {w.weights + first_depth, sizes.weights_row},
                          {operands.value_pairs + (first_key + first_depth) * kPanel, value_panel}, (last_depth - first_depth) / kTileDepth,
@@ -223,7 +232,8 @@ static int forward_amx(const Call& call, const Team& team) {
   const int64_t units = batch * key_heads, unit_floats = (panel_halves + pair_halves) / 2;
   const int64_t chunk = clamp<int64_t>(kPackedBytes / 4 / most<int64_t>(unit_floats, 1), 1, units);
   float* packed = allocate(team, chunk * unit_floats);
-  if (!workspaces || !keys || (call.key_mask.data && !holes) || (call.rel_k.data && !tables) || (call.rel_bias.data && !biases) || !packed) return 1;
+  if (!workspaces || !keys || (call.key_mask.data && !holes) || (call.rel_k.data && !tables) || (call.rel_bias.data && !biases) || !packed)
+    return 1;
   for (int64_t thread = 0; thread < threads; ++thread) {
     float* memory = allocate(team, workspace_floats);
     if (!memory) return 1;
@@ -236,7 +246,8 @@ static int forward_amx(const Call& call, const Team& team) {
     parallel(team, (per_head ? call.heads : 1) * tasks, [&](int64_t index, int64_t thread) {
       const int64_t h = index / tasks;
       for (int64_t panel = index % tasks * kPanelsOfTask; panel < least((index % tasks + 1) * kPanelsOfTask, panels); ++panel)
-        pack_half_panel(matrix(call.rel_k, 0, h), call.rows, p.size, sizes.size, true, panel, tables + h * table_halves + panel * kPanel * sizes.size, workspaces[thread].scratch,
+        pack_half_panel(matrix(call.rel_k, 0, h), call.rows, p.size, sizes.size, true, panel,
+                        tables + h * table_halves + panel * kPanel * sizes.size, workspaces[thread].scratch,
                         workspaces[thread].row_scratch);
     });
   }
@@ -244,13 +255,15 @@ static int forward_amx(const Call& call, const Team& team) {
   for (int64_t start = 0; start < units; start += chunk) {
     const int64_t count = least(chunk, units - start);
     parallel(team, count * tasks, [&](int64_t index, int64_t thread) {
-      const int64_t unit = start + index / tasks, first = index % tasks * kPanelsOfTask, last = least(first + kPanelsOfTask, panels_of(call.keys));
+      const int64_t unit = start + index / tasks, first = index % tasks * kPanelsOfTask,
+                    last = least(first + kPanelsOfTask, panels_of(call.keys));
       Half* panels = (Half*)(packed + index / tasks * unit_floats);
       AmxWorkspace& w = workspaces[thread];
       for (int64_t panel = first; panel < last; ++panel)
-        pack_half_panel(matrix(call.key, unit / key_heads, unit % key_heads), call.keys, p.size, sizes.size, false, panel, panels + panel * kPanel * sizes.size, w.scratch, w.row_scratch);
-      pack_half_pairs(matrix(call.value, unit / key_heads, unit % key_heads), call.keys, p.value_size, sizes.value_size, first * kPanel, least((first + kPanelsOfTask) * kPanel, sizes.keys), sizes.keys,
-                      panels + panel_halves, w.scratch, w.row_scratch);
+        pack_half_panel(matrix(call.key, unit / key_heads, unit % key_heads), call.keys, p.size, sizes.size, false, panel,
+                        panels + panel * kPanel * sizes.size, w.scratch, w.row_scratch);
+      pack_half_pairs(matrix(call.value, unit / key_heads, unit % key_heads), call.keys, p.value_size, sizes.value_size, first * kPanel,
+                      least((first + kPanelsOfTask) * kPanel, sizes.keys), sizes.keys, panels + panel_halves, w.scratch, w.row_scratch);
     });
     parallel(team, count * p.ratio * blocks, [&](int64_t index, int64_t thread) {
       const int64_t block = blocks - 1 - index % blocks, local = index / blocks / p.ratio, unit = start + local;

@@ -1,15 +1,15 @@
 // Who computes which gradients, so that every sum has one owner and the result depends on the number of threads only.
 //
 // A unit is a key head of a batch element with its query heads; where tables differ by head, of all batch elements (a head's table gradient
-// then has one owner too). Units are dealt out one to a thread, as long as there are enough. The last ones are each shared by a team: member
-// m has its own queries all the time, and in step s the keys of part (m + s) mod team, so that no two members ever add to the same keys. To
-// even out causal masks both are cut in 2 x team pieces, and piece i goes with piece 2 x team - 1 - i.
+// then has one owner too). Units are dealt out one to a thread, as long as there are enough. The last ones are each shared by a team:
+// member m has its own queries all the time, and in step s the keys of part (m + s) mod team, so that no two members ever add to the same
+// keys. To even out causal masks both are cut in 2 x team pieces, and piece i goes with piece 2 x team - 1 - i.
 
 // Sums of one member. Tables with one gradient per head are flushed when their unit is done, the others at the end of the call.
 struct Sums {
-  float *rel_k, *rel_q, *rel_v;     // (R, padded) for each query head of a unit where they differ by head, else once
-  float* rel_k_shared;              // rel_k and rel_bias where only one of them differs by head: what the other sums over heads
-  float *pos_bias_u, *pos_bias_v;   // (Hq, D)
+  float *rel_k, *rel_q, *rel_v;    // (R, padded) for each query head of a unit where they differ by head, else once
+  float* rel_k_shared;             // rel_k and rel_bias where only one of them differs by head: what the other sums over heads
+  float *pos_bias_u, *pos_bias_v;  // (Hq, D)
 };
 
 // Two ranges that are worked on together.
@@ -17,7 +17,8 @@ struct Parts {
   Range ranges[2];
 };
 
-// Which part of the work a kernel is asked for: a member of a unit's team, on some thread. (A unit that one thread does alone: a team of 1.)
+// Which part of the work a kernel is asked for: a member of a unit's team, on some thread. (A unit that one thread does alone: a team
+// of 1.)
 struct Job {
   int64_t batch, key_head, unit, member, thread;
 };
@@ -64,14 +65,16 @@ struct FloatKernel {
   // Memory of a unit while it is worked on.
   struct Unit {
     KeyPack pack;
-    float *key_gradient, *value_gradient;          // (Lk, padded), null if they are summed in place
-    float *content_gradient, *position_gradient;   // of one query head, only for teams
+    float *key_gradient, *value_gradient;         // (Lk, padded), null if they are summed in place
+    float *content_gradient, *position_gradient;  // of one query head, only for teams
   };
   Unit* units;
   Workspace* workspaces;
 
   FloatKernel(const Problem& problem, const Shared& of_call) : p(problem), shared(of_call), units(nullptr), workspaces(nullptr) {
-    auto in_place = [](const Tensor& grad, int64_t size) { return grad.data && grad.dtype == kFloat32 && grad.stride[3] == 1 && size % kPanel == 0 && grad.stride[2] >= size; };
+    auto in_place = [](const Tensor& grad, int64_t size) {
+      return grad.data && grad.dtype == kFloat32 && grad.stride[3] == 1 && size % kPanel == 0 && grad.stride[2] >= size;
+    };
     key_in_place = in_place(p.call.grad_key, p.size);
     value_in_place = in_place(p.call.grad_value, p.value_size);
     key_readable = readable_in_place(matrix(p.call.key, 0, 0), p.call.keys, p.size);
@@ -87,7 +90,8 @@ struct FloatKernel {
       if (float* space = memory.floats(true, floats)) carve_backward(p, (char*)space, workspaces[thread]);
     for (int64_t index = 0; memory.enough && index < unit_count; ++index) {
       Unit& unit = units[index];
-      unit.pack = {memory.floats(true, padded_keys * p.size), memory.floats(!key_readable, call.keys * p.padded_size), memory.floats(true, padded_keys * p.value_size), nullptr};
+      unit.pack = {memory.floats(true, padded_keys * p.size), memory.floats(!key_readable, call.keys * p.padded_size),
+                   memory.floats(true, padded_keys * p.value_size), nullptr};
       unit.key_gradient = memory.floats(call.grad_key.data && !key_in_place, call.keys * p.padded_size);
       unit.value_gradient = memory.floats(call.grad_value.data && !value_in_place, call.keys * p.padded_value_size);
       unit.content_gradient = memory.floats(teams, call.queries * p.padded_size);
@@ -108,7 +112,8 @@ struct FloatKernel {
   }
   Result value_sum(const Job& job) const {
     if (!p.call.grad_value.data) return {nullptr, 0};
-    return value_in_place ? in_tensor(p.call.grad_value, job.batch, job.key_head) : Result{units[job.unit].value_gradient, p.padded_value_size};
+    return value_in_place ? in_tensor(p.call.grad_value, job.batch, job.key_head)
+                          : Result{units[job.unit].value_gradient, p.padded_value_size};
   }
 
   // Pack some of the unit's keys and values, whose gradients start from zero.
@@ -130,12 +135,15 @@ struct FloatKernel {
     for (int64_t row = keys.first; row < keys.last; ++row) {
       if (key.data) {
         float* total = key_total.data + row * key_total.row;
-        if (key_in_place) scale_row(total, (float)kLn2, p.size);
-        else write_row(key.data, key.dtype, job.batch * key.stride[0] + job.key_head * key.stride[1] + row * key.stride[2], key.stride[3], p.size, total, (float)kLn2);
+        if (key_in_place)
+          scale_row(total, (float)kLn2, p.size);
+        else
+          write_row(key.data, key.dtype, job.batch * key.stride[0] + job.key_head * key.stride[1] + row * key.stride[2], key.stride[3],
+                    p.size, total, (float)kLn2);
       }
       if (value.data && !value_in_place)
-        write_row(value.data, value.dtype, job.batch * value.stride[0] + job.key_head * value.stride[1] + row * value.stride[2], value.stride[3], p.value_size,
-                  value_total.data + row * value_total.row, 1.0f);
+        write_row(value.data, value.dtype, job.batch * value.stride[0] + job.key_head * value.stride[1] + row * value.stride[2],
+                  value.stride[3], p.value_size, value_total.data + row * value_total.row, 1.0f);
     }
   }
 
@@ -176,7 +184,8 @@ struct FloatKernel {
     if (last) finish_block(p, head, block, out);
   }
 
-  static void query_sums(const Problem& p, const Sums& own, int64_t index, int64_t block, float* content_of_team, float* position_of_team, const Workspace& w, Gradients& out) {
+  static void query_sums(const Problem& p, const Sums& own, int64_t index, int64_t block, float* content_of_team, float* position_of_team,
+                         const Workspace& w, Gradients& out) {
     const Call& call = p.call;
     if (own.pos_bias_u) out.pos_bias_u = own.pos_bias_u + index * p.size;
     if (own.pos_bias_v) out.pos_bias_v = own.pos_bias_v + index * p.size;
@@ -201,7 +210,8 @@ struct Backward {
   void alone(const Job& job) const {
     for (int64_t task = 0; task < pack_tasks(p); ++task) kernel.begin(job, task);
     for (int64_t index = job.key_head * p.ratio; index < (job.key_head + 1) * p.ratio; ++index)
-      for (int64_t block = 0; block < p.query_blocks(); ++block) kernel.queries(job, index, block, {{{0, p.call.keys}, {0, 0}}}, false, true, true);
+      for (int64_t block = 0; block < p.query_blocks(); ++block)
+        kernel.queries(job, index, block, {{{0, p.call.keys}, {0, 0}}}, false, true, true);
     for (int64_t task = 0; task < pack_tasks(p); ++task) kernel.end(job, task);
   }
 
@@ -218,7 +228,8 @@ struct Backward {
     for (int64_t b = 0; b < batches; ++b) {
       auto job_of = [&](int64_t unit, int64_t member, int64_t thread) {
         const int64_t index = first + unit;
-        return Job{p.per_head ? b : index / call.key_heads, p.per_head ? index : index % call.key_heads, unit, unit * members + member, thread};
+        return Job{p.per_head ? b : index / call.key_heads, p.per_head ? index : index % call.key_heads, unit, unit * members + member,
+                   thread};
       };
       parallel(team, count * tasks, [&](int64_t index, int64_t thread) { kernel.begin(job_of(index / tasks, 0, thread), index % tasks); });
       for (int64_t local = 0; local < p.ratio; ++local)
@@ -247,15 +258,20 @@ struct Backward {
         for (int64_t row = 0; row < call.rows; ++row) {
           float* total = add_members(of, members, &Sums::rel_k, (local * call.rows + row) * p.padded_depth, p.padded_depth);
           if (call.rel_k.data && call.rel_k.stride[1] != 0) write_table_row(call.grad_rel_k, index, row, total, p.size, (float)kLn2);
-          if (call.rel_bias.data && call.rel_bias.stride[1] != 0) write_table_row(call.grad_rel_bias, index, row, total + p.depth - 1, 1, 1.0f);
+          if (call.rel_bias.data && call.rel_bias.stride[1] != 0)
+            write_table_row(call.grad_rel_bias, index, row, total + p.depth - 1, 1, 1.0f);
           if (of->rel_k_shared) add_scaled(of->rel_k_shared + row * p.padded_depth, total, 1.0f, p.padded_depth);
         }
       if (shared.tables.rel_q.per_head && of->rel_q)
         for (int64_t row = 0; row < call.rows; ++row)
-          write_table_row(call.grad_rel_q, index, call.rows - 1 - row, add_members(of, members, &Sums::rel_q, (local * call.rows + row) * p.padded_size, p.padded_size), p.size, (float)call.scale);
+          write_table_row(call.grad_rel_q, index, call.rows - 1 - row,
+                          add_members(of, members, &Sums::rel_q, (local * call.rows + row) * p.padded_size, p.padded_size), p.size,
+                          (float)call.scale);
       if (shared.tables.rel_v.per_head && of->rel_v)
         for (int64_t row = 0; row < call.rows; ++row)
-          write_table_row(call.grad_rel_v, index, row, add_members(of, members, &Sums::rel_v, (local * call.rows + row) * p.padded_value_size, p.padded_value_size), p.value_size, 1.0f);
+          write_table_row(call.grad_rel_v, index, row,
+                          add_members(of, members, &Sums::rel_v, (local * call.rows + row) * p.padded_value_size, p.padded_value_size),
+                          p.value_size, 1.0f);
     }
     for (int64_t member = 0; member < members; ++member) {
       if (shared.tables.rel_k.per_head && of[member].rel_k) fill(of[member].rel_k, 0.0f, p.ratio * call.rows * p.padded_depth);
@@ -265,7 +281,7 @@ struct Backward {
   }
 
   // The sum over members, in their order, left at the first one's place.
-  static float* add_members(const Sums* of, int64_t members, float* Sums::*which, int64_t offset, int64_t size) {
+  static float* add_members(const Sums* of, int64_t members, float* Sums::* which, int64_t offset, int64_t size) {
     float* total = of->*which + offset;
     for (int64_t member = 1; member < members; ++member) add_scaled(total, of[member].*which + offset, 1.0f, size);
     return total;
@@ -290,14 +306,18 @@ struct Backward {
           if (call.rel_bias.data && call.rel_bias.stride[1] == 0) write_table_row(call.grad_rel_bias, 0, row, total + p.depth - 1, 1, 1.0f);
         }
         if (all->rel_q && !shared.tables.rel_q.per_head)
-          write_table_row(call.grad_rel_q, 0, call.rows - 1 - row, add_members(all, members, &Sums::rel_q, row * p.padded_size, p.padded_size), p.size, (float)call.scale);
+          write_table_row(call.grad_rel_q, 0, call.rows - 1 - row,
+                          add_members(all, members, &Sums::rel_q, row * p.padded_size, p.padded_size), p.size, (float)call.scale);
         if (all->rel_v && !shared.tables.rel_v.per_head)
-          write_table_row(call.grad_rel_v, 0, row, add_members(all, members, &Sums::rel_v, row * p.padded_value_size, p.padded_value_size), p.value_size, 1.0f);
+          write_table_row(call.grad_rel_v, 0, row, add_members(all, members, &Sums::rel_v, row * p.padded_value_size, p.padded_value_size),
+                          p.value_size, 1.0f);
       }
     });
     for (int64_t index = 0; index < call.heads; ++index) {
-      if (all->pos_bias_u) write_table_row(call.grad_pos_bias_u, index, 0, add_members(all, members, &Sums::pos_bias_u, index * p.size, p.size), p.size, 1.0f);
-      if (all->pos_bias_v) write_table_row(call.grad_pos_bias_v, index, 0, add_members(all, members, &Sums::pos_bias_v, index * p.size, p.size), p.size, 1.0f);
+      if (all->pos_bias_u)
+        write_table_row(call.grad_pos_bias_u, index, 0, add_members(all, members, &Sums::pos_bias_u, index * p.size, p.size), p.size, 1.0f);
+      if (all->pos_bias_v)
+        write_table_row(call.grad_pos_bias_v, index, 0, add_members(all, members, &Sums::pos_bias_v, index * p.size, p.size), p.size, 1.0f);
     }
   }
 };
@@ -366,7 +386,8 @@ static int backward(const Call& call, const Team& team) {
   Shared shared = {};
   Memory memory = {team};
   if (!find_keys(call, memory, shared) ||
-      !plan_table(p, team, call.rel_k, call.rel_bias, p.rel_k_source(0), call.left, true, call.rel_k.data != nullptr, shared.tables.rel_k) ||
+      !plan_table(p, team, call.rel_k, call.rel_bias, p.rel_k_source(0), call.left, true, call.rel_k.data != nullptr,
+                  shared.tables.rel_k) ||
       !plan_table(p, team, call.rel_q, Tensor{}, p.rel_q_source(0), call.right, true, true, shared.tables.rel_q) ||
       !plan_table(p, team, call.rel_v, Tensor{}, p.rel_v_source(0), call.left, true, true, shared.tables.rel_v))
     return 1;

@@ -1,4 +1,5 @@
-// The library's entry points, and what the kernels ask of the machine: its instruction set, its threads, memory. Baseline instructions only.
+// The library's entry points, and what the kernels ask of the machine: its instruction set, its threads, memory. Baseline instructions
+// only.
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -47,8 +48,8 @@ struct Named {
 
 #if defined(__x86_64__)
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("fma");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 #endif
 
@@ -57,7 +58,7 @@ bool has_avx512() {
 bool has_amx() {
   unsigned a, b, c, d;
   if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24)) return false;  // amx-bf16, amx-tile
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;                                          // avx512-bf16
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;                                       // avx512-bf16
 #ifdef __linux__
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -139,7 +140,7 @@ void run(const Team& team, int64_t count, void (*task)(void*, int64_t, int64_t),
 
 // ---- Memory: blocks that are handed out piece by piece during a call; small ones are kept for the next ----
 
-constexpr int64_t kKept = (int64_t)4 << 20;      // bytes of a block that is kept
+constexpr int64_t kKept = (int64_t)4 << 20;  // bytes of a block that is kept
 constexpr size_t kMostKept = 4;
 constexpr int64_t kHugePage = (int64_t)2 << 20;
 

@@ -41,7 +41,8 @@ struct Tables {
 };
 
 // `panels` and `natural`: which forms are needed. False: out of memory.
-static bool plan_table(const Problem& p, const Team& team, const Tensor& table, const Tensor& bias, const PanelSource& source, int64_t left, bool panels, bool natural, PackedTable& packed) {
+static bool plan_table(const Problem& p, const Team& team, const Tensor& table, const Tensor& bias, const PanelSource& source, int64_t left,
+                       bool panels, bool natural, PackedTable& packed) {
   packed = {};
   packed.used = source.depth() > 0;
   if (!packed.used) return true;
@@ -106,7 +107,8 @@ static void pack_tables(const Problem& p, const Team& team, const Keys* keys, co
   for (int kind = 0; kind < 3; ++kind) {
     if (!all[kind]->used) continue;
     const Range panels = reached_panels(p, keys, kind == 1);
-    jobs[used++] = {all[kind], kind, all[kind]->per_head ? p.call.heads : 1, (panels.last - panels.first + kPanelsOfTask - 1) / kPanelsOfTask, panels};
+    jobs[used++] = {all[kind], kind, all[kind]->per_head ? p.call.heads : 1,
+                    (panels.last - panels.first + kPanelsOfTask - 1) / kPanelsOfTask, panels};
     total += jobs[used - 1].heads * jobs[used - 1].chunks;
   }
   parallel(team, total, [&](int64_t index, int64_t thread) {
@@ -115,11 +117,15 @@ static void pack_tables(const Problem& p, const Team& team, const Keys* keys, co
     const PackedTable& packed = *jobs[job].packed;
     const int64_t head = index / jobs[job].chunks, first = jobs[job].panels.first + index % jobs[job].chunks * kPanelsOfTask;
     const int64_t last = least(first + kPanelsOfTask, jobs[job].panels.last);
-    const PanelSource source = jobs[job].kind == 0 ? p.rel_k_source(head) : jobs[job].kind == 1 ? p.rel_q_source(head) : p.rel_v_source(head);
+    const PanelSource source = jobs[job].kind == 0   ? p.rel_k_source(head)
+                               : jobs[job].kind == 1 ? p.rel_q_source(head)
+                                                     : p.rel_v_source(head);
     if (packed.panels)
       for (int64_t panel = first; panel < last; ++panel)
         pack_panel(source, panel, packed.panels + head * packed.panel_floats + panel * kPanel * packed.depth, scratch[thread]);
-    if (packed.natural) pack_natural(source, first * kPanel, least(last * kPanel, packed.rows), packed.padded, packed.natural + head * packed.rows * packed.padded);
+    if (packed.natural)
+      pack_natural(source, first * kPanel, least(last * kPanel, packed.rows), packed.padded,
+                   packed.natural + head * packed.rows * packed.padded);
   });
 }
 

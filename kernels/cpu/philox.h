@@ -12,7 +12,8 @@ struct Dropout {
 static Dropout make_dropout(const Call& call) {
   const double p = call.dropout_p;
   const double kept = 1.0 - p;
-  return {(uint64_t)__builtin_nearbyint(p * 4294967296.0), (uint32_t)call.seed, (uint32_t)((uint64_t)call.seed >> 32), kept > 0 ? (float)kept : 1.0f};
+  return {(uint64_t)__builtin_nearbyint(p * 4294967296.0), (uint32_t)call.seed, (uint32_t)((uint64_t)call.seed >> 32),
+          kept > 0 ? (float)kept : 1.0f};
 }
 
 // 1 or 0 for each of the keys [first, last), at to[0 ...]; may write up to 3 + 4 * kLanes elements on either side.

@@ -34,19 +34,22 @@ INLINE Span table_span(int rows, int64_t position, int64_t first_key, const Rang
 }
 
 // Panels [first, last) of a span: A times the table, stored one column further right in each row.
-INLINE void relative_product(int rows, int64_t position, int64_t first_key, int64_t first, int64_t last, const Left& a, const Table& table, const Result& scores) {
+INLINE void relative_product(int rows, int64_t position, int64_t first_key, int64_t first, int64_t last, const Left& a, const Table& table,
+                             const Result& scores) {
   const int64_t panel = kPanel * table.depth;
   multiply<false>(rows, last - first, a, {table.panels + first * panel, kPanel, panel}, table.depth,
                   {scores.data + first * kPanel + position - table.left - first_key, scores.row + 1});
 }
 
 // The columns of a group that its span leaves out: scores of the table's edges, given for each row.
-static void relative_edges(int rows, int64_t position, int64_t first_key, const Range& columns, const Span& span, const Table& table, const float* left_edge, const float* right_edge,
-                           const Result& scores) {
+static void relative_edges(int rows, int64_t position, int64_t first_key, const Range& columns, const Span& span, const Table& table,
+                           const float* left_edge, const float* right_edge, const Result& scores) {
   const int64_t shift = position - table.left - first_key;
   for (int row = 0; row < rows; ++row) {
     float* to = scores.data + row * scores.row;
-    const int64_t left_stop = span.beyond == 0 ? clamp(shift + row, columns.first, columns.last) : span.beyond < 0 ? columns.last : columns.first;
+    const int64_t left_stop = span.beyond == 0  ? clamp(shift + row, columns.first, columns.last)
+                              : span.beyond < 0 ? columns.last
+                                                : columns.first;
     const int64_t right_start = span.beyond == 0 ? clamp(span.last_panel * kPanel + shift + row, columns.first, columns.last) : left_stop;
     if (left_stop > columns.first) fill(to + columns.first, left_edge[row], left_stop - columns.first);
     if (right_start < columns.last) fill(to + right_start, right_edge[row], columns.last - right_start);
@@ -54,8 +57,12 @@ static void relative_edges(int rows, int64_t position, int64_t first_key, const 
 }
 
 // Whether some distance of the rows [position, position + rows) to the keys lies beyond an edge of the table.
-INLINE bool beyond_left(const Table& table, int64_t position, int64_t rows, const Range& keys) { return keys.first - (position + rows - 1) < -table.left; }
-INLINE bool beyond_right(const Table& table, int64_t position, const Range& keys) { return keys.last - 1 - position > table.rows - 1 - table.left; }
+INLINE bool beyond_left(const Table& table, int64_t position, int64_t rows, const Range& keys) {
+  return keys.first - (position + rows - 1) < -table.left;
+}
+INLINE bool beyond_right(const Table& table, int64_t position, const Range& keys) {
+  return keys.last - 1 - position > table.rows - 1 - table.left;
+}
 
 // A times one row of the table, for each row of a block. `scratch` holds 6 x 16 floats.
 static void edge_scores(int64_t rows, const Left& a, const Table& table, int64_t table_row, float* edge, float* scratch) {
@@ -69,25 +76,29 @@ static void edge_scores(int64_t rows, const Left& a, const Table& table, int64_t
 
 // One group's result += the tile times the table: sum over the columns of tile[m][column] * table[row of (m, column)], `panels` wide.
 // The tile's columns are zero for 5 elements beyond [first, last).
-static void relative_values(int rows, int64_t position, int64_t first_key, Range columns, const Result& tile, const Table& table, int64_t panels, int64_t size, const Result& result) {
+static void relative_values(int rows, int64_t position, int64_t first_key, Range columns, const Result& tile, const Table& table,
+                            int64_t panels, int64_t size, const Result& result) {
   const int64_t shift = position - table.left - first_key;
   const int64_t first = most<int64_t>(columns.first - shift - (rows - 1), 0), last = least(columns.last - shift, table.rows);
   if (first < last)
-    multiply<true>(rows, panels, {tile.data + first + shift, tile.row + 1, 1}, {table.natural + first * table.natural_stride, table.natural_stride, kPanel},
-                   last - first, result);
+    multiply<true>(rows, panels, {tile.data + first + shift, tile.row + 1, 1},
+                   {table.natural + first * table.natural_stride, table.natural_stride, kPanel}, last - first, result);
   for (int row = 0; row < rows; ++row) {  // columns beyond the edges
     const int64_t left_stop = least(shift + row, columns.last), right_start = most(table.rows + shift + row, columns.first);
     const float* weights = tile.data + row * tile.row;
-    if (left_stop > columns.first) add_scaled(result.data + row * result.row, table.natural, sum_row(weights + columns.first, left_stop - columns.first), size);
+    if (left_stop > columns.first)
+      add_scaled(result.data + row * result.row, table.natural, sum_row(weights + columns.first, left_stop - columns.first), size);
     if (right_start < columns.last)
-      add_scaled(result.data + row * result.row, table.natural + (table.rows - 1) * table.natural_stride, sum_row(weights + right_start, columns.last - right_start), size);
+      add_scaled(result.data + row * result.row, table.natural + (table.rows - 1) * table.natural_stride,
+                 sum_row(weights + right_start, columns.last - right_start), size);
   }
 }
 
 // The table's gradient += sum over the tile's rows of tile[m][column of (m, r)] * right[m], for all rows r of the table.
 // The tile is zero outside columns [first[m], last[m]) of row m, both of which grow by at most 1 from row to row.
-static void relative_table_gradient(int64_t rows, int64_t position, int64_t first_key, const int32_t* first, const int32_t* last, const Result& tile, const Right& right,
-                                    const Table& table, int64_t panels, int64_t size, const Result& gradient) {
+static void relative_table_gradient(int64_t rows, int64_t position, int64_t first_key, const int32_t* first, const int32_t* last,
+                                    const Result& tile, const Right& right, const Table& table, int64_t panels, int64_t size,
+                                    const Result& gradient) {
   const int64_t shift = position - table.left - first_key;
   int64_t lowest = table.rows, highest = -1;  // table rows that any of the tile's rows touches
   for (int64_t row = 0; row < rows; ++row) {
@@ -110,7 +121,7 @@ static void relative_table_gradient(int64_t rows, int64_t position, int64_t firs
     while (begin > 0 && r + count - 1 + shift + begin - 1 >= first[begin - 1]) --begin;
     while (end > 0 && r + shift + end - 1 >= last[end - 1]) --end;
     if (begin < end)
-      multiply<true>(count, panels, {tile.data + begin * (tile.row + 1) + r + shift, 1, tile.row + 1}, {right.data + begin * right.k, right.k, right.panel}, end - begin,
-                     {gradient.data + r * gradient.row, gradient.row});
+      multiply<true>(count, panels, {tile.data + begin * (tile.row + 1) + r + shift, 1, tile.row + 1},
+                     {right.data + begin * right.k, right.k, right.panel}, end - begin, {gradient.data + r * gradient.row, gradient.row});
   }
 }

@@ -12,13 +12,13 @@ constexpr int64_t kBlockKeysBackward = 256;
 struct Problem {
   const Call& call;
   Dropout dropout;
-  int64_t size, padded_size;              // of heads, and rounded up to whole panels
+  int64_t size, padded_size;  // of heads, and rounded up to whole panels
   int64_t value_size, padded_value_size;
-  int64_t depth, padded_depth;            // of the position product: the head size, and one more for rel_bias
-  int64_t ratio;                          // query heads that share a key head
+  int64_t depth, padded_depth;              // of the position product: the head size, and one more for rel_bias
+  int64_t ratio;                            // query heads that share a key head
   int64_t block_rows, block_keys, leading;  // of a tile of scores; its rows are `leading` floats apart
-  bool position, per_head;                // there is a rel_k or rel_bias; some table differs by head
-  bool masked;                            // scores need more than the range of visible keys
+  bool position, per_head;                  // there is a rel_k or rel_bias; some table differs by head
+  bool masked;                              // scores need more than the range of visible keys
 
   Problem(const Call& c, int64_t keys_of_block) : call(c), dropout(make_dropout(c)) {
     size = c.size;
@@ -38,12 +38,18 @@ struct Problem {
   }
 
   int64_t query_blocks() const { return (call.queries + block_rows - 1) / block_rows; }
-  PanelSource key_source(int64_t batch, int64_t head) const { return {matrix(call.key, batch, head), call.keys, size, 1.0f, false, false, {}, 0.0f}; }
-  PanelSource value_source(int64_t batch, int64_t head) const { return {matrix(call.value, batch, head), call.keys, value_size, 1.0f, false, false, {}, 0.0f}; }
+  PanelSource key_source(int64_t batch, int64_t head) const {
+    return {matrix(call.key, batch, head), call.keys, size, 1.0f, false, false, {}, 0.0f};
+  }
+  PanelSource value_source(int64_t batch, int64_t head) const {
+    return {matrix(call.value, batch, head), call.keys, value_size, 1.0f, false, false, {}, 0.0f};
+  }
   PanelSource rel_k_source(int64_t head) const {
     return {matrix(call.rel_k, 0, head), call.rows, size, 1.0f, false, true, matrix(call.rel_bias, 0, head), (float)kLog2E};
   }
-  PanelSource rel_q_source(int64_t head) const { return {matrix(call.rel_q, 0, head), call.rows, size, (float)(call.scale * kLog2E), true, true, {}, 0.0f}; }
+  PanelSource rel_q_source(int64_t head) const {
+    return {matrix(call.rel_q, 0, head), call.rows, size, (float)(call.scale * kLog2E), true, true, {}, 0.0f};
+  }
   PanelSource rel_v_source(int64_t head) const { return {matrix(call.rel_v, 0, head), call.rows, value_size, 1.0f, false, true, {}, 0.0f}; }
 };
 
@@ -53,7 +59,7 @@ struct Head {
   Keys keys;
   const float* key_panels;  // (panel of 16 keys, D, 16), from key `first_key` on
   int64_t first_key;
-  Right key, value;         // rows of keys and of values; of values from `first_value` on
+  Right key, value;  // rows of keys and of values; of values from `first_value` on
   int64_t first_value;
   const float* value_panels;
   Table rel_k, rel_q, rel_v;
@@ -61,21 +67,21 @@ struct Head {
 
 // Memory of one thread. Null where a call does not need it.
 struct Workspace {
-  float *content, *position;       // (q + u), (q + v) of the block's rows, scaled; rows padded to whole panels, zeros
-  float *left_edge, *right_edge;   // the block's position scores at the two edges of the table
-  float *scores;                   // a block's tile
-  float *keys, *values;            // forward: a tile's keys in panels, and rows of values, where each is used only once
-  float *result;                   // forward: the block's output, not yet divided
-  float *highest, *total;          // per row
+  float *content, *position;      // (q + u), (q + v) of the block's rows, scaled; rows padded to whole panels, zeros
+  float *left_edge, *right_edge;  // the block's position scores at the two edges of the table
+  float* scores;                  // a block's tile
+  float *keys, *values;           // forward: a tile's keys in panels, and rows of values, where each is used only once
+  float* result;                  // forward: the block's output, not yet divided
+  float *highest, *total;         // per row
   // backward
-  float *weights_gradient;         // a block's tile
-  float *upstream;                 // gradients of the block's output, rows padded
-  float *base, *inverse, *delta;   // per row, see row_statistics; delta is sum_j w_ij dw_ij less the gradient of the log-sum-exp
+  float* weights_gradient;        // a block's tile
+  float* upstream;                // gradients of the block's output, rows padded
+  float *base, *inverse, *delta;  // per row, see row_statistics; delta is sum_j w_ij dw_ij less the gradient of the log-sum-exp
   float *content_gradient, *position_gradient;
   float *value_left_edge, *value_right_edge;
-  float *row;                      // one row of a tile: masks
-  float *keep;                     // one row of a tile: dropout
-  float *scratch;                  // 16 rows of the widest operand; also one small tile
+  float* row;      // one row of a tile: masks
+  float* keep;     // one row of a tile: dropout
+  float* scratch;  // 16 rows of the widest operand; also one small tile
   // rel_q: keys for rows, queries for columns
   float *key_rows, *key_left_edge, *key_right_edge, *by_key, *by_query;
 };
@@ -154,7 +160,8 @@ static Block prepare_block(const Problem& p, const Head& head, Workspace& w, int
   if (p.position) {
     const Left a = {w.position, p.padded_depth, 1};
     if (beyond_left(head.rel_k, block.position, block.rows, block.keys)) edge_scores(block.rows, a, head.rel_k, 0, w.left_edge, w.scratch);
-    if (beyond_right(head.rel_k, block.position, block.keys)) edge_scores(block.rows, a, head.rel_k, head.rel_k.rows - 1, w.right_edge, w.scratch);
+    if (beyond_right(head.rel_k, block.position, block.keys))
+      edge_scores(block.rows, a, head.rel_k, head.rel_k.rows - 1, w.right_edge, w.scratch);
   }
   return block;
 }
@@ -173,8 +180,10 @@ static void key_scores(const Problem& p, const Head& head, const Block& block, i
     const int rows = (int)least<int64_t>(kRows, count - key);
     const Result scores = {tile + key * leading, leading};
     const Span span = table_span(rows, keys.first + key, block.position, {0, columns}, head.rel_q);
-    relative_product(rows, keys.first + key, block.position, span.first_panel, span.last_panel, {a.data + key * a.row, a.row, 1}, head.rel_q, scores);
-    relative_edges(rows, keys.first + key, block.position, {0, columns}, span, head.rel_q, w.key_left_edge + key, w.key_right_edge + key, scores);
+    relative_product(rows, keys.first + key, block.position, span.first_panel, span.last_panel, {a.data + key * a.row, a.row, 1},
+                     head.rel_q, scores);
+    relative_edges(rows, keys.first + key, block.position, {0, columns}, span, head.rel_q, w.key_left_edge + key, w.key_right_edge + key,
+                   scores);
   }
   for (int64_t key = 0; key < count; key += kPanel)  // the last panel may reach beyond `count`: rows and columns that nobody reads
     for (int64_t column = 0; column < columns; column += kWidth)
@@ -223,11 +232,13 @@ static void cut_tile(const Problem& p, const Head& head, const Block& block, int
 }
 
 // Add attn_mask to the scores of one row of a tile, columns [begin, end), and set to -inf what the row does not see.
-INLINE void hide(const Problem& p, const Head& head, int64_t query, const Tile& tile, int64_t row, int64_t begin, int64_t end, const Workspace& w, float* scores) {
+INLINE void hide(const Problem& p, const Head& head, int64_t query, const Tile& tile, int64_t row, int64_t begin, int64_t end,
+                 const Workspace& w, float* scores) {
   const int64_t first = clamp<int64_t>(tile.first[row], begin, end), last = clamp<int64_t>(tile.last[row], first, end);
   if (first < last) {
     if (p.call.attn_mask.data)
-      apply_attn_mask(p.call, head.batch, head.head, query, tile.first_key + first, tile.first_key + last, (float)kLog2E, scores + first, w.row);
+      apply_attn_mask(p.call, head.batch, head.head, query, tile.first_key + first, tile.first_key + last, (float)kLog2E, scores + first,
+                      w.row);
     if (head.keys.holes) add_scaled(scores + first, head.keys.holes + tile.first_key + first, 1.0f, last - first);
   }
   fill(scores + begin, -kInfinity, first - begin);
@@ -246,13 +257,14 @@ static void tile_scores(const Problem& p, const Head& head, const Block& block, 
       for (int g = 0; g < tile.count; ++g) {
         const Group& group = tile.groups[g];
         const int64_t panel = group.span.first_panel + step;
-        relative_product(group.rows, block.position + group.row, tile.first_key, panel, least(panel + 4, group.span.last_panel), {w.position + group.row * p.padded_depth, p.padded_depth, 1},
-                         head.rel_k, {scores.data + group.row * scores.row, scores.row});
+        relative_product(group.rows, block.position + group.row, tile.first_key, panel, least(panel + 4, group.span.last_panel),
+                         {w.position + group.row * p.padded_depth, p.padded_depth, 1}, head.rel_k,
+                         {scores.data + group.row * scores.row, scores.row});
       }
     for (int g = 0; g < tile.count; ++g) {
       const Group& group = tile.groups[g];
-      relative_edges(group.rows, block.position + group.row, tile.first_key, group.columns, group.span, head.rel_k, w.left_edge + group.row, w.right_edge + group.row,
-                     {scores.data + group.row * scores.row, scores.row});
+      relative_edges(group.rows, block.position + group.row, tile.first_key, group.columns, group.span, head.rel_k, w.left_edge + group.row,
+                     w.right_edge + group.row, {scores.data + group.row * scores.row, scores.row});
     }
   }
   const Range panels = {(tile.keys.first - tile.first_key) / kPanel, panels_of(tile.keys.last - tile.first_key)};

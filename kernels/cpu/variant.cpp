@@ -1,5 +1,5 @@
-// The kernels for one instruction set. Compiled once for each (RELATTN_VARIANT is its name), everything in a namespace of its own: functions
-// shared between objects would be merged, and run instructions that an older processor lacks.
+// The kernels for one instruction set. Compiled once for each (RELATTN_VARIANT is its name), everything in a namespace of its own:
+// functions shared between objects would be merged, and run instructions that an older processor lacks.
 #include "call.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -36,6 +36,7 @@ namespace {
 #include "amx.h"
 #include "forward_amx.h"
 #include "backward_amx.h"
+#include "gradients_amx.h"
 
 int forward_any(const Call& call, const Team& team) { return takes_amx(call) ? forward_amx(call, team) : forward(call, team); }
 int backward_any(const Call& call, const Team& team) { return takes_amx(call) ? backward_amx(call, team) : backward(call, team); }

@@ -59,11 +59,17 @@ INLINE float max_lanes(Vec v) {
 }
 
 template <class T>
-INLINE T least(T a, T b) { return b < a ? b : a; }
+INLINE T least(T a, T b) {
+  return b < a ? b : a;
+}
 template <class T>
-INLINE T most(T a, T b) { return b > a ? b : a; }
+INLINE T most(T a, T b) {
+  return b > a ? b : a;
+}
 template <class T>
-INLINE T clamp(T x, T low, T high) { return x < low ? low : (x > high ? high : x); }
+INLINE T clamp(T x, T low, T high) {
+  return x < low ? low : (x > high ? high : x);
+}
 
 // 2^x for x <= about 0, to 1.3 units in the last place; exactly 0 below 2^-125 (no subnormals: they are slow to multiply), NaN for NaN.
 // The power is split by adding and subtracting 1.5 * 2^23, which rounds to an integer (-ffast-math would delete it), and the polynomial
@@ -136,17 +142,25 @@ INLINE uint16_t to_float16(float x) {  // to nearest, ties to even
 
 INLINE float read_element(const char* data, int64_t dtype, int64_t index) {
   switch (dtype) {
-    case kFloat32: return ((const float*)data)[index];
-    case kBFloat16: return from_bfloat16(((const uint16_t*)data)[index]);
-    default: return from_float16(((const uint16_t*)data)[index]);
+    case kFloat32:
+      return ((const float*)data)[index];
+    case kBFloat16:
+      return from_bfloat16(((const uint16_t*)data)[index]);
+    default:
+      return from_float16(((const uint16_t*)data)[index]);
   }
 }
 
 INLINE void write_element(char* data, int64_t dtype, int64_t index, float value) {
   switch (dtype) {
-    case kFloat32: ((float*)data)[index] = value; break;
-    case kBFloat16: ((uint16_t*)data)[index] = to_bfloat16(value); break;
-    default: ((uint16_t*)data)[index] = to_float16(value);
+    case kFloat32:
+      ((float*)data)[index] = value;
+      break;
+    case kBFloat16:
+      ((uint16_t*)data)[index] = to_bfloat16(value);
+      break;
+    default:
+      ((uint16_t*)data)[index] = to_float16(value);
   }
 }
 
@@ -162,13 +176,15 @@ static void read_row(const char* data, int64_t dtype, int64_t first, int64_t str
 #if defined(__AVX512F__)
       for (; done + 16 <= count; done += 16) {
         const __m256i bits = _mm256_loadu_si256((const __m256i*)(from + done));
-        const __m512 wide = dtype == kBFloat16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)) : _mm512_cvtph_ps(bits);
+        const __m512 wide =
+            dtype == kBFloat16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)) : _mm512_cvtph_ps(bits);
         store(to + done, (Vec)wide);
       }
 #elif defined(__AVX2__)
       for (; done + 8 <= count; done += 8) {
         const __m128i bits = _mm_loadu_si128((const __m128i*)(from + done));
-        const __m256 wide = dtype == kBFloat16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)) : _mm256_cvtph_ps(bits);
+        const __m256 wide =
+            dtype == kBFloat16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)) : _mm256_cvtph_ps(bits);
         store(to + done, (Vec)wide);
       }
 #else

@@ -61,14 +61,18 @@ INLINE int64_t table_position(const Keys& keys, int64_t query) {
 
 INLINE float hidden_from(int64_t dtype) {  // relattn.reference.hidden_from
   switch (dtype) {
-    case kFloat32: return -1.7014117331926443e38f;
-    case kBFloat16: return -1.6947656946257677e38f;
-    default: return -32752.0f;
+    case kFloat32:
+      return -1.7014117331926443e38f;
+    case kBFloat16:
+      return -1.6947656946257677e38f;
+    default:
+      return -32752.0f;
   }
 }
 
 // Add attn_mask times `unit` to one row's scores of the keys [first, last), -inf where it hides. `row` has room for last - first floats.
-static void apply_attn_mask(const Call& call, int64_t batch, int64_t head, int64_t query, int64_t first, int64_t last, float unit, float* scores, float* row) {
+static void apply_attn_mask(const Call& call, int64_t batch, int64_t head, int64_t query, int64_t first, int64_t last, float unit,
+                            float* scores, float* row) {
   const Tensor& mask = call.attn_mask;
   const int64_t start = batch * mask.stride[0] + head * mask.stride[1] + query * mask.stride[2] + first * mask.stride[3];
   const int64_t stride = mask.stride[3], count = last - first;
@@ -99,13 +103,15 @@ static void apply_attn_mask(const Call& call, int64_t batch, int64_t head, int64
 // Whether attn_mask hides all of these keys from all of these queries. Looks no further than the first that is seen.
 static bool attn_mask_hides(const Call& call, int64_t batch, int64_t head, Range queries, Range keys) {
   const Tensor& mask = call.attn_mask;
-  const int64_t last_query = mask.stride[2] == 0 ? queries.first + 1 : queries.last, last_key = mask.stride[3] == 0 ? keys.first + 1 : keys.last;
+  const int64_t last_query = mask.stride[2] == 0 ? queries.first + 1 : queries.last,
+                last_key = mask.stride[3] == 0 ? keys.first + 1 : keys.last;
   const float hidden = mask.dtype == kBool ? 0.0f : hidden_from(mask.dtype);
   for (int64_t query = queries.first; query < last_query; ++query) {
     const int64_t start = batch * mask.stride[0] + head * mask.stride[1] + query * mask.stride[2];
     for (int64_t key = keys.first; key < last_key; ++key) {
       const int64_t index = start + key * mask.stride[3];
-      if (mask.dtype == kBool ? ((const uint8_t*)mask.data)[index] != 0 : !(read_element(mask.data, mask.dtype, index) <= hidden)) return false;
+      if (mask.dtype == kBool ? ((const uint8_t*)mask.data)[index] != 0 : !(read_element(mask.data, mask.dtype, index) <= hidden))
+        return false;
     }
   }
   return true;
