@@ -6,7 +6,7 @@
 // What one head of one thread adds to. Null: not needed. Keys and values are shared by the query heads of a key head.
 struct Gradients {
   Result key, value;               // key: still to be multiplied by ln 2
-  float *content, *position;       // of the block's rows, padded as w.content and w.position are; still to be multiplied by the scale
+  float *content, *position;       // of the block's rows, (rows, padded size), perhaps the same; still to be multiplied by the scale
   float *rel_k, *rel_q, *rel_v;    // (R, padded); rel_k to be multiplied by ln 2 except for its bias column, rel_q by the scale
   float *pos_bias_u, *pos_bias_v;  // (D,)
 };
@@ -23,7 +23,7 @@ static int64_t carve_backward(const Problem& p, char* base, Workspace& w) {
   w.inverse = carver.floats(p.block_rows);
   w.delta = carver.floats(p.block_rows);
   w.content_gradient = carver.floats(p.block_rows * p.padded_size);
-  w.position_gradient = carver.floats(p.block_rows * p.padded_depth);
+  w.position_gradient = p.position_apart() ? carver.floats(p.block_rows * p.padded_size) : w.content_gradient;
   if (p.call.rel_v.data) {
     w.value_left_edge = carver.floats(p.block_rows);
     w.value_right_edge = carver.floats(p.block_rows);
@@ -135,6 +135,9 @@ static void prepare_backward(const Problem& p, const Head& head, const Block& bl
     w.delta[row] = sum_lanes(sum);
   }
   if (call.rel_v.data) {
+    // Hidden columns beyond the table get these even where no visible one needs them: a weight of 0 times what was left there before.
+    fill(w.value_left_edge, 0.0f, block.rows);
+    fill(w.value_right_edge, 0.0f, block.rows);
     const Left a = {w.upstream, p.padded_value_size, 1};
     if (beyond_left(head.rel_v, block.position, block.rows, block.keys))
       edge_scores(block.rows, a, head.rel_v, 0, w.value_left_edge, w.scratch);
@@ -263,8 +266,8 @@ static void backward_keys(const Problem& p, const Head& head, const Block& block
                      {head.key.data + (first_key + group.seen.first) * head.key.k, head.key.k, head.key.panel},
                      group.seen.last - group.seen.first, {out.content + group.row * p.padded_size, p.padded_size});
       if (call.rel_k.data)
-        relative_values(group.rows, block.position + group.row, first_key, group.seen, of_scores, head.rel_k, p.padded_depth / kPanel,
-                        p.padded_depth, {out.position + group.row * p.padded_depth, p.padded_depth});
+        relative_values(group.rows, block.position + group.row, first_key, group.seen, of_scores, head.rel_k, panels, p.padded_size,
+                        {out.position + group.row * p.padded_size, p.padded_size});
     }
   }
 }
@@ -276,7 +279,7 @@ static void finish_block(const Problem& p, const Head& head, const Block& block,
   const float scale = (float)call.scale;
   for (int64_t row = 0; row < block.rows; ++row) {
     float* content = out.content + row * p.padded_size;
-    const float* position = call.rel_k.data ? out.position + row * p.padded_depth : nullptr;
+    const float* position = p.position_apart() ? out.position + row * p.padded_size : nullptr;
     if (out.pos_bias_u) add_scaled(out.pos_bias_u, content, scale, p.size);
     if (out.pos_bias_v && position) add_scaled(out.pos_bias_v, position, scale, p.size);
     if (!call.grad_query.data) continue;

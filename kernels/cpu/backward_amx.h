@@ -70,7 +70,7 @@ struct AmxBackward {
     const bool table = p.call.rel_k.data != nullptr;
     for (int part = 0; part < 2; ++part) {
       w.skewed[part] = table ? (uint32_t*)carver.floats((rows / 2 + kTileRows) * words) : nullptr;
-      w.gradient_rows[part] = part == 0 || table ? half((rows + kGroupRows) * halves) : nullptr;
+      w.gradient_rows[part] = part == 0 || table || p.call.grad_pos_bias_u.data ? half((rows + kGroupRows) * halves) : nullptr;
     }
     w.weights_gradient = carver.floats(kGroupRows * p.leading + 2 * kGroupRows);
     w.row_left = carver.floats(rows);
@@ -80,7 +80,7 @@ struct AmxBackward {
     base.inverse = carver.floats(rows);
     base.delta = carver.floats(rows);
     base.content_gradient = carver.floats(rows * p.padded_size);
-    base.position_gradient = carver.floats(rows * most(p.padded_depth, p.padded_size));
+    base.position_gradient = p.position_apart() ? carver.floats(rows * p.padded_size) : base.content_gradient;
     return carver.used;
   }
 
@@ -313,12 +313,12 @@ struct AmxBackward {
         group(operands, block, tile, of, w, scores, gradient);
         write_pairs(operands, block, tile, of, sums, w, scores, gradient);
         if (!out.content) continue;
-        const Half* rows_of = w.gradient_rows[0] + of.row * halves + kWideSlack;
         const int64_t first = of.columns.first, steps = (of.columns.last - first + kTileDepth - 1) / kTileDepth,
                       panels = p.padded_size / kPanel;
-        amx_multiply<true>(of.rows, panels, {rows_of + first, halves},
-                           {unit.key_pairs + (first_key + first) * kPanel, (sizes.keys + kTileDepth) * kPanel}, steps,
-                           {out.content + of.row * p.padded_size, p.padded_size});
+        for (int part = 0; part < (out.pos_bias_u ? 2 : 1); ++part)  // that gradient is a sum over all of them
+          amx_multiply<true>(of.rows, panels, {w.gradient_rows[part] + of.row * halves + kWideSlack + first, halves},
+                             {unit.key_pairs + (first_key + first) * kPanel, (sizes.keys + kTileDepth) * kPanel}, steps,
+                             {out.content + of.row * p.padded_size, p.padded_size});
         if (!p.call.rel_k.data) continue;
         const int64_t shift = block.position + of.row - head.rel_k.left - first_key;
         const int64_t lowest = most<int64_t>(of.seen.first - shift - (of.rows - 1), 0) / 2 * 2,
@@ -326,7 +326,7 @@ struct AmxBackward {
         for (int part = 0; part < 2 && lowest <= highest; ++part)
           amx_multiply<true>(of.rows, panels, {w.gradient_rows[part] + of.row * halves + kWideSlack + lowest + shift, halves + 1},
                              {table_pairs + (per_head ? head.head * pair_halves : 0) + lowest * kPanel, table_pair_rows * kPanel},
-                             (highest - lowest) / kTileDepth + 1, {out.position + of.row * p.padded_depth, p.padded_depth});
+                             (highest - lowest) / kTileDepth + 1, {out.position + of.row * p.padded_size, p.padded_size});
       }
       if (out.value.data) add_over_rows(tile, w.upstream_t, p.padded_value_size, w.weights, first_row, last_row, unit.value_gradient);
       if (out.key.data) add_over_rows(tile, w.content_t, p.padded_size, w.gradient, first_row, last_row, unit.key_gradient);
@@ -352,7 +352,7 @@ struct AmxBackward {
         if (!rel_k.data) continue;
         const Half* position = w.forward.position + row * sizes.size;
         for (int64_t column = 0; gradient && column < p.size; ++column) gradient[column] += total[row] * from_bfloat16(position[column]);
-        if (out.content) add_scaled(out.position + row * p.padded_depth, edge, total[row], p.size);
+        if (out.content) add_scaled(out.position + row * p.padded_size, edge, total[row], p.size);
       }
     }
   }

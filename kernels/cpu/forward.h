@@ -50,7 +50,7 @@ static void write_block(const Problem& p, const Head& head, const Block& block, 
   }
 }
 
-constexpr int64_t kStep = 128;  // keys of one step of the product with the values: their rows stay in the first cache
+constexpr int64_t kStepFloats = 8192;  // of the values in one step of their product: they stay in the first cache
 
 // Pack a tile's keys, and its values if need be, for this one use.
 static void pack_tile(const Problem& p, const Tile& tile, Head& head, const Workspace& w) {
@@ -95,10 +95,11 @@ static void forward_block(const Problem& p, Head head, Workspace& w, int64_t ind
       }
     }
     const int64_t last_column = tile.keys.last - first_key;
-    for (int64_t column = tile.keys.first - first_key; column < last_column; column += kStep)
+    const int64_t step = most<int64_t>(kStepFloats / p.padded_value_size, kPanel);
+    for (int64_t column = tile.keys.first - first_key; column < last_column; column += step)
       for (int g = 0; g < tile.count; ++g) {
         const Group& group = tile.groups[g];
-        const int64_t first = most(column, group.seen.first), last = least(column + kStep, group.seen.last);
+        const int64_t first = most(column, group.seen.first), last = least(column + step, group.seen.last);
         if (first < last)
           multiply<true>(group.rows, value_panels, {scores.data + group.row * scores.row + first, scores.row, 1},
                          {head.value.data + (first_key - head.first_value + first) * head.value.k, head.value.k, head.value.panel},

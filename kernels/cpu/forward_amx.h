@@ -148,7 +148,7 @@ static void forward_block_amx(const Problem& p, const AmxSizes& sizes, const Amx
   fill(base.highest, -kInfinity, block.rows);
   fill(base.total, 0.0f, block.rows);
   const float unit = (float)((call.scale < 0 ? -call.scale : call.scale) * kLog2E);
-  const bool adjusted = operands.bias || call.attn_mask.data;
+  const bool adjusted = operands.bias || call.attn_mask.data || unit == 0.0f;  // hidden scores are -inf: not to be multiplied by 0
   const Result scores = {base.scores + kSlack, p.leading};
   Tile tile;
   TileRegisters registers;

@@ -95,7 +95,7 @@ struct FloatKernel {
       unit.key_gradient = memory.floats(call.grad_key.data && !key_in_place, call.keys * p.padded_size);
       unit.value_gradient = memory.floats(call.grad_value.data && !value_in_place, call.keys * p.padded_value_size);
       unit.content_gradient = memory.floats(teams, call.queries * p.padded_size);
-      unit.position_gradient = memory.floats(teams, call.queries * p.padded_depth);
+      unit.position_gradient = memory.floats(teams && p.position_apart(), call.queries * p.padded_size);
     }
   }
 
@@ -175,7 +175,7 @@ struct FloatKernel {
     const Block block = prepare_block(p, head, w, block_index);
     if (first && out.content) {
       fill(out.content, 0.0f, block.rows * p.padded_size);
-      if (p.position) fill(out.position, 0.0f, block.rows * p.padded_depth);
+      if (p.position_apart()) fill(out.position, 0.0f, block.rows * p.padded_size);
     }
     if (!block.keys.empty()) {
       prepare_backward(p, head, block, w);
@@ -191,7 +191,9 @@ struct FloatKernel {
     if (own.pos_bias_v) out.pos_bias_v = own.pos_bias_v + index * p.size;
     if (!call.grad_query.data && !own.pos_bias_u && !own.pos_bias_v) return;
     out.content = content_of_team ? content_of_team + block * p.block_rows * p.padded_size : w.content_gradient;
-    out.position = content_of_team ? position_of_team + block * p.block_rows * p.padded_depth : w.position_gradient;
+    out.position = !p.position_apart() ? out.content
+                   : content_of_team   ? position_of_team + block * p.block_rows * p.padded_size
+                                       : w.position_gradient;
   }
 
   // Bring what the kernel sums in another form into the member's Sums.

@@ -32,7 +32,7 @@ struct AmxKernel {
       units[index].key_gradient = memory.floats(call.grad_key.data, p.padded_size * amx.key_columns);
       units[index].value_gradient = memory.floats(call.grad_value.data, p.padded_value_size * amx.key_columns);
       content_gradients[index] = memory.floats(teams, padded_queries * p.padded_size);
-      position_gradients[index] = memory.floats(teams, padded_queries * p.padded_depth);
+      position_gradients[index] = memory.floats(teams && p.position_apart(), padded_queries * p.padded_size);
     }
     for (int64_t index = 0; memory.enough && index < members * heads; ++index) {
       sums[index].table = memory.zeros(call.grad_rel_k.data, amx.sizes.size * amx.table_columns);
@@ -138,7 +138,7 @@ struct AmxKernel {
     const Block block = amx.prepare(operands, w, block_index);
     if (first && out.content) {
       fill(out.content, 0.0f, p.block_rows * p.padded_size);
-      if (p.position) fill(out.position, 0.0f, p.block_rows * p.padded_depth);
+      if (p.position_apart()) fill(out.position, 0.0f, p.block_rows * p.padded_size);
     }
     if (!block.keys.empty())
       for (const Range& keys : parts.ranges) amx.keys(operands, block, keys, unit, of_member, out, w);

@@ -171,7 +171,10 @@ MemoryBlock new_block(int64_t bytes) {
 
 MemoryBlock take_block(int64_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-  return new_block(bytes);  // a block for each piece: what is written past its end is noticed
+  // A block for each piece, so that what is written past its end is noticed; full of NaN, so that what is read too early is.
+  MemoryBlock block = new_block(bytes);
+  if (block.data) std::memset(block.data, 0xFF, (size_t)bytes);
+  return block;
 #endif
   if (bytes > kKept) return new_block(bytes);
   {

@@ -37,6 +37,8 @@ struct Problem {
     for (const Tensor* table : tables) per_head |= table->data && table->stride[1] != 0;
   }
 
+  // Whether the gradient of the position product's queries is summed apart from the content product's: only the biases' gradients differ.
+  bool position_apart() const { return call.rel_k.data && (call.grad_pos_bias_u.data || call.grad_pos_bias_v.data); }
   int64_t query_blocks() const { return (call.queries + block_rows - 1) / block_rows; }
   PanelSource key_source(int64_t batch, int64_t head) const {
     return {matrix(call.key, batch, head), call.keys, size, 1.0f, false, false, {}, 0.0f};

@@ -11,8 +11,8 @@ constexpr int kWidth = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t IVec __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t UVec __attribute__((vector_size(4 * kWidth)));
 typedef float UnalignedVec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
-typedef int32_t UnalignedIVec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -23,7 +23,6 @@ constexpr double kLn2 = 0.69314718055994530942;
 INLINE Vec load(const float* p) { return *(const UnalignedVec*)p; }
 INLINE void store(float* p, Vec v) { *(UnalignedVec*)p = v; }
 INLINE Vec splat(float x) { return x - (Vec){}; }
-INLINE IVec isplat(int32_t x) { return x - (IVec){}; }
 
 INLINE Vec vmax(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -72,8 +71,8 @@ INLINE T clamp(T x, T low, T high) {
 }
 
 // 2^x for x <= about 0, to 1.3 units in the last place; exactly 0 below 2^-125 (no subnormals: they are slow to multiply), NaN for NaN.
-// The power is split by adding and subtracting 1.5 * 2^23, which rounds to an integer (-ffast-math would delete it), and the polynomial
-// is the minimax one of degree 5 on [-1/2, 1/2] (relative error 7.5e-8).
+// The power is split by adding and subtracting 1.5 * 2^23, which rounds to an integer and leaves it in the low bits (-ffast-math would
+// delete it), and the polynomial is the minimax one of degree 5 on [-1/2, 1/2] (relative error 7.5e-8).
 INLINE Vec exp2_nonpositive(Vec x) {
   const Vec magic = splat(12582912.0f);
   const IVec too_low = x <= splat(-125.0f);
@@ -84,8 +83,8 @@ INLINE Vec exp2_nonpositive(Vec x) {
   p = p * f + splat(2.402211972e-01f);
   p = p * f + splat(6.931469671e-01f);
   p = p * f + splat(1.000000072e+00f);
-  const Vec result = (Vec)((IVec)p + ((IVec)shifted << 23));
-  return keep_where(~too_low, result);
+  const UVec power = ((UVec)shifted << 23) + (UVec)splat(1.0f);  // the float 2^integer
+  return keep_where(~too_low, p * (Vec)power);
 }
 
 INLINE float exp2_nonpositive(float x) { return exp2_nonpositive(splat(x))[0]; }
