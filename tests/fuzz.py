@@ -25,7 +25,7 @@ WITHOUT_MASK_GRADIENT = ("cpu",)  # backends that leave calls whose attn_mask re
 
 @dataclass
 class Call:
-    """A call in float64; `cast` gives it in another dtype, rounded once for every backend."""
+    """A call in float64; `cast` gives it in another dtype and the same places in memory, rounded once for every backend."""
 
     seed: int
     tensors: dict[str, Tensor]  # floating tensors that require a gradient
@@ -34,7 +34,8 @@ class Call:
     def cast(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, object]]:
         tensors = {}
         for name, tensor in self.tensors.items():
-            cast = tensor.detach().to(dtype)
+            whole = tensor.new_empty(0).set_(tensor.untyped_storage()).to(dtype)  # Tensor.to alone would pack what has gaps or repeats
+            cast = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             if name == "attn_mask":  # what was hidden stays hidden at the new dtype's lowest number
                 cast = torch.where(tensor <= torch.finfo(tensor.dtype).min / 2, torch.finfo(dtype).min, cast)
             tensors[name] = cast.requires_grad_()
@@ -168,6 +169,19 @@ def cut(seed: int):
         vars(blocked).update(kept)
         vars(cpu).update(kept_cpu)
         torch.set_num_threads(threads)
+
+
+def native_variants() -> list[str]:
+    """The native kernel's instruction sets that this processor has, fastest first."""
+    if cpu.unavailable() is not None:
+        return []
+    chosen, found = cpu.variant(), []
+    for name in ("amx", "avx512", "avx2", "portable"):
+        with contextlib.suppress(ValueError):
+            cpu.use_variant(name)
+            found.append(name)
+    cpu.use_variant(chosen)
+    return found
 
 
 def check(call: Call, backend: str, dtype: torch.dtype) -> None:

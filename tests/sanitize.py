@@ -1,13 +1,16 @@
-"""The fuzz of the native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: `python -m tests.sanitize --count 300`.
+"""Random calls and those at the edges, by the native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Each dtype runs in a process of its own, which the first finding ends. Only the library is instrumented, not Python and torch; their
-memory is watched all the same, since the sanitizer's malloc serves the whole process. Leaks are not looked for: Python keeps memory
-until it exits, by design.
+    python -m tests.sanitize --count 300
+
+Every instruction set of this processor and every dtype runs in a process of its own, which the first finding ends. Only the library is
+instrumented, not Python and torch; their memory is watched all the same, since the sanitizer's malloc serves the whole process. Leaks are
+not looked for: Python keeps memory until it exits, by design.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -31,9 +34,10 @@ def runtime() -> list[str]:
     return found
 
 
-def run(library: Path, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+def run(library: Path, *arguments: str, variant: str = "", **options) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments on a sanitized library. A finding is an exit status other than 0."""
     environ = os.environ | {
+        "RELATTN_CPU_VARIANT": variant,
         "RELATTN_CPU_LIBRARY": str(library.resolve()),
         "LD_PRELOAD": ":".join(runtime()),
         "ASAN_OPTIONS": "detect_leaks=0",
@@ -42,21 +46,36 @@ def run(library: Path, *arguments: str, **options) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, *arguments], env=environ, text=True, **options)
 
 
+def usable(library: Path) -> list[str]:
+    """The library's instruction sets that this processor has, fastest first."""
+    script = "import json; from tests.fuzz import native_variants; print(json.dumps(native_variants()))"
+    done = run(library, "-c", script, cwd=ROOT, stdout=subprocess.PIPE)
+    done.check_returncode()
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=300, help="calls in each dtype")
+    parser.add_argument("--count", type=int, default=300, help="random calls of the first variant in float32, half of it elsewhere")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first call")
     options = parser.parse_args()
     out = ROOT / "build" / "sanitize"
     report = build.build(out, sanitize=SANITIZERS)
     if not report["library"]:
         raise SystemExit(f"no sanitized library: {report['reason']}")
+    library = out / build.LIBRARY
     failed = False
-    for dtype in ("float32", "bfloat16"):
-        fuzz = ["-m", "tests.fuzz", "--backend", "cpu", "--dtype", dtype, "--count", str(options.count)]
-        done = run(out / build.LIBRARY, *fuzz, cwd=ROOT)
-        if done.returncode:
-            print(f"{dtype} under {SANITIZERS}: failed with status {done.returncode}")
-        failed |= done.returncode != 0
+    for place, variant in enumerate(usable(library)):
+        for number, dtype in enumerate(("float32", "bfloat16", "float16")):
+            count = options.count if place == 0 and dtype == "float32" else options.count // 2
+            how = ["--backend", "cpu", "--dtype", dtype]
+            at_edges = ["-m", "tests.edges", *how, "--seed", str(options.seed + place + number)]  # seeds decide over tiles and threads
+            for command in (at_edges, ["-m", "tests.fuzz", *how, "--count", str(count), "--seed", str(options.seed)]):
+                print(f"{variant}: ", end="", flush=True)
+                done = run(library, *command, cwd=ROOT, variant=variant)
+                if done.returncode:
+                    print(f"{variant} {dtype} under {SANITIZERS}: {' '.join(command)} failed with status {done.returncode}", flush=True)
+                failed |= done.returncode != 0
     raise SystemExit(failed)
 
 
