@@ -219,12 +219,12 @@ _SCENARIOS = {
         def work():
             while not stop.is_set():
                 step()
-        workers = [threading.Thread(target=work) for _ in range(3)]
+        workers = [threading.Thread(target=work) for _ in range(2)]
         for worker in workers:
             worker.start()
         time.sleep(0.2)
         try:
-            for _ in range(3):
+            for _ in range(2):
                 in_child(lambda: same(step(), expected))
         finally:
             stop.set()
