@@ -5,6 +5,7 @@ Random calls in every dtype are in tests/test_backends.py, threads and processes
 
 from __future__ import annotations
 
+import _ctypes
 import itertools
 import json
 import os
@@ -43,7 +44,7 @@ def variant(request: pytest.FixtureRequest):
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the processor's features are read from /proc/cpuinfo")
 def test_what_the_processor_has_is_usable() -> None:
     """A variant that is never chosen would be tested nowhere, and missed by nobody but the user who waits."""
-    built = json.loads(cpu._library_path().with_name("build_report.json").read_text())["variants"]
+    built = json.loads(Path(cpu._library._name).with_name("build_report.json").read_text())["variants"]
     features = next((line.split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), [])
     asked = {"portable": "", "avx2": "avx2 fma", "avx512": "avx512f avx512bw avx512dq avx512vl fma"}
     assert [name for name in asked if name in built and set(asked[name].split()) <= set(features) and name not in VARIANTS] == []
@@ -285,13 +286,22 @@ def test_memory(heads: int, length: int, dtype: str, heads_last: bool, backward:
 
 
 @pytest.fixture
-def fresh_library(monkeypatch: pytest.MonkeyPatch):
-    """The library is looked for again, in this test and after it."""
-    monkeypatch.delenv("RELATTN_CPU_VARIANT", raising=False)
-    cpu._library.cache_clear()
-    yield monkeypatch
+def loaded_with(monkeypatch: pytest.MonkeyPatch):
+    """loaded_with(name=value, ...): load the library once more, in an environment of these values; after the test all is as before."""
+    chosen = cpu.variant()
+
+    def load(**environment: str) -> None:
+        for name in ("RELATTN_CPU_LIBRARY", "RELATTN_CPU_VARIANT"):
+            if name in environment:
+                monkeypatch.setenv(name, environment[name])
+        library, reason = cpu._load()
+        monkeypatch.setattr(cpu, "_library", library)
+        monkeypatch.setattr(cpu, "_reason", reason)
+
+    yield load
     monkeypatch.undo()
-    cpu._library.cache_clear()
+    if chosen is not None:
+        cpu.use_variant(chosen)
 
 
 def refused(reason: str, **changed) -> None:
@@ -316,48 +326,61 @@ def test_calls_that_it_does_not_take() -> None:
     assert relattn.explain(*[torch.randn(1, 2, 5, 8)] * 3, attn_mask=torch.zeros(5, 5)).backend == "cpu"
 
 
-def test_no_library(fresh_library: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fresh_library.setenv("RELATTN_CPU_LIBRARY", str(tmp_path / "absent.so"))
-    refused("the native library was not built")
+def test_no_library(loaded_with, tmp_path: Path) -> None:
+    loaded_with(RELATTN_CPU_LIBRARY=str(tmp_path / "absent.so"))
+    refused("absent.so")
     assert cpu.variant() is None
-    with pytest.raises(ValueError, match="variant: 'portable'"):
+    with pytest.raises(ValueError, match="'portable'"):
         cpu.use_variant("portable")
 
 
-def test_a_library_that_does_not_load(fresh_library: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "broken.so").write_bytes(b"no library")
-    fresh_library.setenv("RELATTN_CPU_LIBRARY", str(tmp_path / "broken.so"))
+def test_a_library_that_was_not_built(loaded_with, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's words, as the build noted them."""
+    (tmp_path / "build_report.json").write_text(json.dumps({"reason": "no C++ compiler"}))
+    monkeypatch.delenv("RELATTN_CPU_LIBRARY", raising=False)
+    monkeypatch.setattr(cpu, "_folder", lambda: tmp_path)
+    loaded_with()
+    refused("the native library was not built: no C++ compiler")
+
+
+@pytest.mark.parametrize("content", ["nothing", "another library"])
+def test_a_library_that_does_not_load(loaded_with, tmp_path: Path, content: str) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    loaded_with(RELATTN_CPU_LIBRARY=str(broken) if content == "nothing" else _ctypes.__file__)
     refused("the native library could not be loaded")
 
 
 @native
 @pytest.mark.parametrize("changed", ["number", "size"])
-def test_a_library_of_another_version(fresh_library: pytest.MonkeyPatch, changed: str) -> None:
-    """After an update in place of half of the files its Call would be read wrongly."""
+def test_a_library_of_another_version(loaded_with, monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
+    """After an update of half of the files its Call would be read wrongly."""
     if changed == "number":
-        fresh_library.setattr(cpu, "_ABI_VERSION", cpu._ABI_VERSION + 1)
+        monkeypatch.setattr(cpu, "_ABI_VERSION", cpu._ABI_VERSION + 1)
     else:
-        fresh_library.setattr(cpu, "_CALL", type(cpu._CALL)(cpu._CALL.format + "q"))
+        monkeypatch.setattr(cpu, "_CALL", type(cpu._CALL)(cpu._CALL.format + "q"))
+    loaded_with()
     refused("of another version of relattn")
 
 
 @native
-def test_an_unknown_variant(fresh_library: pytest.MonkeyPatch) -> None:
-    fresh_library.setenv("RELATTN_CPU_VARIANT", "avx1024")
+def test_an_unknown_variant(loaded_with) -> None:
+    loaded_with(RELATTN_CPU_VARIANT="avx1024")
     refused("RELATTN_CPU_VARIANT=avx1024")
-    with pytest.raises(ValueError, match="variant: 'avx1024'"):
-        cpu.use_variant("avx1024")
 
 
 @native
-def test_the_variant_asked_for_is_used(fresh_library: pytest.MonkeyPatch) -> None:
+def test_a_variant_that_is_not_there_changes_nothing() -> None:
     chosen = cpu.variant()
-    cpu._library.cache_clear()
-    try:
-        fresh_library.setenv("RELATTN_CPU_VARIANT", "portable")
-        assert cpu.variant() == "portable"
-    finally:
-        cpu.use_variant(chosen)
+    with pytest.raises(ValueError, match="'avx1024'"):
+        cpu.use_variant("avx1024")
+    assert cpu.variant() == chosen
+
+
+@native
+def test_the_variant_asked_for_is_used(loaded_with) -> None:
+    loaded_with(RELATTN_CPU_VARIANT="portable")
+    assert cpu.variant() == "portable"
 
 
 @native
@@ -368,7 +391,7 @@ def test_the_command_says_why(name: str, value: str) -> None:
     )
     state = json.loads(done.stdout)["backends"]["cpu"]
     assert not state["usable"]
-    assert "the native library was not built" in state["reason"] if name == "RELATTN_CPU_LIBRARY" else value in state["reason"]
+    assert value in state["reason"]
 
 
 @native
