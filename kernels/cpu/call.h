@@ -41,6 +41,7 @@ struct Call {
 // Which thread takes which index is not fixed.
 struct Team {
   int64_t threads;
+  int64_t cache_bytes;  // of the second cache, which a core has to itself
   void (*run)(const Team&, int64_t count, void (*task)(void* context, int64_t index, int64_t thread), void* context);
   // Memory that lives as long as the call; 64-byte aligned, not initialised; null if there is none left.
   void* (*allocate)(const Team&, int64_t bytes);

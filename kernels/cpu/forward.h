@@ -137,8 +137,19 @@ static int64_t carve_forward(const Problem& p, char* base, Workspace& w) {
 // Bytes of packed keys and values that are held at once; one head's at least.
 constexpr int64_t kPackedBytes = (int64_t)16 << 20;
 
+// A tile of scores, and the keys, values and table rows it meets, should stay in the second cache.
+constexpr int64_t kLargeCache = (int64_t)3 << 19, kBlockKeysLarge = 768, kBlockKeysSmall = 256;
+
+// Large blocks read the keys less often; few of them would leave threads without work. (Not a question of how many threads there are: a
+// result should not depend on that.)
+static int64_t rows_of_block(const Call& call) {
+  int64_t rows = kBlockRows;
+  while (rows > 48 && call.batch * call.heads * ((call.queries + rows - 1) / rows) < 64) rows /= 2;
+  return rows;
+}
+
 static int forward(const Call& call, const Team& team) {
-  const Problem p(call, kBlockKeysForward);
+  const Problem p(call, rows_of_block(call), team.cache_bytes >= kLargeCache ? kBlockKeysLarge : kBlockKeysSmall);
   const int64_t threads = team.threads, batch = call.batch, key_heads = call.key_heads;
   Workspace probe;
   const int64_t workspace_floats = carve_forward(p, nullptr, probe) / 4;

@@ -214,7 +214,7 @@ static void read_bias(const Call& call, int64_t head, float* to) {
 }
 
 static int forward_amx(const Call& call, const Team& team) {
-  Problem p(call, kBlockKeysAmx);
+  Problem p(call, kBlockRowsBackward, kBlockKeysAmx);
   p.block_keys = round_up(p.block_keys, kTileDepth);
   p.leading = p.block_keys + 2 * kSlack;
   const AmxSizes sizes(p);

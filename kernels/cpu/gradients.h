@@ -384,7 +384,7 @@ static bool find_keys(const Call& call, Memory& memory, Shared& shared) {
 }
 
 static int backward(const Call& call, const Team& team) {
-  const Problem p(call, kBlockKeysBackward);
+  const Problem p(call, kBlockRowsBackward, kBlockKeysBackward);
   Shared shared = {};
   Memory memory = {team};
   if (!find_keys(call, memory, shared) ||

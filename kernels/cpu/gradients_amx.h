@@ -171,8 +171,8 @@ struct AmxKernel {
 };
 
 static int backward_amx(const Call& call, const Team& team) {
-  Problem p(call, kBlockKeysBackward);
-  p.block_rows = least(round_up(p.block_rows, kGroupRows), kBlockRows);  // a group's rows are summed whole
+  Problem p(call, kBlockRowsBackward, kBlockKeysBackward);
+  p.block_rows = least(round_up(p.block_rows, kGroupRows), kBlockRowsBackward);  // a group's rows are summed whole
   Shared shared = {};
   Memory memory = {team};
   if (!find_keys(call, memory, shared) ||

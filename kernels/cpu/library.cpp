@@ -222,10 +222,18 @@ void* allocate(const Team& team, int64_t bytes) {
   return block.data;
 }
 
+int64_t cache_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (found > 0) return found;
+#endif
+  return (int64_t)1 << 20;
+}
+
 int dispatch(const Call& call, int (*entry)(const Call&, const Team&)) {
   Arena arena;
   const int64_t threads = getpid() == loaded_in ? call.threads : 1;
-  const Team team{threads < 1 ? 1 : threads, run, allocate, &arena};
+  const Team team{threads < 1 ? 1 : threads, cache_bytes(), run, allocate, &arena};
   const int status = entry(call, team);
   for (const MemoryBlock& block : arena.blocks) return_block(block);
   return status;

@@ -1,11 +1,7 @@
 // A call's sizes, one head's operands, one block of queries, and the scores of a group of its rows: what forward and backward share.
 
-constexpr int64_t kBlockRows = 96;  // queries of a block, at most
-#if defined(__AVX512F__)
-constexpr int64_t kBlockKeysForward = 512;
-#else
-constexpr int64_t kBlockKeysForward = 256;
-#endif
+constexpr int64_t kBlockRows = 192;         // queries of a block, at most
+constexpr int64_t kBlockRowsBackward = 96;  // of which tiles of scores and of their gradients are held
 constexpr int64_t kBlockKeysBackward = 256;
 
 // Scores are in units of ln 2 (weights are then powers of two).
@@ -20,7 +16,7 @@ struct Problem {
   bool position, per_head;                  // there is a rel_k or rel_bias; some table differs by head
   bool masked;                              // scores need more than the range of visible keys
 
-  Problem(const Call& c, int64_t keys_of_block) : call(c), dropout(make_dropout(c)) {
+  Problem(const Call& c, int64_t rows_of_block, int64_t keys_of_block) : call(c), dropout(make_dropout(c)) {
     size = c.size;
     padded_size = round_up(size, kPanel);
     value_size = c.value_size;
@@ -28,7 +24,7 @@ struct Problem {
     depth = (c.rel_k.data ? size : 0) + (c.rel_bias.data ? 1 : 0);
     padded_depth = round_up(depth, kPanel);
     ratio = c.heads / c.key_heads;
-    block_rows = least(c.block_queries > 0 ? least(c.block_queries, kBlockRows) : kBlockRows, c.queries);
+    block_rows = least(c.block_queries > 0 ? least(c.block_queries, rows_of_block) : rows_of_block, c.queries);
     block_keys = least(c.block_keys > 0 ? round_up(least(c.block_keys, keys_of_block), kPanel) : keys_of_block, round_up(c.keys, kPanel));
     leading = block_keys + 2 * kSlack;
     position = depth > 0;
