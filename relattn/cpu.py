@@ -125,7 +125,10 @@ def _full(tensor: Tensor | None) -> tuple[int, ...]:
     """(B, H, L, D)"""
     if tensor is None:
         return _ABSENT
-    return (tensor.data_ptr(), _DTYPES[tensor.dtype], *tensor.stride())
+    pointer = tensor.data_ptr()
+    if pointer == 0:
+        raise ValueError(f"relattn: the native CPU kernel reads memory, and a tensor of shape {tuple(tensor.shape)} has none")
+    return (pointer, _DTYPES[tensor.dtype], *tensor.stride())
 
 
 def _table(tensor: Tensor | None) -> tuple[int, ...]:
@@ -142,6 +145,11 @@ def _bias_table(tensor: Tensor | None) -> tuple[int, ...]:
         return _ABSENT
     head = tensor.stride(0) if tensor.dim() == 2 else 0
     return (tensor.data_ptr(), _DTYPES[tensor.dtype], 0, head, tensor.stride(-1), 0)
+
+
+def _differs_by_head(table: Tensor, name: str) -> bool:
+    """Whether a table has one gradient per head although its heads lie in the same memory."""
+    return table.dim() == (2 if name == "rel_bias" else 3) and table.shape[0] > 1 and table.stride(0) == 0
 
 
 def _pos_bias(tensor: Tensor | None) -> tuple[int, ...]:
@@ -217,6 +225,10 @@ def backward(
     gradients = {name: empty_gradient(tensor) for name, tensor, need in differentiable if need and tensor is not None}
     if output.numel() == 0 or tensors.key.numel() == 0:
         return [gradient.zero_() for gradient in gradients.values()]
+    # A table that is expanded over the heads has a gradient for each of them all the same.
+    tables = {name: getattr(tensors, name) for name in ("rel_k", "rel_q", "rel_v", "rel_bias")}
+    expanded = {name: table.contiguous() for name, table in tables.items() if table is not None and _differs_by_head(table, name)}
+    tensors = tensors._replace(**expanded)
     grad = gradients.get
     described = (
         _full(grad_output), _ABSENT if grad_lse is None else (grad_lse.data_ptr(), 0, *grad_lse.stride(), 0),

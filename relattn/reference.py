@@ -50,7 +50,7 @@ def visible(tensors: Tensors, settings: Settings, distance: Tensor) -> Tensor | 
         conditions.append((position < tensors.key_lengths[:, None])[:, None, None, :])
     if tensors.attn_mask is not None:
         mask = tensors.attn_mask
-        conditions.append(mask if mask.dtype == torch.bool else mask > hidden_from(mask.dtype))
+        conditions.append(mask if mask.dtype == torch.bool else ~(mask <= hidden_from(mask.dtype)))
     result = None
     for condition in conditions:
         result = condition if result is None else result & condition
@@ -104,7 +104,7 @@ def attention(
         scores = scores + mask.to(scores.dtype).masked_fill(mask <= hidden_from(mask.dtype), 0.0)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
-    sees_any = (scores > -torch.inf).any(-1, keepdim=True)
+    sees_any = (scores != -torch.inf).any(-1, keepdim=True)  # NaN is seen
     # Rows that see nothing are computed as if they saw everything with score 0, then overwritten: no NaN, no gradient.
     scores = torch.where(sees_any, scores, 0.0)
     weights = torch.where(sees_any, scores.softmax(-1), 0.0)

@@ -19,7 +19,7 @@ from relattn import blocked, cpu
 # Lengths: empty and single ones, odd ones, one below and above the sizes of a block (64, 128), more than one block.
 QUERY_LENGTHS = (1, 2, 5, 16, 17, 63, 127, 128, 129, 200, 260)
 KEY_LENGTHS = (1, 3, 8, 17, 64, 65, 128, 131, 200, 300)
-HEAD_SIZES = (1, 3, 8, 16, 20, 64)
+HEAD_SIZES = (1, 3, 8, 16, 20, 33, 48, 64, 130)
 WITHOUT_MASK_GRADIENT = ("cpu",)  # backends that leave calls whose attn_mask requires a gradient to the next one
 
 

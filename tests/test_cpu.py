@@ -400,3 +400,54 @@ def test_runs_are_bit_for_bit_equal_in_every_variant(variant: str) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             first, second = (run(random_call(seed), "cpu", dtype) for _ in range(2))
             assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["rel_k", "rel_q", "rel_v", "rel_bias"])
+def test_a_table_expanded_over_the_heads_has_a_gradient_for_each(name):
+    """Its heads share memory, as those of a shared table do: only the first head's gradient was written, the others were left as found."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 20, 16).unbind()
+    table = torch.randn((21,) if name == "rel_bias" else (21, 16))
+    table = table.expand(4, *table.shape).requires_grad_()
+    gradients = []
+    for backend in ("cpu", "reference"):
+        output = relative_attention(query, key, value, **{name: table}, max_relative_position=10, backend=backend)
+        gradients.append(torch.autograd.grad(output.square().sum(), table)[0])
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [33, 48, 112, 130])
+def test_values_larger_than_keys_with_a_strided_last_dimension(size):
+    """AMX packs them in whole instructions, for which a buffer was too small: gradients were off by a third."""
+    torch.manual_seed(0)
+    query, key = (torch.randn(1, 1, 40, 16).bfloat16().requires_grad_() for _ in range(2))
+    value = torch.randn(1, 1, size, 40).bfloat16().transpose(2, 3).requires_grad_()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    upstream = torch.randn(1, 1, 40, size).bfloat16()
+    found = torch.autograd.grad(relative_attention(query, key, value, backend="cpu"), (query, key, value), upstream)
+    expected = torch.autograd.grad(relative_attention(*exact, backend="reference"), exact, upstream.double())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.double() - theirs).abs().max() < 0.02 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_what_a_key_mask_hides_may_be_anything(dtype, number):
+    """Also between keys that are seen: -inf was added to the hidden scores, and NaN stayed NaN."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 24, 16, dtype=dtype).unbind()
+    seen = torch.ones(1, 24, dtype=torch.bool)
+    seen[:, 10] = False
+    expected = relative_attention(query, key, value, key_mask=seen, backend="cpu")
+    key = key.clone()
+    key[:, :, 10] = number
+    torch.testing.assert_close(relative_attention(query, key, value, key_mask=seen, backend="cpu"), expected, atol=0, rtol=0)
+
+
+def test_a_row_of_nan_is_nan_in_the_reference_too():
+    """It was taken for a row that sees nothing."""
+    query = torch.randn(1, 1, 4, 8)
+    query[:, :, 2] = torch.nan
+    for backend in ("cpu", "reference"):  # blocked leaves short rows to torch's kernel, which makes them 0
+        output = relative_attention(query, torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8), backend=backend)
+        assert output.isnan().any(-1).flatten().tolist() == [False, False, True, False], backend

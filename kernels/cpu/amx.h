@@ -17,10 +17,14 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// GCC's tile loads do not say that they read memory: what was stored must not be moved past them.
+INLINE void memory_is_read() { asm volatile("" ::: "memory"); }
+
 // The thread's tile registers are ours for as long as this lives.
 struct TileRegisters {
   TileRegisters() {
     const TileConfig config;
+    memory_is_read();
     _tile_loadconfig(&config);
   }
   ~TileRegisters() { _tile_release(); }
@@ -39,6 +43,7 @@ struct HalfRight {
 // RowTiles x 16 rows and Panels x 16 columns.
 template <int RowTiles, int Panels, bool Accumulate>
 static void amx_tile(const HalfLeft& a, const HalfRight& b, int64_t steps, const Result& c) {
+  memory_is_read();
   const int64_t c_bytes = c.row * 4, a_bytes = a.row * 2, b_bytes = b.row * 2;
   float* lower = c.data + kTileRows * c.row;
   if constexpr (Accumulate) {
@@ -71,6 +76,7 @@ static void amx_tile(const HalfLeft& a, const HalfRight& b, int64_t steps, const
   if constexpr (Panels == 2) _tile_stored(1, c.data + kPanel, c_bytes);
   if constexpr (RowTiles == 2) _tile_stored(2, lower, c_bytes);
   if constexpr (RowTiles == 2 && Panels == 2) _tile_stored(3, lower + kPanel, c_bytes);
+  memory_is_read();
 }
 
 // Up to 32 rows (of which whole tiles of 16 are computed) and any number of panels.

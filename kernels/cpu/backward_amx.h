@@ -58,7 +58,7 @@ struct AmxBackward {
 
   int64_t carve(char* memory, AmxBackwardWorkspace& w) const {
     w = {};
-    const int64_t first = carve_amx(p, sizes, memory, w.forward);
+    const int64_t first = carve_amx(p, sizes, false, memory, w.forward);
     Carver carver = {memory, first};
     auto half = [&](int64_t count) { return (Half*)carver.floats((count + 1) / 2); };
     w.upstream = half(rows * upstream_size);
@@ -115,7 +115,7 @@ struct AmxBackward {
     amx_multiply<false>(group.rows, (end - begin) / kPanel, {w.upstream + group.row * upstream_size, upstream_size},
                         {operands.value_panels + (tile.first_key + begin) * upstream_size, kPanel * upstream_size},
                         upstream_size / kTileDepth, {gradient.data + begin, gradient.row});
-    const float unit = (float)((p.call.scale < 0 ? -p.call.scale : p.call.scale) * kLog2E);
+    const float unit = (float)(p.absolute_scale() * kLog2E);
     for (int r = 0; r < group.rows; ++r) {
       float* of_row = scores.data + r * scores.row;
       scale_row(of_row + begin, unit, end - begin);

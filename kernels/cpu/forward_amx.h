@@ -19,12 +19,14 @@ struct AmxSizes {
 struct AmxHead {
   Head head;
   const Half *key_panels, *value_pairs, *table_panels;
-  const Half* value_panels;  // backward
-  const float* bias;         // rel_bias in units of ln 2, null: none
+  int64_t first_key, value_rows;  // the key where key_panels and value_pairs begin; rows of a panel of value_pairs
+  const Half* value_panels;       // backward
+  const float* bias;              // rel_bias in units of ln 2, null: none
 };
 
 struct AmxWorkspace {
   Workspace base;
+  Half *keys, *values;  // a tile's, where each is used only once
   Half *content, *position, *weights, *scratch;
   float* row_scratch;
 };
@@ -107,7 +109,7 @@ static void group_products(const Problem& p, const AmxSizes& sizes, const AmxHea
   const Head& head = operands.head;
   const int64_t begin = group.columns.first, panels = (group.columns.last - begin) / kPanel, position = block.position + group.row;
   const int64_t steps = sizes.size / kTileDepth, panel = kPanel * sizes.size;
-  const HalfRight key = {operands.key_panels + (first_key + begin) * sizes.size, panel};
+  const HalfRight key = {operands.key_panels + (first_key - operands.first_key + begin) * sizes.size, panel};
   const HalfLeft content = {w.content + group.row * sizes.size, sizes.size};
   const Result target = {scores.data + begin, scores.row};
   if (!p.call.rel_k.data) return amx_multiply<false>(group.rows, panels, content, key, steps, target);
@@ -139,7 +141,23 @@ static Block prepare_block_amx(const Problem& p, const AmxSizes& sizes, const Am
   return block;
 }
 
-static void forward_block_amx(const Problem& p, const AmxSizes& sizes, const AmxHead& operands, AmxWorkspace& w, int64_t index) {
+// Pack a tile's keys and values for this one use.
+static void pack_tile_amx(const Problem& p, const AmxSizes& sizes, const Tile& tile, AmxHead& operands, const AmxWorkspace& w) {
+  const Matrix key = matrix(p.call.key, operands.head.batch, operands.head.head),
+               value = matrix(p.call.value, operands.head.batch, operands.head.head);
+  const int64_t first = tile.keys.first / kTileDepth * kTileDepth, last = round_up(tile.keys.last, kTileDepth);
+  for (int64_t panel = first / kPanel; panel < panels_of(tile.keys.last); ++panel)
+    pack_half_panel(key, p.call.keys, p.size, sizes.size, false, panel, w.keys + (panel * kPanel - tile.first_key) * sizes.size, w.scratch,
+                    w.row_scratch);
+  pack_half_pairs(value, p.call.keys, p.value_size, sizes.value_size, first, last, p.block_keys, w.values - tile.first_key * kPanel,
+                  w.scratch, w.row_scratch);
+  operands.key_panels = w.keys;
+  operands.value_pairs = w.values;
+  operands.first_key = tile.first_key;
+  operands.value_rows = p.block_keys;
+}
+
+static void forward_block_amx(const Problem& p, const AmxSizes& sizes, AmxHead operands, AmxWorkspace& w, int64_t index) {
   const Call& call = p.call;
   const Head& head = operands.head;
   Workspace& base = w.base;
@@ -147,7 +165,7 @@ static void forward_block_amx(const Problem& p, const AmxSizes& sizes, const Amx
   fill(base.result, 0.0f, round_up(block.rows, kGroupRows) * p.padded_value_size);
   fill(base.highest, -kInfinity, block.rows);
   fill(base.total, 0.0f, block.rows);
-  const float unit = (float)((call.scale < 0 ? -call.scale : call.scale) * kLog2E);
+  const float unit = (float)(p.absolute_scale() * kLog2E);
   const bool adjusted = operands.bias || call.attn_mask.data || unit == 0.0f;  // hidden scores are -inf: not to be multiplied by 0
   const Result scores = {base.scores + kSlack, p.leading};
   Tile tile;
@@ -155,6 +173,7 @@ static void forward_block_amx(const Problem& p, const AmxSizes& sizes, const Amx
   for (int64_t first_key = block.keys.first / kTileDepth * kTileDepth; first_key < block.keys.last; first_key += p.block_keys) {
     cut_tile(p, head, block, first_key, kGroupRows, tile);
     if (tile_hidden(p, head, block, tile.keys)) continue;
+    if (w.keys) pack_tile_amx(p, sizes, tile, operands, w);
     for (int g = 0; g < tile.count; ++g) {
       const Group& group = tile.groups[g];
       const int64_t begin = group.columns.first, end = group.columns.last, position = block.position + group.row;
@@ -176,16 +195,15 @@ static void forward_block_amx(const Problem& p, const AmxSizes& sizes, const Amx
       }
       for (int64_t row = group.rows; row < kGroupRows; ++row)
         __builtin_memset(w.weights + row * sizes.weights_row + first_depth, 0, (size_t)(last_depth - first_depth) * 2);
-      const int64_t value_panel = sizes.keys * kPanel;
       amx_multiply<true>(group.rows, p.padded_value_size / kPanel, {w.weights + first_depth, sizes.weights_row},
-                         {operands.value_pairs + (first_key + first_depth) * kPanel, value_panel}, (last_depth - first_depth) / kTileDepth,
-                         {base.result + group.row * p.padded_value_size, p.padded_value_size});
+                         {operands.value_pairs + (first_key - operands.first_key + first_depth) * kPanel, operands.value_rows * kPanel},
+                         (last_depth - first_depth) / kTileDepth, {base.result + group.row * p.padded_value_size, p.padded_value_size});
     }
   }
   write_block(p, head, block, base);
 }
 
-static int64_t carve_amx(const Problem& p, const AmxSizes& sizes, char* memory, AmxWorkspace& w) {
+static int64_t carve_amx(const Problem& p, const AmxSizes& sizes, bool once, char* memory, AmxWorkspace& w) {
   Carver carver = {memory, 0};
   w = {};
   const int64_t rows = round_up(p.block_rows, kGroupRows);
@@ -193,13 +211,18 @@ static int64_t carve_amx(const Problem& p, const AmxSizes& sizes, char* memory, 
   w.content = halves(rows * sizes.size);
   w.position = p.call.pos_bias_u.data || p.call.pos_bias_v.data ? halves(rows * sizes.size) : w.content;
   w.weights = halves(kGroupRows * sizes.weights_row);
-  w.scratch = halves(kPanel * most(sizes.size, sizes.value_size));
-  w.row_scratch = carver.floats(most(sizes.size, sizes.value_size));
+  if (once) {
+    w.keys = halves(p.block_keys * sizes.size);
+    w.values = halves(p.block_keys * sizes.value_size);
+  }
+  w.scratch =
+      halves(kPanel * most(sizes.size, round_up(p.value_size, kTileDepth)));  // the backward pass packs values in whole instructions
+  w.row_scratch = carver.floats(most(sizes.size, round_up(p.value_size, kTileDepth)));
   w.base.scratch = carver.floats(2 * p.padded_size);
   w.base.left_edge = carver.floats(rows);
   w.base.right_edge = carver.floats(rows);
   w.base.row = p.call.attn_mask.data ? carver.floats(p.block_keys) : nullptr;
-  w.base.keep = p.dropout.used() ? carver.floats(p.block_keys + 136) + 4 : nullptr;
+  w.base.keep = p.dropout.used() ? carver.floats(p.block_keys + kKeepBefore + kKeepAfter) + kKeepBefore : nullptr;
   w.base.scores = carver.floats(kGroupRows * p.leading + 2 * kGroupRows);
   w.base.result = carver.floats(rows * p.padded_value_size);
   w.base.highest = carver.floats(rows);
@@ -219,8 +242,9 @@ static int forward_amx(const Call& call, const Team& team) {
   p.leading = p.block_keys + 2 * kSlack;
   const AmxSizes sizes(p);
   const int64_t threads = team.threads, batch = call.batch, key_heads = call.key_heads;
+  const bool once = used_once(p);
   AmxWorkspace probe;
-  const int64_t workspace_floats = carve_amx(p, sizes, nullptr, probe) / 4;
+  const int64_t workspace_floats = carve_amx(p, sizes, once, nullptr, probe) / 4;
   AmxWorkspace* workspaces = (AmxWorkspace*)allocate(team, threads * (int64_t)sizeof(AmxWorkspace) / 4);
   Keys* keys = (Keys*)allocate(team, batch * (int64_t)sizeof(Keys) / 4);
   float* holes = call.key_mask.data ? allocate(team, batch * call.keys) : nullptr;
@@ -229,7 +253,7 @@ static int forward_amx(const Call& call, const Team& team) {
   Half* tables = call.rel_k.data ? (Half*)allocate(team, (per_head ? call.heads : 1) * table_halves / 2) : nullptr;
   float* biases = call.rel_bias.data ? allocate(team, (bias_per_head ? call.heads : 1) * call.rows) : nullptr;
   const int64_t panel_halves = panels_of(call.keys) * kPanel * sizes.size, pair_halves = sizes.keys * sizes.value_size;
-  const int64_t units = batch * key_heads, unit_floats = (panel_halves + pair_halves) / 2;
+  const int64_t units = batch * key_heads, unit_floats = once ? 0 : (panel_halves + pair_halves) / 2;
   const int64_t chunk = clamp<int64_t>(kPackedBytes / 4 / most<int64_t>(unit_floats, 1), 1, units);
   float* packed = allocate(team, chunk * unit_floats);
   if (!workspaces || !keys || (call.key_mask.data && !holes) || (call.rel_k.data && !tables) || (call.rel_bias.data && !biases) || !packed)
@@ -237,7 +261,7 @@ static int forward_amx(const Call& call, const Team& team) {
   for (int64_t thread = 0; thread < threads; ++thread) {
     float* memory = allocate(team, workspace_floats);
     if (!memory) return 1;
-    carve_amx(p, sizes, (char*)memory, workspaces[thread]);
+    carve_amx(p, sizes, once, (char*)memory, workspaces[thread]);
   }
   for (int64_t b = 0; b < batch; ++b) keys[b] = visible_keys(call, b, holes ? holes + b * call.keys : nullptr);
   for (int64_t h = 0; biases && h < (bias_per_head ? call.heads : 1); ++h) read_bias(call, h, biases + h * call.rows);
@@ -251,7 +275,7 @@ static int forward_amx(const Call& call, const Team& team) {
                         workspaces[thread].row_scratch);
     });
   }
-  const int64_t blocks = p.query_blocks(), tasks = pack_tasks(p);
+  const int64_t blocks = p.query_blocks(), tasks = once ? 0 : pack_tasks(p);
   for (int64_t start = 0; start < units; start += chunk) {
     const int64_t count = least(chunk, units - start);
     parallel(team, count * tasks, [&](int64_t index, int64_t thread) {
@@ -276,6 +300,7 @@ static int forward_amx(const Call& call, const Team& team) {
       head.rel_k.left = call.left;
       operands.key_panels = (const Half*)(packed + local * unit_floats);
       operands.value_pairs = operands.key_panels + panel_halves;
+      operands.value_rows = sizes.keys;
       operands.table_panels = tables ? tables + (per_head ? head.head * table_halves : 0) : nullptr;
       operands.bias = biases ? biases + (bias_per_head ? head.head * call.rows : 0) : nullptr;
       forward_block_amx(p, sizes, operands, workspaces[thread], block);

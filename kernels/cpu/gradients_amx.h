@@ -106,11 +106,9 @@ struct AmxKernel {
         }
       }
     };
-    write(p.call.grad_key, unit.key_gradient, p.size, p.padded_size, absolute_scale());
+    write(p.call.grad_key, unit.key_gradient, p.size, p.padded_size, (float)p.absolute_scale());
     write(p.call.grad_value, unit.value_gradient, p.value_size, p.padded_value_size, 1.0f);
   }
-
-  float absolute_scale() const { return (float)(p.call.scale < 0 ? -p.call.scale : p.call.scale); }
 
   void queries(const Job& job, int64_t index, int64_t block_index, const Parts& parts, bool team, bool first, bool last) const {
     const Call& call = p.call;
@@ -147,7 +145,7 @@ struct AmxKernel {
 
   // The sums of other kernels have a factor of scale * log2(e) in their tables: theirs is the scaled query.
   void collect(int64_t member) const {
-    const float factor = (float)(absolute_scale() * kLog2E);
+    const float factor = (float)(p.absolute_scale() * kLog2E);
     const int64_t rows = p.call.rows;
     for (int64_t local = 0; local < heads; ++local) {
       const AmxSums& from = sums[member * heads + local];

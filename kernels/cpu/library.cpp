@@ -47,9 +47,16 @@ struct Named {
 };
 
 #if defined(__x86_64__)
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
+}
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+         __builtin_cpu_supports("avx512vl") && has_avx2();
 }
 #endif
 
@@ -76,7 +83,7 @@ const Named kVariants[] = {
     {"avx512", &kernels_avx512, has_avx512},
 #endif
 #ifdef RELATTN_HAVE_AVX2
-    {"avx2", &kernels_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx2", &kernels_avx2, has_avx2},
 #endif
     {"portable", &kernels_portable, [] { return true; }},
 };
@@ -138,10 +145,12 @@ void run(const Team& team, int64_t count, void (*task)(void*, int64_t, int64_t),
   for (std::thread& other : others) other.join();
 }
 
-// ---- Memory: blocks that are handed out piece by piece during a call; small ones are kept for the next ----
+// ---- Memory: blocks that are handed out piece by piece during a call. Some are kept for the next: fresh pages are zeroed by the system,
+// ----
+// ---- which takes as long as the work on them where sequences are short or only decoded. ----
 
-constexpr int64_t kKept = (int64_t)4 << 20;  // bytes of a block that is kept
-constexpr size_t kMostKept = 4;
+constexpr int64_t kBlock = (int64_t)4 << 20;      // bytes of a block, at least
+constexpr int64_t kMostKept = (int64_t)32 << 20;  // bytes of all blocks that are kept
 constexpr int64_t kHugePage = (int64_t)2 << 20;
 
 struct MemoryBlock {
@@ -153,9 +162,18 @@ struct Arena {
   std::vector<MemoryBlock> blocks;
 };
 
-std::mutex kept_mutex;
-std::vector<MemoryBlock>& kept_blocks() {  // never destroyed: threads may still run when the process exits
-  static auto* blocks = new std::vector<MemoryBlock>;
+struct Kept {
+  std::mutex mutex;
+  std::vector<MemoryBlock> blocks;
+  int64_t bytes = 0;
+};
+
+Kept& kept() {  // never destroyed: threads may still run when the process exits
+  static Kept* blocks = [] {
+    Kept* result = new Kept;
+    result->blocks.reserve((size_t)(kMostKept / kBlock) + 1);
+    return result;
+  }();
   return *blocks;
 }
 
@@ -176,28 +194,36 @@ MemoryBlock take_block(int64_t bytes) {
   if (block.data) std::memset(block.data, 0xFF, (size_t)bytes);
   return block;
 #endif
-  if (bytes > kKept) return new_block(bytes);
-  {
+  if (bytes <= kMostKept) {
     // A child forked while another thread held the lock finds it locked for ever: then it goes without.
-    std::unique_lock<std::mutex> lock(kept_mutex, std::try_to_lock);
-    if (lock && !kept_blocks().empty()) {
-      MemoryBlock block = kept_blocks().back();
-      kept_blocks().pop_back();
-      block.used = 0;
-      return block;
+    std::unique_lock<std::mutex> lock(kept().mutex, std::try_to_lock);
+    if (lock) {
+      std::vector<MemoryBlock>& blocks = kept().blocks;
+      size_t best = blocks.size();
+      for (size_t index = 0; index < blocks.size(); ++index)
+        if (blocks[index].size >= bytes && (best == blocks.size() || blocks[index].size < blocks[best].size)) best = index;
+      if (best < blocks.size()) {
+        MemoryBlock block = blocks[best];
+        blocks[best] = blocks.back();
+        blocks.pop_back();
+        kept().bytes -= block.size;
+        block.used = 0;
+        return block;
+      }
     }
   }
-  return new_block(kKept);
+  return new_block(bytes < kBlock ? kBlock : bytes);
 }
 
 void return_block(const MemoryBlock& block) {
-  if (block.size == kKept) {
-    std::unique_lock<std::mutex> lock(kept_mutex, std::try_to_lock);
-    if (lock && kept_blocks().size() < kMostKept) {
-      kept_blocks().push_back(block);
-      return;
-    }
+#if !defined(__SANITIZE_ADDRESS__)
+  std::unique_lock<std::mutex> lock(kept().mutex, std::try_to_lock);
+  if (lock && kept().bytes + block.size <= kMostKept) {
+    kept().blocks.push_back(block);  // within what was reserved
+    kept().bytes += block.size;
+    return;
   }
+#endif
   free(block.data);
 }
 

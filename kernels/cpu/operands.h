@@ -17,7 +17,7 @@ constexpr int64_t kPanelsOfTask = 32;
 
 // One of rel_k (with rel_bias), rel_q and rel_v, packed for all the heads that differ.
 struct PackedTable {
-  bool used, per_head, natural_in_place, with_bias;
+  bool used, per_head, natural_in_place;
   int64_t rows, left, depth, size, padded;  // depth of the panels; size and stride of the natural rows
   int64_t panel_floats;                     // of one head
   float *panels, *natural;
@@ -51,7 +51,6 @@ static bool plan_table(const Problem& p, const Team& team, const Tensor& table, 
   packed.left = left;
   packed.depth = source.depth();
   packed.size = source.size;
-  packed.with_bias = bias.data != nullptr;
   packed.padded = round_up(packed.depth, kPanel);
   packed.panel_floats = source.floats();
   const int64_t heads = packed.per_head ? p.call.heads : 1;

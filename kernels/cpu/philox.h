@@ -16,7 +16,8 @@ static Dropout make_dropout(const Call& call) {
           kept > 0 ? (float)kept : 1.0f};
 }
 
-// 1 or 0 for each of the keys [first, last), at to[0 ...]; may write up to 3 + 4 * kLanes elements on either side.
+// 1 or 0 for each of the keys [first, last), at to[0 ...]. Whole counters are written: up to 3 elements before, and 66 after.
+constexpr int64_t kKeepBefore = 16, kKeepAfter = 80;
 static void dropout_keep(const Dropout& dropout, int64_t batch, int64_t head, int64_t query, int64_t first, int64_t last, float* to) {
   constexpr int kLanes = 16;  // counters at a time
   float* out = to - (first & 3);

@@ -14,7 +14,6 @@ struct Problem {
   int64_t ratio;                            // query heads that share a key head
   int64_t block_rows, block_keys, leading;  // of a tile of scores; its rows are `leading` floats apart
   bool position, per_head;                  // there is a rel_k or rel_bias; some table differs by head
-  bool masked;                              // scores need more than the range of visible keys
 
   Problem(const Call& c, int64_t rows_of_block, int64_t keys_of_block) : call(c), dropout(make_dropout(c)) {
     size = c.size;
@@ -35,6 +34,7 @@ struct Problem {
 
   // Whether the gradient of the position product's queries is summed apart from the content product's: only the biases' gradients differ.
   bool position_apart() const { return call.rel_k.data && (call.grad_pos_bias_u.data || call.grad_pos_bias_v.data); }
+  double absolute_scale() const { return call.scale < 0 ? -call.scale : call.scale; }
   int64_t query_blocks() const { return (call.queries + block_rows - 1) / block_rows; }
   PanelSource key_source(int64_t batch, int64_t head) const {
     return {matrix(call.key, batch, head), call.keys, size, 1.0f, false, false, {}, 0.0f};
@@ -107,7 +107,7 @@ static void carve_scores(const Problem& p, Carver& carver, Workspace& w) {
   w.left_edge = carver.floats(p.block_rows);
   w.right_edge = carver.floats(p.block_rows);
   w.row = p.call.attn_mask.data ? carver.floats(p.block_keys) : nullptr;
-  w.keep = p.dropout.used() ? carver.floats(p.block_keys + 136) + 4 : nullptr;  // dropout_keep writes whole counters
+  w.keep = p.dropout.used() ? carver.floats(p.block_keys + kKeepBefore + kKeepAfter) + kKeepBefore : nullptr;
   w.scratch = carver.floats(kPanel * most(p.padded_size, p.padded_value_size) + kRows * kPanel);
   if (p.call.rel_q.data) {
     const int64_t leading = round_up(p.block_rows, kPanel) + 2 * kSlack;
@@ -237,7 +237,10 @@ INLINE void hide(const Problem& p, const Head& head, int64_t query, const Tile& 
     if (p.call.attn_mask.data)
       apply_attn_mask(p.call, head.batch, head.head, query, tile.first_key + first, tile.first_key + last, (float)kLog2E, scores + first,
                       w.row);
-    if (head.keys.holes) add_scaled(scores + first, head.keys.holes + tile.first_key + first, 1.0f, last - first);
+    if (head.keys.holes) {  // not by addition: a hidden NaN stays hidden
+      const float* hole = head.keys.holes + tile.first_key;
+      for (int64_t column = first; column < last; ++column) scores[column] = hole[column] == 0.0f ? scores[column] : -kInfinity;
+    }
   }
   fill(scores + begin, -kInfinity, first - begin);
   fill(scores + last, -kInfinity, end - last);

@@ -70,7 +70,7 @@ INLINE T clamp(T x, T low, T high) {
   return x < low ? low : (x > high ? high : x);
 }
 
-// 2^x for x <= about 0, to 1.3 units in the last place; exactly 0 below 2^-125 (no subnormals: they are slow to multiply), NaN for NaN.
+// 2^x for x <= about 0, to 2 units in the last place; exactly 0 below 2^-125 (no subnormals: they are slow to multiply), NaN for NaN.
 // The power is split by adding and subtracting 1.5 * 2^23, which rounds to an integer and leaves it in the low bits (-ffast-math would
 // delete it), and the polynomial is the minimax one of degree 5 on [-1/2, 1/2] (relative error 7.5e-8).
 INLINE Vec exp2_nonpositive(Vec x) {
