@@ -220,10 +220,15 @@ static void key_score_gradients(const Problem& p, const Head& head, const Block&
   }
   const int64_t panels = p.padded_size / kPanel;
   if (out.key.data)
-    for (int64_t key = 0; key < count; key += kRows)
-      relative_values((int)least<int64_t>(kRows, count - key), tile.keys.first + key, block.position, {0, block.rows},
-                      {by_key.data + key * leading, leading}, head.rel_q, panels, p.padded_size,
-                      {out.key.data + (tile.keys.first + key) * out.key.row, out.key.row});
+    for (int64_t key = 0; key < count; key += kRows) {
+      const int rows = (int)least<int64_t>(kRows, count - key);
+      const int64_t position = tile.keys.first + key;
+      const Result of_keys = {by_key.data + key * leading, leading}, target = {out.key.data + position * out.key.row, out.key.row};
+      const Range columns = {0, block.rows};
+      relative_values(rows, position, block.position, touched_rows(rows, position, block.position, columns, head.rel_q), of_keys,
+                      head.rel_q, panels, target);
+      edge_values(rows, position, block.position, columns, of_keys, head.rel_q, p.padded_size, target);
+    }
   if (out.rel_q) {
     int32_t* first = (int32_t*)w.key_left_edge;  // no longer needed
     int32_t* last = (int32_t*)w.key_right_edge;
@@ -259,16 +264,9 @@ static void backward_keys(const Problem& p, const Head& head, const Block& block
       relative_table_gradient(block.rows, block.position, first_key, tile.first, tile.last, gradient, {w.position, p.padded_depth, kPanel},
                               head.rel_k, p.padded_depth / kPanel, p.padded_depth, {out.rel_k, p.padded_depth});
     if (!out.content) continue;
-    for (int g = 0; g < tile.count; ++g) {
-      const Group& group = tile.groups[g];
-      const Result of_scores = {gradient.data + group.row * gradient.row, gradient.row};
-      multiply<true>(group.rows, panels, {of_scores.data + group.seen.first, of_scores.row, 1},
-                     {head.key.data + (first_key + group.seen.first) * head.key.k, head.key.k, head.key.panel},
-                     group.seen.last - group.seen.first, {out.content + group.row * p.padded_size, p.padded_size});
-      if (call.rel_k.data)
-        relative_values(group.rows, block.position + group.row, first_key, group.seen, of_scores, head.rel_k, panels, p.padded_size,
-                        {out.position + group.row * p.padded_size, p.padded_size});
-    }
+    const Result content = {out.content, p.padded_size}, position = {out.position, p.padded_size};
+    add_over_columns(tile, gradient, {head.key.data + first_key * head.key.k, head.key.k, head.key.panel}, p.padded_size, content);
+    if (call.rel_k.data) add_over_distances(tile, part, gradient, head.rel_k, p.padded_size, position);
   }
 }
 

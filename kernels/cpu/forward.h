@@ -50,8 +50,6 @@ static void write_block(const Problem& p, const Head& head, const Block& block, 
   }
 }
 
-constexpr int64_t kStepFloats = 8192;  // of the values in one step of their product: they stay in the first cache
-
 // Pack a tile's keys, and its values if need be, for this one use.
 static void pack_tile(const Problem& p, const Tile& tile, Head& head, const Workspace& w) {
   const int64_t key_head = head.head / p.ratio;
@@ -70,7 +68,6 @@ static void pack_tile(const Problem& p, const Tile& tile, Head& head, const Work
 static void forward_block(const Problem& p, Head head, Workspace& w, int64_t index) {
   const Call& call = p.call;
   const Block block = prepare_block(p, head, w, index);
-  const int64_t value_panels = p.padded_value_size / kPanel;
   fill(w.result, 0.0f, block.rows * p.padded_value_size);
   fill(w.highest, -kInfinity, block.rows);
   fill(w.total, 0.0f, block.rows);
@@ -94,23 +91,10 @@ static void forward_block(const Problem& p, Head head, Workspace& w, int64_t ind
         }
       }
     }
-    const int64_t last_column = tile.keys.last - first_key;
-    const int64_t step = most<int64_t>(kStepFloats / p.padded_value_size, kPanel);
-    for (int64_t column = tile.keys.first - first_key; column < last_column; column += step)
-      for (int g = 0; g < tile.count; ++g) {
-        const Group& group = tile.groups[g];
-        const int64_t first = most(column, group.seen.first), last = least(column + step, group.seen.last);
-        if (first < last)
-          multiply<true>(group.rows, value_panels, {scores.data + group.row * scores.row + first, scores.row, 1},
-                         {head.value.data + (first_key - head.first_value + first) * head.value.k, head.value.k, head.value.panel},
-                         last - first, {w.result + group.row * p.padded_value_size, p.padded_value_size});
-      }
-    if (call.rel_v.data)
-      for (int g = 0; g < tile.count; ++g) {
-        const Group& group = tile.groups[g];
-        relative_values(group.rows, block.position + group.row, first_key, group.seen, {scores.data + group.row * scores.row, scores.row},
-                        head.rel_v, value_panels, p.padded_value_size, {w.result + group.row * p.padded_value_size, p.padded_value_size});
-      }
+    const Result result = {w.result, p.padded_value_size};
+    const Right value = {head.value.data + (first_key - head.first_value) * head.value.k, head.value.k, head.value.panel};
+    add_over_columns(tile, scores, value, p.padded_value_size, result);
+    if (call.rel_v.data) add_over_distances(tile, block, scores, head.rel_v, p.padded_value_size, result);
   }
   write_block(p, head, block, w);
 }

@@ -74,16 +74,28 @@ static void edge_scores(int64_t rows, const Left& a, const Table& table, int64_t
   }
 }
 
-// One group's result += the tile times the table: sum over the columns of tile[m][column] * table[row of (m, column)], `panels` wide.
-// The tile's columns are zero for 5 elements beyond [first, last).
-static void relative_values(int rows, int64_t position, int64_t first_key, Range columns, const Result& tile, const Table& table,
-                            int64_t panels, int64_t size, const Result& result) {
+// Rows of the table that a group's columns touch.
+INLINE Range touched_rows(int rows, int64_t position, int64_t first_key, const Range& columns, const Table& table) {
   const int64_t shift = position - table.left - first_key;
-  const int64_t first = most<int64_t>(columns.first - shift - (rows - 1), 0), last = least(columns.last - shift, table.rows);
-  if (first < last)
-    multiply<true>(rows, panels, {tile.data + first + shift, tile.row + 1, 1},
-                   {table.natural + first * table.natural_stride, table.natural_stride, kPanel}, last - first, result);
-  for (int row = 0; row < rows; ++row) {  // columns beyond the edges
+  return {most<int64_t>(columns.first - shift - (rows - 1), 0), least(columns.last - shift, table.rows)};
+}
+
+// One group's result += the tile times some rows of the table: sum over the columns of tile[m][column] * table[row of (m, column)],
+// `panels` wide. The tile's columns are zero for 5 elements beyond what is seen.
+INLINE void relative_values(int rows, int64_t position, int64_t first_key, const Range& table_rows, const Result& tile, const Table& table,
+                            int64_t panels, const Result& result) {
+  const int64_t shift = position - table.left - first_key;
+  if (!table_rows.empty())
+    multiply<true>(rows, panels, {tile.data + table_rows.first + shift, tile.row + 1, 1},
+                   {table.natural + table_rows.first * table.natural_stride, table.natural_stride, kPanel},
+                   table_rows.last - table_rows.first, result);
+}
+
+// The same for the columns beyond the table's edges.
+static void edge_values(int rows, int64_t position, int64_t first_key, const Range& columns, const Result& tile, const Table& table,
+                        int64_t size, const Result& result) {
+  const int64_t shift = position - table.left - first_key;
+  for (int row = 0; row < rows; ++row) {
     const int64_t left_stop = least(shift + row, columns.last), right_start = most(table.rows + shift + row, columns.first);
     const float* weights = tile.data + row * tile.row;
     if (left_stop > columns.first)

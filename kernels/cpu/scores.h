@@ -26,6 +26,7 @@ struct Problem {
     block_rows = least(c.block_queries > 0 ? least(c.block_queries, rows_of_block) : rows_of_block, c.queries);
     block_keys = least(c.block_keys > 0 ? round_up(least(c.block_keys, keys_of_block), kPanel) : keys_of_block, round_up(c.keys, kPanel));
     leading = block_keys + 2 * kSlack;
+    if (leading % (2 * kPanel) == 0) leading += kPanel;  // an odd number of cache lines: columns are spread over all sets
     position = depth > 0;
     per_head = false;
     const Tensor* tables[] = {&c.rel_k, &c.rel_q, &c.rel_v, &c.rel_bias};
@@ -301,4 +302,44 @@ static bool tile_hidden(const Problem& p, const Head& head, const Block& block, 
     if (key == keys.last) return true;
   }
   return p.call.attn_mask.data && attn_mask_hides(p.call, head.batch, head.head, {block.first, block.first + block.rows}, keys);
+}
+
+constexpr int64_t kStepFloats = 8192;  // of what products over columns read in one step, for all groups: it stays in the first cache
+
+// result[row] += sum over the tile's columns of a[row][column] * right[column], where right begins at the tile's first key.
+static void add_over_columns(const Tile& tile, const Result& a, const Right& right, int64_t size, const Result& result) {
+  const int64_t step = most<int64_t>(kStepFloats / size, kPanel), last_column = tile.keys.last - tile.first_key;
+  for (int64_t column = tile.keys.first - tile.first_key; column < last_column; column += step)
+    for (int g = 0; g < tile.count; ++g) {
+      const Group& group = tile.groups[g];
+      const int64_t first = most(column, group.seen.first), last = least(column + step, group.seen.last);
+      if (first < last)
+        multiply<true>(group.rows, size / kPanel, {a.data + group.row * a.row + first, a.row, 1},
+                       {right.data + first * right.k, right.k, right.panel}, last - first,
+                       {result.data + group.row * result.row, result.row});
+    }
+}
+
+// result[row] += sum over the tile's columns of a[row][column] * table[row of the distance].
+static void add_over_distances(const Tile& tile, const Block& block, const Result& a, const Table& table, int64_t size,
+                               const Result& result) {
+  const int64_t step = most<int64_t>(kStepFloats / size, kPanel);
+  Range all = {table.rows, 0};
+  for (int g = 0; g < tile.count; ++g) {
+    const Group& group = tile.groups[g];
+    const Range touched = touched_rows(group.rows, block.position + group.row, tile.first_key, group.seen, table);
+    all = {least(all.first, touched.first), most(all.last, touched.last)};
+  }
+  for (int64_t row = all.first; row < all.last; row += step)
+    for (int g = 0; g < tile.count; ++g) {
+      const Group& group = tile.groups[g];
+      const Range touched = touched_rows(group.rows, block.position + group.row, tile.first_key, group.seen, table);
+      relative_values(group.rows, block.position + group.row, tile.first_key, {most(row, touched.first), least(row + step, touched.last)},
+                      {a.data + group.row * a.row, a.row}, table, size / kPanel, {result.data + group.row * result.row, result.row});
+    }
+  for (int g = 0; g < tile.count; ++g) {
+    const Group& group = tile.groups[g];
+    edge_values(group.rows, block.position + group.row, tile.first_key, group.seen, {a.data + group.row * a.row, a.row}, table, size,
+                {result.data + group.row * result.row, result.row});
+  }
 }
