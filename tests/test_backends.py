@@ -53,8 +53,7 @@ def test_the_bound_notices_an_error_of_one_row(monkeypatch):
     for call in itertools.islice(calls, 20):  # some see a single row of the table, or hide almost everything
         try:
             check(call, "blocked", torch.float32)
-        except AssertionError as error:
-            assert "error" in str(error)
+        except AssertionError:
             noticed += 1
     assert noticed >= 12
 
