@@ -132,9 +132,10 @@ static void pack_half_panel(const Matrix& m, int64_t rows, int64_t size, int64_t
     transpose((const float*)(source + 2 * pair), stride / 2, (float*)to + pair * kPanel, kPanel);
 }
 
-// Rows [first, last) of a matrix (first even) as B over its rows: panel c of its columns holds (padded_rows / 2, 16) pairs of rows.
+// Rows [first, last) of a matrix (first even) as B over its rows: panel c of its columns holds (padded_rows / 2, 16) pairs of rows, from
+// row `origin` on.
 static void pack_half_pairs(const Matrix& m, int64_t rows, int64_t size, int64_t padded, int64_t first, int64_t last, int64_t padded_rows,
-                            Half* to, Half* scratch, float* row_scratch) {
+                            Half* to, int64_t origin, Half* scratch, float* row_scratch) {
   for (int64_t row = first; row < last; row += 2) {
     Half* pair[2] = {scratch, scratch + padded};
     for (int r = 0; r < 2; ++r) {
@@ -147,7 +148,7 @@ static void pack_half_pairs(const Matrix& m, int64_t rows, int64_t size, int64_t
     for (int64_t column = 0; column < padded; column += kPanel) {
       const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(pair[0] + column)));
       const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(pair[1] + column)));
-      _mm512_storeu_si512(to + column * padded_rows + row * kPanel, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      _mm512_storeu_si512(to + column * padded_rows + (row - origin) * kPanel, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
 }

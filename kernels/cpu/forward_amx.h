@@ -4,9 +4,9 @@
 constexpr int64_t kBlockKeysAmx = 256;
 
 struct AmxSizes {
-  int64_t size, depth, value_size;  // of heads and of the position product, rounded up to whole instructions; of values, to whole panels
-  int64_t keys;                     // rounded up likewise
-  int64_t weights_row;              // stride of a row of bfloat16 weights
+  int64_t size, value_size;  // of heads, rounded up to whole instructions; of values, to whole panels
+  int64_t keys;              // rounded up to whole instructions
+  int64_t weights_row;       // stride of a row of bfloat16 weights
 
   explicit AmxSizes(const Problem& p) {
     size = round_up(p.size, kTileDepth);
@@ -149,8 +149,8 @@ static void pack_tile_amx(const Problem& p, const AmxSizes& sizes, const Tile& t
   for (int64_t panel = first / kPanel; panel < panels_of(tile.keys.last); ++panel)
     pack_half_panel(key, p.call.keys, p.size, sizes.size, false, panel, w.keys + (panel * kPanel - tile.first_key) * sizes.size, w.scratch,
                     w.row_scratch);
-  pack_half_pairs(value, p.call.keys, p.value_size, sizes.value_size, first, last, p.block_keys, w.values - tile.first_key * kPanel,
-                  w.scratch, w.row_scratch);
+  pack_half_pairs(value, p.call.keys, p.value_size, sizes.value_size, first, last, p.block_keys, w.values, tile.first_key, w.scratch,
+                  w.row_scratch);
   operands.key_panels = w.keys;
   operands.value_pairs = w.values;
   operands.first_key = tile.first_key;
@@ -287,7 +287,7 @@ static int forward_amx(const Call& call, const Team& team) {
         pack_half_panel(matrix(call.key, unit / key_heads, unit % key_heads), call.keys, p.size, sizes.size, false, panel,
                         panels + panel * kPanel * sizes.size, w.scratch, w.row_scratch);
       pack_half_pairs(matrix(call.value, unit / key_heads, unit % key_heads), call.keys, p.value_size, sizes.value_size, first * kPanel,
-                      least((first + kPanelsOfTask) * kPanel, sizes.keys), sizes.keys, panels + panel_halves, w.scratch, w.row_scratch);
+                      least((first + kPanelsOfTask) * kPanel, sizes.keys), sizes.keys, panels + panel_halves, 0, w.scratch, w.row_scratch);
     });
     parallel(team, count * p.ratio * blocks, [&](int64_t index, int64_t thread) {
       const int64_t block = blocks - 1 - index % blocks, local = index / blocks / p.ratio, unit = start + local;

@@ -59,7 +59,7 @@ struct AmxKernel {
         pack_half_panel(table, call.rows, p.size, amx.sizes.size, true, panel,
                         amx.tables + h * amx.table_halves + panel * kPanel * amx.sizes.size, w.scratch, w.row_scratch);
       pack_half_pairs(table, call.rows, p.size, p.padded_size, first * kPanel, last * kPanel, amx.table_pair_rows,
-                      amx.table_pairs + h * amx.pair_halves, w.scratch, w.row_scratch);
+                      amx.table_pairs + h * amx.pair_halves, 0, w.scratch, w.row_scratch);
     });
   }
 
@@ -76,7 +76,7 @@ struct AmxKernel {
     }
     const bool final = (task + 1) * kPanelsOfTask >= panels_of(p.call.keys);
     pack_half_pairs(key, p.call.keys, p.size, p.padded_size, first * kPanel, final ? amx.sizes.keys + kTileDepth : last * kPanel,
-                    amx.sizes.keys + kTileDepth, unit.key_pairs, w.scratch, w.row_scratch);
+                    amx.sizes.keys + kTileDepth, unit.key_pairs, 0, w.scratch, w.row_scratch);
     for (int64_t d = 0; unit.key_gradient && d < p.padded_size; ++d)
       fill(unit.key_gradient + d * amx.key_columns + first * kPanel, 0.0f, (last - first) * kPanel);
     for (int64_t d = 0; unit.value_gradient && d < p.padded_value_size; ++d)

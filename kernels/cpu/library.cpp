@@ -1,7 +1,6 @@
 // The library's entry points, and what the kernels ask of the machine: its instruction set, its threads, memory. Baseline instructions
 // only.
 #include <atomic>
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>

@@ -18,8 +18,8 @@ constexpr int64_t kPanelsOfTask = 32;
 // One of rel_k (with rel_bias), rel_q and rel_v, packed for all the heads that differ.
 struct PackedTable {
   bool used, per_head, natural_in_place;
-  int64_t rows, left, depth, size, padded;  // depth of the panels; size and stride of the natural rows
-  int64_t panel_floats;                     // of one head
+  int64_t rows, left, depth, padded;  // depth of the panels; stride of the natural rows
+  int64_t panel_floats;               // of one head
   float *panels, *natural;
 
   Table table(const PanelSource& source, int64_t head) const {
@@ -50,12 +50,11 @@ static bool plan_table(const Problem& p, const Team& team, const Tensor& table, 
   packed.rows = p.call.rows;
   packed.left = left;
   packed.depth = source.depth();
-  packed.size = source.size;
   packed.padded = round_up(packed.depth, kPanel);
   packed.panel_floats = source.floats();
   const int64_t heads = packed.per_head ? p.call.heads : 1;
   if (panels && !(packed.panels = allocate(team, heads * packed.panel_floats))) return false;
-  packed.natural_in_place = natural && !bias.data && !source.reversed && readable_in_place(source.matrix, packed.rows, packed.size);
+  packed.natural_in_place = natural && !bias.data && !source.reversed && readable_in_place(source.matrix, packed.rows, source.size);
   if (natural && !packed.natural_in_place && !(packed.natural = allocate(team, heads * packed.rows * packed.padded))) return false;
   return true;
 }
