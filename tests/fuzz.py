@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -239,6 +242,20 @@ def fullest_row(call: Call, name: str) -> int:
     return max(1, int(counts.max())) * (1 if per_head else heads)
 
 
+def check_all(calls: Iterable[tuple[str, Callable[[], Call]]], backend: str, dtype: str, which: str) -> NoReturn:
+    """Make and check each named call, print those that fail, and exit with status 1 if any did."""
+    count = failures = 0
+    for name, make in calls:
+        count += 1
+        try:
+            check(make(), backend, getattr(torch, dtype))
+        except Exception as error:  # report it and go on: a fuzz run tells most when it finishes
+            failures += 1
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+    print(f"{backend} {dtype}: {count} calls {which}, {failures} failed")
+    raise SystemExit(failures > 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="blocked")
@@ -246,15 +263,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first call")
     options = parser.parse_args()
-    failures = 0
-    for seed in range(options.seed, options.seed + options.count):
-        try:
-            check(random_call(seed), options.backend, getattr(torch, options.dtype))
-        except Exception as error:  # report it and go on: a fuzz run tells most when it finishes
-            failures += 1
-            print(f"seed {seed}: {type(error).__name__}: {error}", flush=True)
-    print(f"{options.backend} {options.dtype}: {options.count} calls from seed {options.seed}, {failures} failed")
-    raise SystemExit(failures > 0)
+    seeds = range(options.seed, options.seed + options.count)
+    calls = ((f"seed {seed}", functools.partial(random_call, seed)) for seed in seeds)
+    check_all(calls, options.backend, options.dtype, f"from seed {options.seed}")
 
 
 if __name__ == "__main__":
