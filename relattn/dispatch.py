@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from relattn import blocked, cpu
+from relattn import blocked, cpu, gpu
 from relattn.arguments import Settings, Tensors
 
 
@@ -36,11 +36,13 @@ class Backend(NamedTuple):
 # Fastest first: the order in which a call is offered to them. The reference takes everything but is only used when asked for
 # by name, since blocked, before it, takes everything too.
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend(lambda: "this version of relattn has no Triton kernel yet"),
+    "triton": Backend(gpu.unavailable, gpu.unsupported, gpu.forward, gpu.backward),
     "cpu": Backend(cpu.unavailable, cpu.unsupported, cpu.forward, cpu.backward),
     "blocked": Backend(forward=blocked.forward, backward=blocked.backward),
     "reference": Backend(),  # plain differentiable PyTorch, outside the operators
 }
+if gpu.INTERPRETED:  # then it is the slowest, and only used when asked for by name
+    BACKENDS["triton"] = BACKENDS.pop("triton")
 
 
 def backends() -> dict[str, str | None]:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 import relattn
-from relattn import blocked, cpu
+from relattn import blocked, cpu, gpu
 
 # Lengths: empty and single ones, odd ones, one below and above the sizes of a block (64, 128), more than one block.
 QUERY_LENGTHS = (1, 2, 5, 16, 17, 63, 127, 128, 129, 200, 260)
 KEY_LENGTHS = (1, 3, 8, 17, 64, 65, 128, 131, 200, 300)
 HEAD_SIZES = (1, 3, 8, 16, 20, 33, 48, 64, 130)
-WITHOUT_MASK_GRADIENT = ("cpu",)  # backends that leave calls whose attn_mask requires a gradient to the next one
+WITHOUT_MASK_GRADIENT = ("cpu", "triton")  # backends that leave calls whose attn_mask requires a gradient to the next one
 
 
 @dataclass
@@ -152,7 +152,7 @@ def run(call: Call, backend: str, dtype: torch.dtype, rounded_to: torch.dtype | 
 def cut(seed: int):
     """Sizes of blocks drawn at random for two thirds of the calls: lengths here are too short to be cut by the real ones.
 
-    And the native kernel's number of threads, which it would not use for so little.
+    And the native kernel's number of threads, and the GPU kernels' number of programs, which they would not use for so little.
     """
     rng = random.Random(seed)
     drawn = {
@@ -160,17 +160,21 @@ def cut(seed: int):
         "_COPIED": rng.choice((0, 500)), "_TORCH_KERNEL": rng.choice((0, 500)),
     }  # fmt: skip
     drawn_cpu = {"_TILE": (rng.choice((0, 1, 7, 20, 60)), rng.choice((0, 16, 64, 128))), "_ALONE": 0}
-    kept, kept_cpu = ({name: vars(module)[name] for name in names} for module, names in ((blocked, drawn), (cpu, drawn_cpu)))
+    drawn_gpu = {
+        "_CONFIGURATION": rng.choice((None, (16, 4, 1), (32, 4, 1))), "_SPLITS": rng.choice((0, 1, 2, 5)), "_TABLE_PROGRAMS": rng.choice((0, 1, 100))
+    }  # fmt: skip
+    modules = ((blocked, drawn), (cpu, drawn_cpu), (gpu, drawn_gpu))
+    kept = [(module, {name: vars(module)[name] for name in names}) for module, names in modules]
     threads = torch.get_num_threads()
     try:
         if seed % 3:
-            vars(blocked).update(drawn)
-            vars(cpu).update(drawn_cpu)
+            for module, names in modules:
+                vars(module).update(names)
             torch.set_num_threads(rng.choice((1, 2, 3, 5)))
         yield
     finally:
-        vars(blocked).update(kept)
-        vars(cpu).update(kept_cpu)
+        for module, names in kept:
+            vars(module).update(names)
         torch.set_num_threads(threads)
 
 

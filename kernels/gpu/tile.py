@@ -1,0 +1,253 @@
+"""What is done with one tile of scores, as functions that Triton inlines into the kernels.
+
+A tile is BLOCK queries against BLOCK keys. Numbers inside a tile: query m, key n. The distances that occur in it are consecutive:
+BLOCK - 1 + n - m is one of 0 ... 2 BLOCK - 2, so the rows of a relative table that it needs are a *window* of two blocks, low and high.
+A product with the window (rel_k: q.E^T) has one column per distance, and the skew, to one column per key, is a slide of each row:
+
+    scores[m, n] = window[m, BLOCK - 1 + n - m]
+
+For rel_q, whose content is the key, it is window[n, BLOCK - 1 + n - m]. Four cases then: the content is the query or the key (QUERY), and
+it stands along the tile's rows or its columns (ROWS). The way back, for gradients and for rel_v, is a slide too.
+
+The slide goes through shared memory, as a gather on the flattened window. Matrix units leave in lane l of a warp the rows l / 4 (+ 8), of
+them the columns 2 (l mod 4) + {0, 1} (+ 8 t). The window is flattened in an order of its index bits, free as a matter of layout, in which
+the 32 lanes meet 32 different banks when they store it and when they load a tile from it, however far each row slides: the lowest five
+bits of an address are, for content along rows, [r2 r1 r0 c2 c1], where (c2 c1) takes all four values over the four lanes that share a row,
+whatever is added to c; along columns [r1 r0 c2 c1 r2]. tests/test_gpu.py counts the banks.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """A product of two tiles, accumulated in float32."""
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def add_dot(a, b, total, PRECISION: tl.constexpr):
+    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def load_rows(base, start, stop, strides, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows start ... start + ROWS of a matrix with `stop` rows of SIZE numbers, (ROWS, COLUMNS); zeros beyond."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside = ((start + row).to(tl.uint32) < stop)[:, None]  # rows before the first are beyond the last
+    if SIZE != COLUMNS:
+        inside = inside & (column < SIZE)[None, :]
+    address = base + tl.cast(start, tl.int64) * strides[0] + (row[:, None] * strides[0] + column[None, :] * strides[1])
+    return tl.load(address, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(base, tile, start, stop, strides, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside = (start + row < stop)[:, None]
+    if SIZE != COLUMNS:
+        inside = inside & (column < SIZE)[None, :]
+    address = base + tl.cast(start, tl.int64) * strides[0] + (row[:, None] * strides[0] + column[None, :] * strides[1])
+    tl.store(address, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_window(base, first, table_rows, strides, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows first ... first + ROWS of a table, clamped to those it has."""
+    start, row = _clamped(first, table_rows, ROWS)
+    column = tl.arange(0, COLUMNS)
+    address = base + start.to(tl.int64) * strides[0] + (row[:, None] * strides[0] + column[None, :] * strides[1])
+    if SIZE != COLUMNS:
+        tile = tl.load(address, mask=(column < SIZE)[None, :], other=0.0)
+    else:
+        tile = tl.load(address)
+    return tile
+
+
+@triton.jit
+def _clamped(first, table_rows, ROWS: tl.constexpr):
+    """The first row that a window reads, and how much further each of its rows is: 64-bit numbers stay scalars."""
+    start = tl.minimum(tl.maximum(first, 0), table_rows - 1)
+    lead = tl.minimum(tl.maximum(first - start, -ROWS), ROWS).to(tl.int32)
+    start = start.to(tl.int32)
+    return start, tl.minimum(tl.maximum(lead + tl.arange(0, ROWS), 0), table_rows - 1 - start)
+
+
+@triton.jit
+def load_bias(base, first, table_rows, stride, ROWS: tl.constexpr):
+    """Entries first ... first + ROWS of a (R,) bias, clamped to those it has, in units of ln 2."""
+    start, row = _clamped(first, table_rows, ROWS)
+    return tl.load(base + start.to(tl.int64) * stride + row * stride).to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
+def _flatten(tile, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    if ROWS:  # [r5 r4 r3 | c5 c4 c3 | c0 | r2 r1 r0 | c2 c1]
+        tile = tl.permute(tl.reshape(tile, (BLOCK // 8, 8, BLOCK // 8, 4, 2)), (0, 2, 4, 1, 3))
+    else:  # [r5 r4 r3 | c5 c4 c3 | c0 | r1 r0 | c2 c1 | r2]
+        tile = tl.permute(tl.reshape(tile, (BLOCK // 8, 2, 4, BLOCK // 8, 4, 2)), (0, 3, 5, 2, 4, 1))
+    return tl.reshape(tile, (BLOCK * BLOCK,))
+
+
+@triton.jit
+def _flatten_two(first, second, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """As if the second tile stood to the right of the first (below it, if not ROWS)."""
+    both = tl.join(first, second)
+    if ROWS:
+        both = tl.permute(tl.reshape(both, (BLOCK // 8, 8, BLOCK // 8, 4, 2, 2)), (0, 5, 2, 4, 1, 3))
+    else:
+        both = tl.permute(tl.reshape(both, (BLOCK // 8, 2, 4, BLOCK // 8, 4, 2, 2)), (6, 0, 3, 5, 2, 4, 1))
+    return tl.reshape(both, (2 * BLOCK * BLOCK,))
+
+
+@triton.jit
+def _unflatten(flat, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    if ROWS:
+        tile = tl.permute(tl.reshape(flat, (BLOCK // 8, BLOCK // 8, 2, 8, 4)), (0, 3, 1, 4, 2))
+    else:
+        tile = tl.permute(tl.reshape(flat, (BLOCK // 8, BLOCK // 8, 2, 4, 4, 2)), (0, 5, 3, 1, 4, 2))
+    return tl.reshape(tile, (BLOCK, BLOCK))
+
+
+@triton.jit
+def _content_and_other(BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The two index tiles: along the axis of the content, and along the other (a distance of the window, or a query or key)."""
+    content, other = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    if not ROWS:
+        content, other = tl.arange(0, BLOCK)[None, :], tl.arange(0, BLOCK)[:, None]
+    return content, other
+
+
+@triton.jit
+def _slide(
+    first, second, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Of two tiles side by side, in the line of each content the elements START + CONTENT * content + OTHER * other."""
+    content, other = _content_and_other(BLOCK, ROWS)
+    # Eights and remainders apart, so that the addresses of a thread differ by constants: offsets in its loads instead of registers.
+    rest = CONTENT * (content % 8) + OTHER * (other % 8) + (START + BLOCK)
+    eights = CONTENT * (content // 8) + OTHER * (other // 8) + rest // 8 - BLOCK // 8
+    rest = rest % 8
+    if ROWS:
+        block = (content // 8) * (BLOCK // 4) + eights
+        address = (block * 2 + rest % 2) * 32 + (content % 8) * 4 + rest // 2
+    else:
+        block = eights * (BLOCK // 8) + content // 8
+        address = (block * 2 + content % 2) * 32 + (rest % 4) * 8 + (content % 8) // 2 * 2 + rest // 4
+    flat = tl.gather(_flatten_two(first, second, BLOCK, ROWS), _flatten(address, BLOCK, ROWS), 0)
+    return _unflatten(flat, BLOCK, ROWS)
+
+
+@triton.jit
+def skew(low, high, BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr):
+    """From the two blocks of a window, one column (row, if not ROWS) per distance, to a tile of scores."""
+    if QUERY:
+        scores = _slide(low, high, -1, 1, BLOCK - 1, BLOCK, ROWS)
+    else:
+        scores = _slide(low, high, 1, -1, BLOCK - 1, BLOCK, ROWS)
+    return scores
+
+
+@triton.jit
+def unskew(low, high, BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr):
+    """A block of distances: those of the tile whose window has this block as its low one, and those of the tile of which it is the high
+    one. They share no place (`in_low` tells them apart), so nothing is added."""
+    if QUERY:
+        by_distance = _slide(high, low, 1, 1, 1, BLOCK, ROWS)
+    else:
+        by_distance = _slide(low, high, 1, -1, BLOCK - 1, BLOCK, ROWS)
+    return by_distance
+
+
+@triton.jit
+def in_low(BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr):
+    """Which elements of `unskew`'s result come from its first argument."""
+    content, distance = _content_and_other(BLOCK, ROWS)
+    if QUERY:
+        low = distance >= BLOCK - 1 - content
+    else:
+        low = distance >= content
+    return low
+
+
+@triton.jit
+def _philox_round(word0, word1, word2, word3, key0, key1):
+    high0, low0 = tl.umulhi(word0, 0xD2511F53), word0 * 0xD2511F53
+    high2, low2 = tl.umulhi(word2, 0xCD9E8D57), word2 * 0xCD9E8D57
+    return high2 ^ word1 ^ key0, low2, high0 ^ word3 ^ key1, low0
+
+
+@triton.jit
+def _philox(seed, batch, head, query, quarter):
+    """The four random words of Philox4x32-7 for a place; relattn/philox.py defines it."""
+    key0, key1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = (query + quarter).to(tl.uint32) * 0
+    word0, word1 = zero + tl.cast(batch, tl.uint32), zero + tl.cast(head, tl.uint32)
+    word2, word3 = zero + query.to(tl.uint32), zero + quarter.to(tl.uint32)
+    for _ in tl.static_range(7):
+        word0, word1, word2, word3 = _philox_round(word0, word1, word2, word3, key0, key1)
+        key0, key1 = key0 + 0x9E3779B9, key1 + 0xBB67AE85
+    return word0, word1, word2, word3
+
+
+@triton.jit
+def dropout_keep(
+    seed, threshold, batch, head, query_start, key_start, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Which weights of a tile survive dropout, bool. ALIGNED: key_start is a multiple of 4, and four keys share the work."""
+    limit = tl.cast(threshold, tl.int32).to(tl.uint32, bitcast=True)
+    query = query_start + tl.arange(0, BLOCK)
+    if ALIGNED:
+        quarter = key_start // 4 + tl.arange(0, BLOCK // 4)
+        if TRANSPOSED:
+            word0, word1, word2, word3 = _philox(seed, batch, head, query[None, :], quarter[:, None])
+        else:
+            word0, word1, word2, word3 = _philox(seed, batch, head, query[:, None], quarter[None, :])
+        keep0, keep1 = (word0 >= limit).to(tl.int8), (word1 >= limit).to(tl.int8)
+        keep2, keep3 = (word2 >= limit).to(tl.int8), (word3 >= limit).to(tl.int8)
+        four = tl.join(tl.join(keep0, keep2), tl.join(keep1, keep3))  # [..., high bit, low bit] of the key's place among four
+        if TRANSPOSED:
+            four = tl.permute(four, (0, 2, 3, 1))
+        keep = tl.reshape(four, (BLOCK, BLOCK)) != 0
+    else:
+        key = tl.maximum(key_start + tl.arange(0, BLOCK), 0)  # keys before the first are hidden anyway
+        if TRANSPOSED:
+            word0, word1, word2, word3 = _philox(seed, batch, head, query[None, :], (key // 4)[:, None])
+            place = (key % 4)[:, None]
+        else:
+            word0, word1, word2, word3 = _philox(seed, batch, head, query[:, None], (key // 4)[None, :])
+            place = (key % 4)[None, :]
+        keep = tl.where(place < 2, tl.where(place == 0, word0, word1), tl.where(place == 2, word2, word3)) >= limit
+    return keep
+
+
+@triton.jit
+def mask_scores(
+    scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride, mask, mask_strides,
+    hidden_from, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Scores in units of ln 2, plus the mask; -inf where the query may not see the key.
+
+    key_mask (Lk,), mask (Lq, Lk) of this batch element and head, or None. Distances are key index minus query index.
+    """
+    if TRANSPOSED:
+        query, key = (query_start + tl.arange(0, BLOCK))[None, :], (key_start + tl.arange(0, BLOCK))[:, None]
+    else:
+        query, key = (query_start + tl.arange(0, BLOCK))[:, None], (key_start + tl.arange(0, BLOCK))[None, :]
+    inside = (key >= 0) & (key < key_stop)
+    # Without a mask only tiles that some query does not see whole come here; the others skip this.
+    if key_mask is not None:
+        inside = inside & (tl.load(key_mask + tl.cast(key, tl.int64) * key_mask_stride, mask=inside, other=0) != 0)
+    distance = key - query
+    visible = inside & (distance >= first_distance) & (distance <= last_distance)
+    if mask is not None:
+        address = mask + tl.cast(query, tl.int64) * mask_strides[2] + tl.cast(key, tl.int64) * mask_strides[3]
+        entry = tl.load(address, mask=(key >= 0) & (key < key_stop) & (query < queries), other=0)
+        if mask.dtype.element_ty == tl.uint8:
+            visible = visible & (entry != 0)
+        else:
+            entry = entry.to(tl.float32)
+            visible = visible & ~(entry <= hidden_from)
+            scores = scores + entry * 1.4426950408889634
+    return tl.where(visible, scores, float("-inf"))
