@@ -142,6 +142,8 @@ class _Call:
         mask = tensors.attn_mask
         self.hidden_from = 0.0 if mask is None or mask.dtype == torch.bool else hidden_from(mask.dtype)
         self.mask = mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+        # Only a mask or a bias that is added makes scores so large that the log-sum-exp does not hold what it should.
+        self.exact = self.rel_bias is None and (self.mask is None or self.mask.dtype == torch.uint8)
         self.key_lengths, self.offsets = tensors.key_lengths, tensors.query_offsets
         self.first, self.last = -_UNBOUNDED, _UNBOUNDED
         if settings.window_left is not None:
@@ -201,7 +203,7 @@ class _Call:
 
     def _constants(self, configuration) -> dict[str, Any]:
         block, warps, stages = configuration
-        precision = "tf32" if not INTERPRETED and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        precision = "interpreter" if INTERPRETED else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
         power = _kernels().next_power_of_2
         return dict(
             SIZE=self.size, VALUE_SIZE=self.value_size, BLOCK=block, BLOCK_SIZE=max(16, power(self.size)),
@@ -225,7 +227,7 @@ class _Call:
             table_rows=self.table_rows, query_offset=settings.query_offset, first=self.first, last=self.last, left=settings.left,
             scale=settings.scale, log2_scale=settings.scale * _LOG2_E, hidden_from=self.hidden_from,
             threshold=threshold - 2**32 if threshold >= 2**31 else threshold, keep_scale=1.0 / (1.0 - drop) if drop < 1.0 else 0.0,
-            DROPOUT=drop > 0.0,
+            DROPOUT=drop > 0.0, LATE=self.exact and settings.scale > 0.0,
         )  # fmt: skip
 
     def _launch(self, kernel: str, grid: tuple[int, ...], configuration, **arguments) -> None:
@@ -279,9 +281,9 @@ class _Call:
         def per_query(*sizes: int) -> Tensor:
             return torch.empty((*sizes, *lse.shape), dtype=torch.float32, device=lse.device)
 
-        # Only a mask or a bias that is added makes scores so large that the log-sum-exp does not hold what it should.
-        exact = self.rel_bias is None and (self.mask is None or self.mask.dtype == torch.uint8)
-        rows = dict(delta=per_query(), base=per_query(), inverse=None if exact else per_query(), edges=per_query(2) if any_clipped else None)
+        rows = dict(
+            delta=per_query(), base=per_query(), inverse=None if self.exact else per_query(), edges=per_query(2) if any_clipped else None
+        )
         common = dict(grad_output=grad_output, grad_strides=tuple(grad_output.stride()), **rows)
 
         def grid(block: int, length: int, heads: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ delta = sum_j w dw = do.o; then dq = ds k + unskewed(ds) rel_k, dk = ds^T q + un
 import triton
 import triton.language as tl
 
-from .forward import SIZES, distances, edge_scores, key_ranges, relative_window, tile_scores, walk_ranges
+from .forward import SIZES, distances, edge_scores, is_whole, key_ranges, relative_window, tile_scores, walk_keys
 from .tile import add_dot, dot, dropout_keep, in_low, load_bias, load_rows, load_window, mask_scores, skew, store_rows, unskew
 
 
@@ -21,7 +21,7 @@ def prepare_kernel(
     query_strides, key_strides, rel_k_strides, rel_q_strides, rel_bias_strides, key_mask_strides, mask_strides,
     output_strides, grad_strides, grad_lse_strides,
     heads, group, queries, keys, query_blocks, table_rows, query_offset, first, last, left, log2_scale, hidden_from,
-    CLIPPED: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    CLIPPED: tl.constexpr, LATE: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Per query, (B, H, Lq) float32: delta; base and inverse, so that the weights are inverse * 2^(scores - base); edges (2, B, H, Lq),
@@ -66,7 +66,7 @@ def prepare_kernel(
         for SIDE in tl.static_range(2):
             edge = edge_scores(
                 tile_v, rel_k, rel_bias, (table_rows - 1) * SIDE, (rel_k_strides[1], rel_k_strides[2]), rel_bias_strides[1], log2_scale,
-                SIZE, BLOCK_SIZE,
+                LATE, SIZE, BLOCK_SIZE,
             )  # fmt: skip
             side = (tl.num_programs(0) // query_blocks).to(tl.int64) * queries * SIDE
             tl.store(edges + side + rows + row, edge, mask=row < queries)
@@ -86,14 +86,14 @@ def prepare_kernel(
                 key_mask += batch64 * key_mask_strides[0]
             if mask is not None:
                 mask += batch64 * mask_strides[0] + head64 * mask_strides[1]
-            unused, highest, norm = walk_ranges(
+            unused, highest, norm = walk_keys(
                 sums[:, None], tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32), tile_u, tile_v,
                 key + batch64 * key_strides[0] + key_head * key_strides[1], key, rel_k, rel_q, None, rel_bias, key_mask, mask,
                 (key_strides[2], key_strides[3]), key_strides, (rel_k_strides[1], rel_k_strides[2]),
                 (rel_q_strides[1], rel_q_strides[2]), rel_k_strides, rel_bias_strides[1], key_mask_strides[1], mask_strides,
                 0, keys, query_start, queries, key_stop, first, last, table_start, table_rows, log2_scale, hidden_from,
                 0, 0, 1.0, batch, head,
-                CLIPPED, False, False, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
+                CLIPPED, LATE, False, False, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
             )  # fmt: skip
             highest = tl.where(highest == float("-inf"), 0.0, highest)
         tl.store(inverse + rows + row, tl.where(norm == 0.0, 0.0, 1.0 / norm), mask=row < queries)
@@ -102,52 +102,42 @@ def prepare_kernel(
 
 @triton.jit
 def _query_walk(
-    total, before, query_u, query_v, slopes, base, inverse, delta, edge, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
+    total, query_u, query_v, slopes, base, inverse, delta, left, right, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
     key_strides, value_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-    start, stop, query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
+    query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
     seed, threshold, keep_scale, batch, head,
-    FAR: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    CLIPPED: tl.constexpr, LATE: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The queries' gradient from the keys start ... stop, and the sum of each row's score gradients there."""
-    RELATIVE: tl.constexpr = (rel_k is not None or rel_bias is not None) and not FAR
-    sums = tl.zeros((BLOCK,), tl.float32)
-    low = total
-    if RELATIVE:
-        first = start - query_start - (BLOCK - 1) - table_start
+    """The queries' gradient but for the far tiles' tables, and the sums of each row's score gradients far to the left and to the right."""
+    start, near, beyond, stop = key_ranges(
+        query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, CLIPPED, BLOCK
+    )
+    sums_left, sums_right = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    low, before = total, tl.zeros((BLOCK, BLOCK), query_u.dtype)
+    if (rel_k is not None or rel_bias is not None) and not CLIPPED:
         low = relative_window(
-            query_v, rel_k, rel_bias, first, table_rows, rel_k_strides, rel_bias_stride, log2_scale, SIZE, BLOCK, BLOCK_SIZE, PRECISION
-        )
+            query_v, rel_k, rel_bias, start - query_start - (BLOCK - 1) - table_start, table_rows, rel_k_strides, rel_bias_stride,
+            log2_scale, LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
+        )  # fmt: skip
     for key_start in tl.range(start, stop, BLOCK):
         first = key_start - query_start - (BLOCK - 1) - table_start
         key_tile = load_rows(key, key_start, key_stop, key_strides, SIZE, BLOCK, BLOCK_SIZE)
-        high = low
-        if RELATIVE:
-            high = relative_window(
-                query_v, rel_k, rel_bias, first + BLOCK, table_rows, rel_k_strides, rel_bias_stride, log2_scale,
-                SIZE, BLOCK, BLOCK_SIZE, PRECISION,
-            )  # fmt: skip
-        scores = tile_scores(
-            query_u, query_v, key_tile, low, high, edge, rel_k, rel_q, rel_bias, rel_q_strides, first, table_rows, log2_scale,
-            FAR, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
+        scores, low = tile_scores(
+            query_u, query_v, key_tile, low, left, right, rel_k, rel_q, rel_bias, rel_k_strides, rel_q_strides, rel_bias_stride,
+            first, key_start, near, beyond, table_rows, log2_scale, CLIPPED, LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
         )  # fmt: skip
-        low = high
-        whole = (
-            (key_start + BLOCK <= key_stop)
-            & (key_start - (query_start + BLOCK - 1) >= first_distance)
-            & (key_start + BLOCK - 1 - query_start <= last_distance)
-        )
         if key_mask is not None or mask is not None:
             scores = mask_scores(
                 scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
                 mask, mask_strides, hidden_from, BLOCK, False,
             )  # fmt: skip
-        elif not whole:
+        elif not is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK):
             scores = mask_scores(
                 scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
                 mask, mask_strides, hidden_from, BLOCK, False,
             )  # fmt: skip
-        weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(scores * (log2_scale if LATE else 1.0) - base[:, None])
         if inverse is not None:
             weights = weights * inverse[:, None]
         value_tile = load_rows(value, key_start, key_stop, value_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
@@ -163,22 +153,32 @@ def _query_walk(
             keep = dropout_keep(seed, threshold, batch, head, query_start, key_start, BLOCK, False, True)
             grad = tl.where(keep, grad * keep_scale, 0.0)
         grad = weights * (grad - delta[:, None])
-        if FAR:
-            sums += tl.sum(grad, axis=1)
         half = grad.to(key_tile.dtype)
-        if RELATIVE and rel_k is not None:
+        if CLIPPED:
+            if (key_start >= near) & (key_start < beyond):
+                if rel_k is not None:
+                    none = tl.zeros((BLOCK, BLOCK), half.dtype)
+                    table = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
+                    total = add_dot(unskew(half, none, BLOCK, True, True), table, total, PRECISION)
+                    table = load_window(rel_k, first + BLOCK, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
+                    total = add_dot(unskew(none, half, BLOCK, True, True), table, total, PRECISION)
+            else:
+                row_sums = tl.sum(grad, axis=1)
+                sums_left += tl.where(key_start < near, row_sums, 0.0)
+                sums_right += tl.where(key_start < near, 0.0, row_sums)
+        elif rel_k is not None:
             # The low block of this window was the high block of the last: one product for what both tiles owe to it.
             table = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
             total = add_dot(unskew(half, before, BLOCK, True, True), table, total, PRECISION)
             before = half
         total = add_dot(half, key_tile, total, PRECISION)
-    if RELATIVE and rel_k is not None:
+    if rel_k is not None and not CLIPPED:
         if stop > start:
             first = (stop - start + BLOCK - 1) // BLOCK * BLOCK + start - query_start - (BLOCK - 1) - table_start
             table = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
             owed = unskew(tl.zeros((BLOCK, BLOCK), before.dtype), before, BLOCK, True, True)
             total = add_dot(owed, table, total, PRECISION)
-    return total, sums
+    return total, sums_left, sums_right
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -189,7 +189,7 @@ def query_gradient_kernel(
     key_mask_strides, mask_strides, grad_strides, grad_query_strides,
     heads, group, queries, keys, query_blocks, table_rows, query_offset, first, last, left, scale, log2_scale, hidden_from,
     threshold, keep_scale,
-    CLIPPED: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    CLIPPED: tl.constexpr, LATE: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (query block of a head of a batch element). If CLIPPED, edge_sums (2, B, H, Lq) float32 gets, per query, the score gradients
@@ -234,31 +234,31 @@ def query_gradient_kernel(
     if inverse is not None:
         rows_inverse = tl.load(inverse + rows + row, mask=row < queries, other=0.0)
 
-    start, near, beyond, stop = key_ranges(query_start, queries, key_stop, first, last, table_start, table_rows, CLIPPED, BLOCK)
-    total = tl.zeros((BLOCK, BLOCK_SIZE), tl.float32)
-    edge = rows_base
+    left, right = rows_base, rows_base
     side = (tl.num_programs(0) // query_blocks).to(tl.int64) * queries
-    for SIDE in tl.static_range(3):  # far to the left, near, far to the right
-        if SIDE == 1 or CLIPPED:
-            if SIDE != 1:
-                edge = tl.load(edges + side * (SIDE // 2) + rows + row, mask=row < queries, other=0.0)
-            total, sums = _query_walk(
-                total, tl.zeros((BLOCK, BLOCK), tile_u.dtype), tile_u, tile_v, slopes, rows_base, rows_inverse, rows_delta, edge,
-                key + batch64 * key_strides[0] + key_head * key_strides[1], value + batch64 * value_strides[0] + key_head * value_strides[1],
-                rel_k, rel_q, rel_v, rel_bias, key_mask, mask, (key_strides[2], key_strides[3]), (value_strides[2], value_strides[3]),
-                (rel_k_strides[1], rel_k_strides[2]), (rel_q_strides[1], rel_q_strides[2]), (rel_v_strides[1], rel_v_strides[2]),
-                rel_bias_strides[1], key_mask_strides[1], mask_strides,
-                start if SIDE == 0 else (near if SIDE == 1 else beyond), near if SIDE == 0 else (beyond if SIDE == 1 else stop),
-                query_start, queries, key_stop, first, last, table_start, table_rows, log2_scale, hidden_from,
-                drawn, threshold, keep_scale, batch, head,
-                SIDE != 1, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
-            )  # fmt: skip
-            if SIDE != 1:
-                tl.store(edge_sums + side * (SIDE // 2) + rows + row, sums, mask=row < queries)
-                if rel_k is not None:
-                    column = tl.arange(0, BLOCK_SIZE)
-                    address = rel_k + tl.cast((table_rows - 1) * (SIDE // 2), tl.int64) * rel_k_strides[1] + column * rel_k_strides[2]
-                    total += sums[:, None] * tl.load(address, mask=column < SIZE, other=0.0).to(tl.float32)[None, :]
+    if CLIPPED:
+        left = tl.load(edges + rows + row, mask=row < queries, other=0.0)
+        right = tl.load(edges + side + rows + row, mask=row < queries, other=0.0)
+    total, sums_left, sums_right = _query_walk(
+        tl.zeros((BLOCK, BLOCK_SIZE), tl.float32), tile_u, tile_v, slopes, rows_base, rows_inverse, rows_delta, left, right,
+        key + batch64 * key_strides[0] + key_head * key_strides[1], value + batch64 * value_strides[0] + key_head * value_strides[1],
+        rel_k, rel_q, rel_v, rel_bias, key_mask, mask, (key_strides[2], key_strides[3]), (value_strides[2], value_strides[3]),
+        (rel_k_strides[1], rel_k_strides[2]), (rel_q_strides[1], rel_q_strides[2]), (rel_v_strides[1], rel_v_strides[2]),
+        rel_bias_strides[1], key_mask_strides[1], mask_strides,
+        query_start, queries, key_stop, first, last, table_start, table_rows, log2_scale, hidden_from,
+        drawn, threshold, keep_scale, batch, head,
+        CLIPPED, LATE, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
+    )  # fmt: skip
+    if CLIPPED:
+        tl.store(edge_sums + rows + row, sums_left, mask=row < queries)
+        tl.store(edge_sums + side + rows + row, sums_right, mask=row < queries)
+        if rel_k is not None:
+            column = tl.arange(0, BLOCK_SIZE)
+            edge = tl.load(rel_k + column * rel_k_strides[2], mask=column < SIZE, other=0.0).to(tl.float32)
+            total += sums_left[:, None] * edge[None, :]
+            rel_k += tl.cast(table_rows - 1, tl.int64) * rel_k_strides[1]
+            edge = tl.load(rel_k + column * rel_k_strides[2], mask=column < SIZE, other=0.0).to(tl.float32)
+            total += sums_right[:, None] * edge[None, :]
     store_rows(
         grad_query + batch64 * grad_query_strides[0] + head64 * grad_query_strides[1], total * scale, query_start, queries,
         (grad_query_strides[2], grad_query_strides[3]), SIZE, BLOCK, BLOCK_SIZE,
@@ -266,58 +266,87 @@ def query_gradient_kernel(
 
 
 @triton.jit
+def _transposed_window(
+    query_v, table_low, table_high, rel_bias, rel_bias_stride, first, table_rows, log2_scale, LATE: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What rel_k, of which these are the window's two blocks, or None, and rel_bias add to the scores (key, query)."""
+    if table_low is not None:
+        low, high = dot(table_low, tl.trans(query_v), PRECISION), dot(table_high, tl.trans(query_v), PRECISION)
+        if not LATE:
+            low, high = low * log2_scale, high * log2_scale
+    else:
+        low, high = tl.zeros((BLOCK, BLOCK), tl.float32), tl.zeros((BLOCK, BLOCK), tl.float32)
+    if rel_bias is not None:
+        low += load_bias(rel_bias, first, table_rows, rel_bias_stride, BLOCK)[:, None]
+        high += load_bias(rel_bias, first + BLOCK, table_rows, rel_bias_stride, BLOCK)[:, None]
+    return skew(low, high, BLOCK, False, True)
+
+
+@triton.jit
 def transposed_tile(
-    key_tile, value_tile, query_u, query_v, slopes, base, inverse, delta, edges, table_low, table_high,
-    rel_q, rel_v, rel_bias, key_mask, mask, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-    query_start, key_start, queries, key_stop, first_distance, last_distance, first, table_rows, log2_scale, hidden_from,
+    key_tile, value_tile, query_u, query_v, slopes, base, inverse, delta, edges, side, table_low, table_high,
+    rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
+    rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
+    query_start, key_start, queries, key_stop, first_distance, last_distance, first, near, beyond, table_rows, log2_scale, hidden_from,
     seed, threshold, keep_scale, batch, head,
-    FAR: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    CLIPPED: tl.constexpr, LATE: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile with its keys as rows: (weights after dropout, gradient of the scores), both (key, query) float32.
 
-    table_low, table_high: the two blocks of rel_k's window, or None; `first`: the tables' row where the window begins. base, inverse, delta
-    and edges are read where they are used: every thread needs a good part of them, in registers.
+    table_low, table_high: the two blocks of rel_k's window, or None; `first`: the tables' row where the window begins. If CLIPPED, queries
+    before `near` and from `beyond` on have far tiles, with the keys to the right and to the left, and the blocks are loaded where needed.
+    base, inverse, delta and edges are read where they are used: every thread needs a good part of them, in registers.
     """
     row = query_start + tl.arange(0, BLOCK)
-    if FAR:
-        edge = tl.load(edges + row, mask=row < queries, other=0.0)
-        scores = dot(key_tile, tl.trans(query_u), PRECISION) * log2_scale + edge[None, :]
+    if CLIPPED:
+        scores = dot(key_tile, tl.trans(query_u), PRECISION)
+        if not LATE:
+            scores = scores * log2_scale
+        if (query_start >= near) & (query_start < beyond):
+            if rel_k is not None:
+                table_low = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
+                table_high = load_window(rel_k, first + BLOCK, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
+                scores += _transposed_window(
+                    query_v, table_low, table_high, rel_bias, rel_bias_stride, first, table_rows, log2_scale, LATE, BLOCK, PRECISION
+                )
+            else:
+                scores += _transposed_window(
+                    query_v, None, None, rel_bias, rel_bias_stride, first, table_rows, log2_scale, LATE, BLOCK, PRECISION
+                )
+        else:
+            edge = edges + tl.where(query_start < near, side, 0)
+            scores += tl.load(edge + row, mask=row < queries, other=0.0)[None, :]
     elif table_low is not None or rel_bias is not None:
-        if table_low is not None:
-            low, high = dot(table_low, tl.trans(query_v), PRECISION), dot(table_high, tl.trans(query_v), PRECISION)
+        window = _transposed_window(
+            query_v, table_low, table_high, rel_bias, rel_bias_stride, first, table_rows, log2_scale, LATE, BLOCK, PRECISION
+        )
+        if LATE:
+            scores = add_dot(key_tile, tl.trans(query_u), window, PRECISION)
         else:
-            low, high = tl.zeros((BLOCK, BLOCK), tl.float32), tl.zeros((BLOCK, BLOCK), tl.float32)
-        if rel_bias is not None:
-            low = low * log2_scale + load_bias(rel_bias, first, table_rows, rel_bias_stride, BLOCK)[:, None]
-            high = high * log2_scale + load_bias(rel_bias, first + BLOCK, table_rows, rel_bias_stride, BLOCK)[:, None]
-            scores = dot(key_tile, tl.trans(query_u), PRECISION) * log2_scale + skew(low, high, BLOCK, False, True)
-        else:
-            scores = add_dot(key_tile, tl.trans(query_u), skew(low, high, BLOCK, False, True), PRECISION) * log2_scale
+            scores = dot(key_tile, tl.trans(query_u), PRECISION) * log2_scale + window
     else:
-        scores = dot(key_tile, tl.trans(query_u), PRECISION) * log2_scale
+        scores = dot(key_tile, tl.trans(query_u), PRECISION)
+        if not LATE:
+            scores = scores * log2_scale
     if rel_q is not None:
         table = load_window(rel_q, first, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE)
         low = dot(key_tile, tl.trans(table), PRECISION)
         table = load_window(rel_q, first + BLOCK, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE)
-        scores += skew(low, dot(key_tile, tl.trans(table), PRECISION), BLOCK, True, False) * log2_scale
-    whole = (
-        (key_start >= 0)
-        & (key_start + BLOCK <= key_stop)
-        & (key_start - (query_start + BLOCK - 1) >= first_distance)
-        & (key_start + BLOCK - 1 - query_start <= last_distance)
-    )
+        by_key = skew(low, dot(key_tile, tl.trans(table), PRECISION), BLOCK, True, False)
+        scores += by_key if LATE else by_key * log2_scale
     if key_mask is not None or mask is not None:
         scores = mask_scores(
             scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
             mask, mask_strides, hidden_from, BLOCK, True,
         )  # fmt: skip
-    elif not whole:
+    elif not is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK):
         scores = mask_scores(
             scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
             mask, mask_strides, hidden_from, BLOCK, True,
         )  # fmt: skip
-    weights = tl.exp2(scores - tl.load(base + row, mask=row < queries, other=float("inf"))[None, :])
+    weights = tl.exp2(scores * (log2_scale if LATE else 1.0) - tl.load(base + row, mask=row < queries, other=float("inf"))[None, :])
     if inverse is not None:
         weights = weights * tl.load(inverse + row, mask=row < queries, other=0.0)[None, :]
     if rel_v is not None:
@@ -334,50 +363,6 @@ def transposed_tile(
         grad = tl.where(keep, grad * keep_scale, 0.0)
         kept = tl.where(keep, weights * keep_scale, 0.0)
     return kept, weights * (grad - tl.load(delta + row, mask=row < queries, other=0.0)[None, :])
-
-
-@triton.jit
-def _key_walk(
-    grad_key, grad_value, sums, key_tile, value_tile, query_u, query_v, grad_output, base, inverse, delta, edge,
-    rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
-    row_strides, grad_row_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-    start, stop, key_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
-    seed, threshold, keep_scale, batch, head,
-    FAR: tl.constexpr, SUMS: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of keys and values from the queries start ... stop of one head."""
-    for query_start in tl.range(start, stop, BLOCK):
-        first = key_start - query_start - (BLOCK - 1) - table_start
-        tile_u = load_rows(query_u, query_start, queries, row_strides, SIZE, BLOCK, BLOCK_SIZE)
-        tile_v = tile_u
-        if query_v is not None and not FAR:
-            tile_v = load_rows(query_v, query_start, queries, row_strides, SIZE, BLOCK, BLOCK_SIZE)
-        slopes = load_rows(grad_output, query_start, queries, grad_row_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-        low, high = None, None
-        if rel_k is not None and not FAR:
-            low = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
-            high = load_window(rel_k, first + BLOCK, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
-        weights, grad = transposed_tile(
-            key_tile, value_tile, tile_u, tile_v, slopes, base, inverse, delta, edge, low, high,
-            rel_q, rel_v, rel_bias, key_mask, mask, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-            query_start, key_start, queries, key_stop, first_distance, last_distance, first, table_rows, log2_scale, hidden_from,
-            seed, threshold, keep_scale, batch, head,
-            FAR, True, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
-        )  # fmt: skip
-        grad_value = add_dot(weights.to(slopes.dtype), slopes, grad_value, PRECISION)
-        if SUMS:
-            sums += tl.sum(grad, axis=1)
-        half = grad.to(tile_u.dtype)
-        grad_key = add_dot(half, tile_u, grad_key, PRECISION)
-        if rel_q is not None:
-            by_distance = unskew(half, half, BLOCK, True, False)
-            inside = in_low(BLOCK, True, False)
-            table = load_window(rel_q, first, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE)
-            grad_key = add_dot(tl.where(inside, by_distance, 0.0).to(half.dtype), table, grad_key, PRECISION)
-            table = load_window(rel_q, first + BLOCK, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE)
-            grad_key = add_dot(tl.where(inside, 0.0, by_distance).to(half.dtype), table, grad_key, PRECISION)
-    return grad_key, grad_value, sums
 
 
 @triton.jit
@@ -403,6 +388,53 @@ def query_ranges(
     return start, near, beyond, stop
 
 
+@triton.jit
+def _key_walk(
+    grad_key, grad_value, sums, key_tile, value_tile, query_u, query_v, grad_output, base, inverse, delta, edges, side,
+    rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
+    row_strides, grad_row_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
+    key_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
+    seed, threshold, keep_scale, batch, head,
+    CLIPPED: tl.constexpr, LATE: tl.constexpr, SUMS: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values from the queries of one head."""
+    start, near, beyond, stop = query_ranges(
+        key_start, key_stop, queries, first_distance, last_distance, table_start, table_rows, CLIPPED, BLOCK
+    )
+    for query_start in tl.range(start, stop, BLOCK):
+        first = key_start - query_start - (BLOCK - 1) - table_start
+        tile_u = load_rows(query_u, query_start, queries, row_strides, SIZE, BLOCK, BLOCK_SIZE)
+        tile_v = tile_u
+        if query_v is not None:
+            tile_v = load_rows(query_v, query_start, queries, row_strides, SIZE, BLOCK, BLOCK_SIZE)
+        slopes = load_rows(grad_output, query_start, queries, grad_row_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
+        low, high = None, None
+        if rel_k is not None and not CLIPPED:
+            low = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
+            high = load_window(rel_k, first + BLOCK, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
+        weights, grad = transposed_tile(
+            key_tile, value_tile, tile_u, tile_v, slopes, base, inverse, delta, edges, side, low, high,
+            rel_k, rel_q, rel_v, rel_bias, key_mask, mask, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
+            query_start, key_start, queries, key_stop, first_distance, last_distance, first, near, beyond, table_rows,
+            log2_scale, hidden_from, seed, threshold, keep_scale, batch, head,
+            CLIPPED, LATE, True, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
+        )  # fmt: skip
+        grad_value = add_dot(weights.to(slopes.dtype), slopes, grad_value, PRECISION)
+        if SUMS:
+            sums += tl.sum(grad, axis=1)
+        half = grad.to(tile_u.dtype)
+        grad_key = add_dot(half, tile_u, grad_key, PRECISION)
+        if rel_q is not None:
+            by_distance = unskew(half, half, BLOCK, True, False)
+            inside = in_low(BLOCK, True, False)
+            table = load_window(rel_q, first, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE)
+            grad_key = add_dot(tl.where(inside, by_distance, 0.0).to(half.dtype), table, grad_key, PRECISION)
+            table = load_window(rel_q, first + BLOCK, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE)
+            grad_key = add_dot(tl.where(inside, 0.0, by_distance).to(half.dtype), table, grad_key, PRECISION)
+    return grad_key, grad_value, sums
+
+
 @triton.jit(do_not_specialize=SIZES)
 def key_gradient_kernel(
     query_u, query_v, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, key_lengths, mask, offsets, seed, grad_output,
@@ -411,7 +443,7 @@ def key_gradient_kernel(
     key_mask_strides, mask_strides, grad_strides, grad_key_strides, grad_value_strides,
     heads, group, queries, keys, key_blocks, table_rows, query_offset, first, last, left, scale, log2_scale, hidden_from,
     threshold, keep_scale,
-    CLIPPED: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    CLIPPED: tl.constexpr, LATE: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (key block of a key head of a batch element); `heads` counts query heads. key_sums (B, H, Lk) float32 or None gets the score
@@ -439,7 +471,6 @@ def key_gradient_kernel(
         VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE,
     )  # fmt: skip
 
-    start, near, beyond, stop = query_ranges(key_start, key_stop, queries, first, last, table_start, table_rows, CLIPPED, BLOCK)
     total_key, total_value = tl.zeros((BLOCK, BLOCK_SIZE), tl.float32), tl.zeros((BLOCK, BLOCK_VALUE_SIZE), tl.float32)
     for member in tl.range(0, group):
         head = key_head * group + member
@@ -458,30 +489,25 @@ def key_gradient_kernel(
             head_mask = mask + batch64 * mask_strides[0] + head64 * mask_strides[1]
         if inverse is not None:
             head_inverse = inverse + rows
+        head_edges, side = edges, (tl.num_programs(0) // key_blocks * group).to(tl.int64) * queries
+        if CLIPPED:
+            head_edges = edges + rows
         head_v = query_v
         if query_v is not None:
             head_v = query_v + batch64 * query_strides[0] + head64 * query_strides[1]
         sums = tl.zeros((BLOCK,), tl.float32)
-        for SIDE in tl.static_range(3):  # keys far to the right, near, far to the left
-            if SIDE == 1 or CLIPPED:
-                edge = edges
-                if SIDE == 0:
-                    edge = edges + (tl.num_programs(0) // key_blocks * group).to(tl.int64) * queries + rows
-                elif SIDE == 2:
-                    edge = edges + rows
-                total_key, total_value, sums = _key_walk(
-                    total_key, total_value, sums, key_tile, value_tile,
-                    query_u + batch64 * query_strides[0] + head64 * query_strides[1], head_v,
-                    grad_output + batch64 * grad_strides[0] + head64 * grad_strides[1], base + rows, head_inverse, delta + rows, edge,
-                    head_rel_k, head_rel_q, head_rel_v, head_rel_bias, key_mask, head_mask,
-                    (query_strides[2], query_strides[3]), (grad_strides[2], grad_strides[3]),
-                    (rel_k_strides[1], rel_k_strides[2]), (rel_q_strides[1], rel_q_strides[2]), (rel_v_strides[1], rel_v_strides[2]),
-                    rel_bias_strides[1], key_mask_strides[1], mask_strides,
-                    start if SIDE == 0 else (near if SIDE == 1 else beyond), near if SIDE == 0 else (beyond if SIDE == 1 else stop),
-                    key_start, queries, key_stop, first, last, table_start, table_rows, log2_scale, hidden_from,
-                    drawn, threshold, keep_scale, batch, head,
-                    SIDE != 1, key_sums is not None, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
-                )  # fmt: skip
+        total_key, total_value, sums = _key_walk(
+            total_key, total_value, sums, key_tile, value_tile,
+            query_u + batch64 * query_strides[0] + head64 * query_strides[1], head_v,
+            grad_output + batch64 * grad_strides[0] + head64 * grad_strides[1], base + rows, head_inverse, delta + rows, head_edges, side,
+            head_rel_k, head_rel_q, head_rel_v, head_rel_bias, key_mask, head_mask,
+            (query_strides[2], query_strides[3]), (grad_strides[2], grad_strides[3]),
+            (rel_k_strides[1], rel_k_strides[2]), (rel_q_strides[1], rel_q_strides[2]), (rel_v_strides[1], rel_v_strides[2]),
+            rel_bias_strides[1], key_mask_strides[1], mask_strides,
+            key_start, queries, key_stop, first, last, table_start, table_rows, log2_scale, hidden_from,
+            drawn, threshold, keep_scale, batch, head,
+            CLIPPED, LATE, key_sums is not None, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
+        )  # fmt: skip
         if key_sums is not None:
             column = key_start + tl.arange(0, BLOCK)
             tl.store(key_sums + (batch64 * heads + head64) * keys + column, sums, mask=column < keys)

@@ -2,8 +2,11 @@
 inside the loop. Nothing but the output and its log-sum-exp is written.
 
 From one block of keys to the next the window of the table moves on by one block: what was its high block becomes its low one, so
-rel_k takes a single product more per tile than plain attention. Where a table is clipped, tiles whose distances all belong to its first
-or last row (CLIPPED: the loop's first and third range) take no product at all, but a number per query.
+rel_k takes a single product more per tile than plain attention. Where tables are clipped (CLIPPED), tiles that lie so far to one side that
+all their distances belong to the tables' first or last row take no such product, but a number per query; in the few others both blocks
+are computed.
+
+Scores are kept in units of ln 2, so that weights are powers of two; with LATE they are multiplied into these units only in the exponent.
 """
 
 import triton
@@ -21,14 +24,16 @@ SIZES = [
 @triton.jit
 def relative_window(
     content, rel_k, rel_bias, first, table_rows, rel_k_strides, rel_bias_stride, log2_scale,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    LATE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of a window: content.rel_k^T (query, distance) plus rel_bias. Scaled only if there is a bias, or no rel_k."""
+    """One block of a window: content.rel_k^T (query, distance) plus rel_bias."""
     if rel_k is not None:
         table = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
         window = dot(content, tl.trans(table), PRECISION)
+        if not LATE:
+            window = window * log2_scale
         if rel_bias is not None:
-            window = window * log2_scale + load_bias(rel_bias, first, table_rows, rel_bias_stride, BLOCK)[None, :]
+            window += load_bias(rel_bias, first, table_rows, rel_bias_stride, BLOCK)[None, :]
     else:
         window = tl.zeros((BLOCK, BLOCK), tl.float32) + load_bias(rel_bias, first, table_rows, rel_bias_stride, BLOCK)[None, :]
     return window
@@ -36,35 +41,62 @@ def relative_window(
 
 @triton.jit
 def tile_scores(
-    query_u, query_v, key, low, high, edge, rel_k, rel_q, rel_bias, rel_q_strides, first, table_rows, log2_scale,
-    FAR: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    query_u, query_v, key, low, edge_left, edge_right, rel_k, rel_q, rel_bias, rel_k_strides, rel_q_strides, rel_bias_stride,
+    first, key_start, near, beyond, table_rows, log2_scale,
+    CLIPPED: tl.constexpr, LATE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(query, key) in units of ln 2. `low`, `high`: the window of rel_k and rel_bias; `edge` stands for both in a far tile."""
-    if FAR:
-        scores = dot(query_u, tl.trans(key), PRECISION) * log2_scale + edge[:, None]
-    elif rel_bias is not None:
-        scores = dot(query_u, tl.trans(key), PRECISION) * log2_scale + skew(low, high, BLOCK, True, True)
-    elif rel_k is not None:
-        scores = add_dot(query_u, tl.trans(key), skew(low, high, BLOCK, True, True), PRECISION) * log2_scale
+    """(query, key), and the window's high block. `low`: its low block. Tiles before `near` and from `beyond` on are far ones."""
+    high = low
+    if rel_k is None and rel_bias is None:
+        scores = dot(query_u, tl.trans(key), PRECISION)
+        if not LATE:
+            scores = scores * log2_scale
+    elif CLIPPED:
+        scores = dot(query_u, tl.trans(key), PRECISION)
+        if not LATE:
+            scores = scores * log2_scale
+        if (key_start >= near) & (key_start < beyond):
+            block = relative_window(
+                query_v, rel_k, rel_bias, first, table_rows, rel_k_strides, rel_bias_stride, log2_scale,
+                LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
+            )  # fmt: skip
+            following = relative_window(
+                query_v, rel_k, rel_bias, first + BLOCK, table_rows, rel_k_strides, rel_bias_stride, log2_scale,
+                LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
+            )  # fmt: skip
+            scores += skew(block, following, BLOCK, True, True)
+        else:
+            scores += tl.where(key_start < near, edge_left, edge_right)[:, None]
     else:
-        scores = dot(query_u, tl.trans(key), PRECISION) * log2_scale
+        high = relative_window(
+            query_v, rel_k, rel_bias, first + BLOCK, table_rows, rel_k_strides, rel_bias_stride, log2_scale,
+            LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
+        )  # fmt: skip
+        if LATE:
+            scores = add_dot(query_u, tl.trans(key), skew(low, high, BLOCK, True, True), PRECISION)
+        else:
+            scores = dot(query_u, tl.trans(key), PRECISION) * log2_scale + skew(low, high, BLOCK, True, True)
     if rel_q is not None:
-        low = dot(load_window(rel_q, first, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE), tl.trans(key), PRECISION)
-        high = dot(load_window(rel_q, first + BLOCK, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE), tl.trans(key), PRECISION)
-        scores += skew(low, high, BLOCK, False, False) * log2_scale
-    return scores
+        before = dot(load_window(rel_q, first, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE), tl.trans(key), PRECISION)
+        after = dot(load_window(rel_q, first + BLOCK, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE), tl.trans(key), PRECISION)
+        by_key = skew(before, after, BLOCK, False, False)
+        scores += by_key if LATE else by_key * log2_scale
+    return scores, high
 
 
 @triton.jit
 def edge_scores(
-    query_v, rel_k, rel_bias, row, rel_k_strides, rel_bias_stride, log2_scale, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr
+    query_v, rel_k, rel_bias, row, rel_k_strides, rel_bias_stride, log2_scale,
+    LATE: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """What row `row` of the tables adds to the scores of each query, in units of ln 2."""
+    """What row `row` of the tables adds to the scores of each query."""
     edge = tl.zeros((query_v.shape[0],), tl.float32)
     if rel_k is not None:
         column = tl.arange(0, BLOCK_SIZE)
         entry = tl.load(rel_k + tl.cast(row, tl.int64) * rel_k_strides[0] + column * rel_k_strides[1], mask=column < SIZE, other=0.0)
-        edge += tl.sum(query_v.to(tl.float32) * entry.to(tl.float32)[None, :], axis=1) * log2_scale
+        edge += tl.sum(query_v.to(tl.float32) * entry.to(tl.float32)[None, :], axis=1)
+        if not LATE:
+            edge = edge * log2_scale
     if rel_bias is not None:
         edge += tl.load(rel_bias + tl.cast(row, tl.int64) * rel_bias_stride).to(tl.float32) * 1.4426950408889634
     return edge
@@ -116,54 +148,63 @@ def distances(offsets, batch, query_offset, first, last, left):
 
 
 @triton.jit
-def _walk(
-    total, highest, norm, query_u, query_v, edge, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
+def is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK: tl.constexpr):
+    """Whether every query of a tile sees every key of it, masks aside."""
+    return (
+        (key_start >= 0)
+        & (key_start + BLOCK <= key_stop)
+        & (key_start - (query_start + BLOCK - 1) >= first_distance)
+        & (key_start + BLOCK - 1 - query_start <= last_distance)
+    )
+
+
+@triton.jit
+def walk_keys(
+    total, highest, norm, query_u, query_v, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
     key_strides, value_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-    start, stop, query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
+    begin, end, query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
     seed, threshold, keep_scale, batch, head,
-    FAR: tl.constexpr, VALUES: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    CLIPPED: tl.constexpr, LATE: tl.constexpr, VALUES: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Queries against the keys start ... stop, all of them far from the queries, or none."""
-    RELATIVE: tl.constexpr = (rel_k is not None or rel_bias is not None) and not FAR
-    low = total
-    if RELATIVE:
-        first = start - query_start - (BLOCK - 1) - table_start
-        low = relative_window(
-            query_v, rel_k, rel_bias, first, table_rows, rel_k_strides, rel_bias_stride, log2_scale, SIZE, BLOCK, BLOCK_SIZE, PRECISION
-        )
+    """Queries against those keys of begin ... end that some of them see: (sum of values, highest score, sum of weights)."""
+    start, near, beyond, stop = key_ranges(
+        query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, CLIPPED, BLOCK
+    )
+    start, stop = tl.maximum(start, begin), tl.minimum(stop, end)
+    low, left, right = total, highest, highest
+    if rel_k is not None or rel_bias is not None:
+        if CLIPPED:
+            left = edge_scores(query_v, rel_k, rel_bias, 0, rel_k_strides, rel_bias_stride, log2_scale, LATE, SIZE, BLOCK_SIZE)
+            right = edge_scores(
+                query_v, rel_k, rel_bias, table_rows - 1, rel_k_strides, rel_bias_stride, log2_scale, LATE, SIZE, BLOCK_SIZE
+            )
+        else:
+            low = relative_window(
+                query_v, rel_k, rel_bias, start - query_start - (BLOCK - 1) - table_start, table_rows, rel_k_strides, rel_bias_stride,
+                log2_scale, LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
+            )  # fmt: skip
     for key_start in tl.range(start, stop, BLOCK):
         first = key_start - query_start - (BLOCK - 1) - table_start
         key_tile = load_rows(key, key_start, key_stop, key_strides, SIZE, BLOCK, BLOCK_SIZE)
-        high = low
-        if RELATIVE:
-            high = relative_window(
-                query_v, rel_k, rel_bias, first + BLOCK, table_rows, rel_k_strides, rel_bias_stride, log2_scale,
-                SIZE, BLOCK, BLOCK_SIZE, PRECISION,
-            )  # fmt: skip
-        scores = tile_scores(
-            query_u, query_v, key_tile, low, high, edge, rel_k, rel_q, rel_bias, rel_q_strides, first, table_rows, log2_scale,
-            FAR, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
+        scores, low = tile_scores(
+            query_u, query_v, key_tile, low, left, right, rel_k, rel_q, rel_bias, rel_k_strides, rel_q_strides, rel_bias_stride,
+            first, key_start, near, beyond, table_rows, log2_scale, CLIPPED, LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
         )  # fmt: skip
-        low = high
-        whole = (
-            (key_start + BLOCK <= key_stop)
-            & (key_start - (query_start + BLOCK - 1) >= first_distance)
-            & (key_start + BLOCK - 1 - query_start <= last_distance)
-        )
         if key_mask is not None or mask is not None:
             scores = mask_scores(
                 scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
                 mask, mask_strides, hidden_from, BLOCK, False,
             )  # fmt: skip
-        elif not whole:
+        elif not is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK):
             scores = mask_scores(
                 scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
                 mask, mask_strides, hidden_from, BLOCK, False,
             )  # fmt: skip
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        unit = log2_scale if LATE else 1.0
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1) * unit)
         base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(scores * unit - base[:, None])
         shrink = tl.exp2(highest - base)
         norm = norm * shrink + tl.sum(weights, axis=1)
         highest = new_highest
@@ -184,38 +225,6 @@ def _walk(
     return total, highest, norm
 
 
-@triton.jit
-def walk_ranges(
-    total, highest, norm, query_u, query_v, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
-    key_strides, value_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-    begin, end, query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
-    seed, threshold, keep_scale, batch, head,
-    CLIPPED: tl.constexpr, VALUES: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Queries against those keys of begin ... end that some of them see. Returns (sum of values, highest score, sum of weights)."""
-    start, near, beyond, stop = key_ranges(
-        query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, CLIPPED, BLOCK
-    )
-    start, near = tl.minimum(tl.maximum(start, begin), end), tl.minimum(tl.maximum(near, begin), end)
-    beyond, stop = tl.minimum(tl.maximum(beyond, begin), end), tl.minimum(tl.maximum(stop, begin), end)
-    edge = highest
-    for SIDE in tl.static_range(3):  # far to the left, near, far to the right
-        if SIDE == 1 or CLIPPED:
-            if SIDE != 1:
-                row = tl.where(SIDE == 0, 0, table_rows - 1)
-                edge = edge_scores(query_v, rel_k, rel_bias, row, rel_k_strides, rel_bias_stride, log2_scale, SIZE, BLOCK_SIZE)
-            total, highest, norm = _walk(
-                total, highest, norm, query_u, query_v, edge, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
-                key_strides, value_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-                start if SIDE == 0 else (near if SIDE == 1 else beyond), near if SIDE == 0 else (beyond if SIDE == 1 else stop),
-                query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
-                seed, threshold, keep_scale, batch, head,
-                SIDE != 1, VALUES, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
-            )  # fmt: skip
-    return total, highest, norm
-
-
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     query_u, query_v, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, key_lengths, mask, offsets, seed, output, lse,
@@ -223,7 +232,7 @@ def forward_kernel(
     key_mask_strides, mask_strides, output_strides,
     heads, group, queries, keys, query_blocks, split_keys, table_rows, query_offset, first, last, left, log2_scale, hidden_from,
     threshold, keep_scale,
-    CLIPPED: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    CLIPPED: tl.constexpr, LATE: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (query block of a head of a batch element, split of the keys). Shapes as in relattn.arguments.Tensors.
@@ -267,7 +276,7 @@ def forward_kernel(
 
     total = tl.zeros((BLOCK, BLOCK_VALUE_SIZE), tl.float32)
     highest, norm = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    total, highest, norm = walk_ranges(
+    total, highest, norm = walk_keys(
         total, highest, norm, tile_u, tile_v,
         key + batch64 * key_strides[0] + key_head * key_strides[1], value + batch64 * value_strides[0] + key_head * value_strides[1],
         rel_k, rel_q, rel_v, rel_bias, key_mask, mask, (key_strides[2], key_strides[3]), (value_strides[2], value_strides[3]),
@@ -275,7 +284,7 @@ def forward_kernel(
         rel_bias_strides[1], key_mask_strides[1], mask_strides,
         split * split_keys, (split + 1) * split_keys, query_start, queries, key_stop, first, last, table_start, table_rows,
         log2_scale, hidden_from, drawn, threshold, keep_scale, batch, head,
-        CLIPPED, True, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
+        CLIPPED, LATE, True, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
     )  # fmt: skip
     # A query that sees nothing: output 0 and -inf.
     total = total * tl.where(norm == 0.0, 0.0, 1.0 / norm)[:, None]

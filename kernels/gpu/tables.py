@@ -20,7 +20,7 @@ def _diagonal_walk(
     row_strides, key_strides, value_strides, grad_row_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
     start, stop, step, lead, queries, key_stop, first_distance, last_distance, first, table_rows, log2_scale, hidden_from,
     seed, threshold, keep_scale, batch, head,
-    TABLE: tl.constexpr, SUMS: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    TABLE: tl.constexpr, LATE: tl.constexpr, SUMS: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks of queries start, start + step ... stop against the keys that stand `lead` further."""
@@ -34,11 +34,11 @@ def _diagonal_walk(
         key_tile = load_rows(key, key_start, key_stop, key_strides, SIZE, BLOCK, BLOCK_SIZE)
         value_tile = load_rows(value, key_start, key_stop, value_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
         weights, grad = transposed_tile(
-            key_tile, value_tile, tile_u, tile_v, slopes, base, inverse, delta, delta, low, high,
-            rel_q, rel_v, rel_bias, key_mask, mask, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-            query_start, key_start, queries, key_stop, first_distance, last_distance, first, table_rows, log2_scale, hidden_from,
+            key_tile, value_tile, tile_u, tile_v, slopes, base, inverse, delta, None, 0, low, high,
+            None, rel_q, rel_v, rel_bias, key_mask, mask, rel_q_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
+            query_start, key_start, queries, key_stop, first_distance, last_distance, first, 0, 0, table_rows, log2_scale, hidden_from,
             seed, threshold, keep_scale, batch, head,
-            False, ALIGNED, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
+            False, LATE, ALIGNED, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
         )  # fmt: skip
         if TABLE == "rel_q":  # the content is the key: (key, distance)
             half = grad.to(key_tile.dtype)
@@ -79,7 +79,7 @@ def table_gradient_kernel(
     key_mask_strides, mask_strides, grad_strides,
     heads, group, queries, keys, batch, diagonals, first_diagonal, shared_heads, batches, chunk,
     table_rows, query_offset, first, last, left, log2_scale, hidden_from, threshold, keep_scale,
-    TABLE: tl.constexpr, ABSORB: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    TABLE: tl.constexpr, LATE: tl.constexpr, ABSORB: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (diagonal, `shared_heads` heads, split): `chunk` queries of `batches` batch elements, the splits of one batch element lying
@@ -101,6 +101,7 @@ def table_gradient_kernel(
     first_batch, query_begin = split // chunks * batches, split % chunks * chunk
     COLUMNS: tl.constexpr = BLOCK_VALUE_SIZE if TABLE == "rel_v" else BLOCK_SIZE
     ROW_SIZE: tl.constexpr = VALUE_SIZE if TABLE == "rel_v" else SIZE
+    PHASES: tl.constexpr = FAR_BLOCK // BLOCK
     drawn = 0
     if DROPOUT:
         drawn = tl.load(seed)
@@ -156,7 +157,7 @@ def table_gradient_kernel(
                 start = tl.maximum(query_begin, (tl.maximum(1 - BLOCK - lead, 0) + BLOCK - 1) // BLOCK * BLOCK)
                 stop = tl.minimum(tl.minimum(query_begin + chunk, queries), key_stop - lead)
                 seen = (lead + BLOCK - 1 >= first_distance) & (lead - (BLOCK - 1) <= last_distance) & (stop > start)
-                for phase in tl.static_range(FAR_BLOCK // BLOCK):
+                for phase in tl.static_range(PHASES):
                     begin = start + ((phase * BLOCK - start) % FAR_BLOCK + FAR_BLOCK) % FAR_BLOCK
                     if FAR:  # the tile of FAR_BLOCK around this one
                         around = (phase * BLOCK + lead + 16 * FAR_BLOCK * queries) // FAR_BLOCK * FAR_BLOCK - 16 * FAR_BLOCK * queries
@@ -184,7 +185,7 @@ def table_gradient_kernel(
                             begin.to(tl.int32), stop.to(tl.int32), FAR_BLOCK, lead.to(tl.int32), queries, key_stop,
                             first_distance, last_distance, window, table_rows, log2_scale, hidden_from,
                             drawn, threshold, keep_scale, element, head,
-                            TABLE, partial_sums is not None, offsets is None, DROPOUT, SIZE, VALUE_SIZE,
+                            TABLE, LATE, partial_sums is not None, offsets is None, DROPOUT, SIZE, VALUE_SIZE,
                             BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
                         )  # fmt: skip
         if partial_sums is not None:

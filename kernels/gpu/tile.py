@@ -22,13 +22,23 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """A product of two tiles, accumulated in float32."""
-    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+    """A product of two tiles in float32. PRECISION: "tf32" or "ieee", of float32 operands; "interpreter" multiplies float32 copies, since
+    Triton's interpreter takes bfloat16's bits for integers."""
+    if PRECISION == "interpreter":
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee", out_dtype=tl.float32)
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+    return product
 
 
 @triton.jit
 def add_dot(a, b, total, PRECISION: tl.constexpr):
-    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=tl.float32)
+    """total + a b."""
+    if PRECISION == "interpreter":
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee", out_dtype=tl.float32)
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=tl.float32)
+    return total
 
 
 @triton.jit
@@ -227,7 +237,7 @@ def mask_scores(
     scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride, mask, mask_strides,
     hidden_from, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Scores in units of ln 2, plus the mask; -inf where the query may not see the key.
+    """The scores, plus a float mask (then they are in units of ln 2); -inf where the query may not see the key.
 
     key_mask (Lk,), mask (Lq, Lk) of this batch element and head, or None. Distances are key index minus query index.
     """
