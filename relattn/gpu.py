@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relattn import blocked
+from relattn import autotune, blocked
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout
 from relattn.reference import hidden_from
 
@@ -144,6 +144,7 @@ class _Call:
         self.mask = mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
         # Only a mask or a bias that is added makes scores so large that the log-sum-exp does not hold what it should.
         self.exact = self.rel_bias is None and (self.mask is None or self.mask.dtype == torch.uint8)
+        self.keep_scale = 1.0 / (1.0 - settings.dropout_p) if settings.dropout_p < 1.0 else 0.0
         self.key_lengths, self.offsets = tensors.key_lengths, tensors.query_offsets
         self.first, self.last = -_UNBOUNDED, _UNBOUNDED
         if settings.window_left is not None:
@@ -163,10 +164,12 @@ class _Call:
             candidates = [_kernels().configs.Configuration(*_CONFIGURATION)]
         else:
             size, extra = max(self.size, self.value_size), self.rel_q is not None or self.rel_v is not None
-            candidates = _kernels().configs.configurations(kernel, _target(self.query_u.device), size, self.dtype.itemsize, extra)
+            target, clipped = _target(self.query_u.device), self._clipped(16)
+            candidates = _kernels().configs.configurations(kernel, target, size, self.dtype.itemsize, clipped, extra)
         candidates = [candidate for candidate in candidates if candidate.block <= largest_block]
-        if len(candidates) > 1 and os.environ.get("RELATTN_AUTOTUNE", "0") not in ("", "0"):
-            candidates = _tuned(kernel, self._key(), candidates, launch)
+        if len(candidates) > 1 and autotune.wanted():
+            device = self.query_u.device
+            candidates = autotune.by_speed(kernel, self._key(), candidates, launch, _kernels().OutOfResources, device)
         for candidate, smaller in itertools.zip_longest(candidates, candidates[1:]):
             try:
                 launch(candidate)
@@ -179,9 +182,11 @@ class _Call:
         return candidate.block
 
     def _key(self) -> str:
+        """What decides which configuration is fastest, for autotuning: lengths and the number of heads by powers of two."""
         terms = [name for name in _TABLES if getattr(self, name) is not None]
-        lengths = [max(16, 1 << (length - 1).bit_length()) for length in (self.queries, self.keys)]
-        return " ".join(map(str, (self.dtype, self.size, self.value_size, *lengths, *terms)))
+        sizes = [1 << (size - 1).bit_length() for size in (self.batch * self.heads, self.queries, self.keys)]
+        causal = "causal" if self.last < _UNBOUNDED else "both ways"
+        return " ".join(map(str, (self.dtype, self.size, self.value_size, *sizes, causal, *terms, "clipped" * self._clipped(16))))
 
     def _diagonals(self, block: int) -> tuple[int, int]:
         """Of the tiles' first key minus first query, in blocks: the lowest and the highest that some query sees."""
@@ -193,7 +198,7 @@ class _Call:
 
     def _clipped(self, block: int) -> bool:
         """Whether tiles may lie beyond the tables, where one row stands for all their distances."""
-        if self.rel_k is None and self.rel_bias is None or self.rel_q is not None or self.rel_v is not None:
+        if (self.rel_k is None and self.rel_bias is None) or self.rel_q is not None or self.rel_v is not None:
             return False
         return self.offsets is not None or self._beyond(block)
 
@@ -226,7 +231,7 @@ class _Call:
             heads=self.heads, group=self.heads // self.key_heads, queries=self.queries, keys=self.keys,
             table_rows=self.table_rows, query_offset=settings.query_offset, first=self.first, last=self.last, left=settings.left,
             scale=settings.scale, log2_scale=settings.scale * _LOG2_E, hidden_from=self.hidden_from,
-            threshold=threshold - 2**32 if threshold >= 2**31 else threshold, keep_scale=1.0 / (1.0 - drop) if drop < 1.0 else 0.0,
+            threshold=threshold - 2**32 if threshold >= 2**31 else threshold, keep_scale=self.keep_scale,
             DROPOUT=drop > 0.0, LATE=self.exact and settings.scale > 0.0,
         )  # fmt: skip
 
@@ -338,7 +343,8 @@ class _Call:
             if name in need:
                 total, _ = self._table_gradient(name, gradients[name], False, common, 0)
                 assert total is not None
-                gradients[name].copy_((total * self.settings.scale if name == "rel_q" else total).view(gradients[name].shape))
+                factor = self.settings.scale if name == "rel_q" else self.keep_scale
+                gradients[name].copy_((total * factor).view(gradients[name].shape))
 
     def _content_gradients(self, gradients: dict[str, Tensor], common: dict[str, Any], far: Tensor | None, far_block: int) -> None:
         """Gradients of rel_k, rel_bias and pos_bias_v. `far` (2, B, H, Lq): what tiles of far_block far from the tables owe their edges."""
@@ -466,7 +472,3 @@ def _target(device: torch.device) -> str:
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-def _tuned(kernel: str, key: str, candidates: list[Any], launch) -> list[Any]:
-    return candidates

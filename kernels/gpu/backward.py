@@ -86,13 +86,13 @@ def prepare_kernel(
                 key_mask += batch64 * key_mask_strides[0]
             if mask is not None:
                 mask += batch64 * mask_strides[0] + head64 * mask_strides[1]
-            unused, highest, norm = walk_keys(
+            _unused, highest, norm = walk_keys(
                 sums[:, None], tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32), tile_u, tile_v,
                 key + batch64 * key_strides[0] + key_head * key_strides[1], key, rel_k, rel_q, None, rel_bias, key_mask, mask,
                 (key_strides[2], key_strides[3]), key_strides, (rel_k_strides[1], rel_k_strides[2]),
                 (rel_q_strides[1], rel_q_strides[2]), rel_k_strides, rel_bias_strides[1], key_mask_strides[1], mask_strides,
                 0, keys, query_start, queries, key_stop, first, last, table_start, table_rows, log2_scale, hidden_from,
-                0, 0, 1.0, batch, head,
+                0, 0, batch, head,
                 CLIPPED, LATE, False, False, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
             )  # fmt: skip
             highest = tl.where(highest == float("-inf"), 0.0, highest)
@@ -127,12 +127,7 @@ def _query_walk(
             query_u, query_v, key_tile, low, left, right, rel_k, rel_q, rel_bias, rel_k_strides, rel_q_strides, rel_bias_stride,
             first, key_start, near, beyond, table_rows, log2_scale, CLIPPED, LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
         )  # fmt: skip
-        if key_mask is not None or mask is not None:
-            scores = mask_scores(
-                scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
-                mask, mask_strides, hidden_from, BLOCK, False,
-            )  # fmt: skip
-        elif not is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK):
+        if key_mask is not None or mask is not None or not is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK):
             scores = mask_scores(
                 scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
                 mask, mask_strides, hidden_from, BLOCK, False,
@@ -172,7 +167,7 @@ def _query_walk(
             total = add_dot(unskew(half, before, BLOCK, True, True), table, total, PRECISION)
             before = half
         total = add_dot(half, key_tile, total, PRECISION)
-    if rel_k is not None and not CLIPPED:
+    if rel_k is not None and not CLIPPED:  # noqa: SIM102 (this is the compiler's condition)
         if stop > start:
             first = (stop - start + BLOCK - 1) // BLOCK * BLOCK + start - query_start - (BLOCK - 1) - table_start
             table = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
@@ -293,7 +288,7 @@ def transposed_tile(
     CLIPPED: tl.constexpr, LATE: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile with its keys as rows: (weights after dropout, gradient of the scores), both (key, query) float32.
+    """A tile with its keys as rows: (weights that dropout keeps, unscaled, and gradient of the scores), both (key, query) float32.
 
     table_low, table_high: the two blocks of rel_k's window, or None; `first`: the tables' row where the window begins. If CLIPPED, queries
     before `near` and from `beyond` on have far tiles, with the keys to the right and to the left, and the blocks are loaded where needed.
@@ -306,10 +301,10 @@ def transposed_tile(
             scores = scores * log2_scale
         if (query_start >= near) & (query_start < beyond):
             if rel_k is not None:
-                table_low = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
-                table_high = load_window(rel_k, first + BLOCK, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
+                low_rows = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
+                high_rows = load_window(rel_k, first + BLOCK, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
                 scores += _transposed_window(
-                    query_v, table_low, table_high, rel_bias, rel_bias_stride, first, table_rows, log2_scale, LATE, BLOCK, PRECISION
+                    query_v, low_rows, high_rows, rel_bias, rel_bias_stride, first, table_rows, log2_scale, LATE, BLOCK, PRECISION
                 )
             else:
                 scores += _transposed_window(
@@ -336,12 +331,7 @@ def transposed_tile(
         table = load_window(rel_q, first + BLOCK, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE)
         by_key = skew(low, dot(key_tile, tl.trans(table), PRECISION), BLOCK, True, False)
         scores += by_key if LATE else by_key * log2_scale
-    if key_mask is not None or mask is not None:
-        scores = mask_scores(
-            scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
-            mask, mask_strides, hidden_from, BLOCK, True,
-        )  # fmt: skip
-    elif not is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK):
+    if key_mask is not None or mask is not None or not is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK):
         scores = mask_scores(
             scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
             mask, mask_strides, hidden_from, BLOCK, True,
@@ -361,7 +351,7 @@ def transposed_tile(
     if DROPOUT:
         keep = dropout_keep(seed, threshold, batch, head, query_start, key_start, BLOCK, True, ALIGNED)
         grad = tl.where(keep, grad * keep_scale, 0.0)
-        kept = tl.where(keep, weights * keep_scale, 0.0)
+        kept = tl.where(keep, weights, 0.0)
     return kept, weights * (grad - tl.load(delta + row, mask=row < queries, other=0.0)[None, :])
 
 
@@ -415,7 +405,8 @@ def _key_walk(
             high = load_window(rel_k, first + BLOCK, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
         weights, grad = transposed_tile(
             key_tile, value_tile, tile_u, tile_v, slopes, base, inverse, delta, edges, side, low, high,
-            rel_k, rel_q, rel_v, rel_bias, key_mask, mask, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
+            rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
+            rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
             query_start, key_start, queries, key_stop, first_distance, last_distance, first, near, beyond, table_rows,
             log2_scale, hidden_from, seed, threshold, keep_scale, batch, head,
             CLIPPED, LATE, True, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
@@ -516,6 +507,6 @@ def key_gradient_kernel(
         (grad_key_strides[2], grad_key_strides[3]), SIZE, BLOCK, BLOCK_SIZE,
     )  # fmt: skip
     store_rows(
-        grad_value + batch64 * grad_value_strides[0] + key_head64 * grad_value_strides[1], total_value, key_start, keys,
+        grad_value + batch64 * grad_value_strides[0] + key_head64 * grad_value_strides[1], total_value * keep_scale, key_start, keys,
         (grad_value_strides[2], grad_value_strides[3]), VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE,
     )  # fmt: skip

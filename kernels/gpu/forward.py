@@ -163,7 +163,7 @@ def walk_keys(
     total, highest, norm, query_u, query_v, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
     key_strides, value_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
     begin, end, query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
-    seed, threshold, keep_scale, batch, head,
+    seed, threshold, batch, head,
     CLIPPED: tl.constexpr, LATE: tl.constexpr, VALUES: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -191,12 +191,7 @@ def walk_keys(
             query_u, query_v, key_tile, low, left, right, rel_k, rel_q, rel_bias, rel_k_strides, rel_q_strides, rel_bias_stride,
             first, key_start, near, beyond, table_rows, log2_scale, CLIPPED, LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
         )  # fmt: skip
-        if key_mask is not None or mask is not None:
-            scores = mask_scores(
-                scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
-                mask, mask_strides, hidden_from, BLOCK, False,
-            )  # fmt: skip
-        elif not is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK):
+        if key_mask is not None or mask is not None or not is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK):
             scores = mask_scores(
                 scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
                 mask, mask_strides, hidden_from, BLOCK, False,
@@ -211,7 +206,7 @@ def walk_keys(
         if VALUES:
             if DROPOUT:
                 keep = dropout_keep(seed, threshold, batch, head, query_start, key_start, BLOCK, False, True)
-                weights = tl.where(keep, weights * keep_scale, 0.0)
+                weights = tl.where(keep, weights, 0.0)  # scaled at the end, in float32
             weights = weights.to(value.dtype.element_ty)
             value_tile = load_rows(value, key_start, key_stop, value_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
             total = add_dot(weights, value_tile, total * shrink[:, None], PRECISION)
@@ -283,11 +278,11 @@ def forward_kernel(
         (rel_k_strides[1], rel_k_strides[2]), (rel_q_strides[1], rel_q_strides[2]), (rel_v_strides[1], rel_v_strides[2]),
         rel_bias_strides[1], key_mask_strides[1], mask_strides,
         split * split_keys, (split + 1) * split_keys, query_start, queries, key_stop, first, last, table_start, table_rows,
-        log2_scale, hidden_from, drawn, threshold, keep_scale, batch, head,
+        log2_scale, hidden_from, drawn, threshold, batch, head,
         CLIPPED, LATE, True, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
     )  # fmt: skip
     # A query that sees nothing: output 0 and -inf.
-    total = total * tl.where(norm == 0.0, 0.0, 1.0 / norm)[:, None]
+    total = total * tl.where(norm == 0.0, 0.0, (keep_scale if DROPOUT else 1.0) / norm)[:, None]
     log_sum = (tl.where(highest == float("-inf"), 0.0, highest) + tl.log2(norm)) * 0.6931471805599453
     slot = split.to(tl.int64)
     output += slot * output_strides[0] + batch64 * output_strides[1] + head64 * output_strides[2]

@@ -20,7 +20,8 @@ def _diagonal_walk(
     row_strides, key_strides, value_strides, grad_row_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
     start, stop, step, lead, queries, key_stop, first_distance, last_distance, first, table_rows, log2_scale, hidden_from,
     seed, threshold, keep_scale, batch, head,
-    TABLE: tl.constexpr, LATE: tl.constexpr, SUMS: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    TABLE: tl.constexpr, LATE: tl.constexpr, SUMS: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr,
+    SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks of queries start, start + step ... stop against the keys that stand `lead` further."""
@@ -35,7 +36,8 @@ def _diagonal_walk(
         value_tile = load_rows(value, key_start, key_stop, value_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
         weights, grad = transposed_tile(
             key_tile, value_tile, tile_u, tile_v, slopes, base, inverse, delta, None, 0, low, high,
-            None, rel_q, rel_v, rel_bias, key_mask, mask, rel_q_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
+            None, rel_q, rel_v, rel_bias, key_mask, mask,
+            rel_q_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
             query_start, key_start, queries, key_stop, first_distance, last_distance, first, 0, 0, table_rows, log2_scale, hidden_from,
             seed, threshold, keep_scale, batch, head,
             False, LATE, ALIGNED, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
@@ -79,17 +81,18 @@ def table_gradient_kernel(
     key_mask_strides, mask_strides, grad_strides,
     heads, group, queries, keys, batch, diagonals, first_diagonal, shared_heads, batches, chunk,
     table_rows, query_offset, first, last, left, log2_scale, hidden_from, threshold, keep_scale,
-    TABLE: tl.constexpr, LATE: tl.constexpr, ABSORB: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    TABLE: tl.constexpr, LATE: tl.constexpr, ABSORB: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr, DROPOUT: tl.constexpr,
+    SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (diagonal, `shared_heads` heads, split): `chunk` queries of `batches` batch elements, the splits of one batch element lying
     together. TABLE: "rel_k", "rel_q" or "rel_v", or "sums" for no table at all.
 
     partial (splits, heads / shared_heads, diagonals, 2 BLOCK, D) and, for rel_k and "sums", partial_sums (splits, heads, diagonals,
-    2 BLOCK) or None, float32: the gradient, and the sum of the score gradients, by distance. Unscaled. The window of diagonal t of
-    `diagonals` begins at distance (first_diagonal + t) BLOCK - (BLOCK - 1), key index minus query index, minus the batch element's own
-    offset (`offsets`). With ABSORB the first and the last diagonal stand for all those beyond them too. With FAR, which excludes that,
-    pairs of a query and a key are left out that lie in a tile of FAR_BLOCK, a multiple of BLOCK, which is far from the tables.
+    2 BLOCK) or None, float32: the gradient, and the sum of the score gradients, by distance. Unscaled, also by what dropout leaves.
+    The window of diagonal t of `diagonals` begins at distance (first_diagonal + t) BLOCK - (BLOCK - 1), key index minus query index, minus
+    the batch element's own offset (`offsets`). With ABSORB the first and the last diagonal stand for all those beyond them too. With FAR,
+    which excludes that, pairs of a query and a key are left out that lie in a tile of FAR_BLOCK, a multiple of BLOCK, far from the tables.
     """
     # Diagonals from the middle outwards: the longest ones first.
     place = tl.program_id(0)

@@ -1,0 +1,101 @@
+"""Times the Triton kernels' configurations on the machine at hand, where RELATTN_AUTOTUNE=1 asks for it, and remembers what it found."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relattn._version import __version__
+
+_REPEATS = 5
+_SECONDS = 0.02  # of launches in one repeat
+
+
+def wanted() -> bool:
+    return os.environ.get("RELATTN_AUTOTUNE", "0") not in ("", "0")
+
+
+def cache_file() -> Path:
+    """Where timings are kept: autotune.json in the folder RELATTN_CACHE, or else in ~/.cache/relattn."""
+    return Path(os.environ.get("RELATTN_CACHE", "~/.cache/relattn")).expanduser() / "autotune.json"
+
+
+def by_speed(
+    kernel: str, call: str, candidates: Sequence[Any], launch: Callable[[Any], None], too_large: type[Exception], device: torch.device
+) -> list[Any]:
+    """The candidates, fastest first, by the file or by timing `launch` with each. Those that the chip has no room for are left out.
+
+    kernel, call: what is timed, as a key. While a CUDA graph is being captured, nothing is timed and nothing changes.
+    """
+    timings, key = _read(), f"{_machine(device)} | {kernel} | {call}"
+    if key not in timings:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return list(candidates)
+        timings = {key: _measure(candidates, launch, too_large, device)}
+        _write(timings)
+    times = timings[key]
+    known = [candidate for candidate in candidates if str(tuple(candidate)) in times]
+    return sorted(known, key=lambda candidate: times[str(tuple(candidate))]) or list(candidates)
+
+
+def _measure(candidates: Sequence[Any], launch, too_large: type[Exception], device: torch.device) -> dict[str, float]:
+    """Milliseconds of a launch, by candidate."""
+    times = {}
+    for candidate in candidates:
+        try:
+            launch(candidate)  # compiles
+        except too_large:
+            continue
+        once = _milliseconds(launch, candidate, 1, device)
+        count = max(1, min(1000, int(1e3 * _SECONDS / max(once, 1e-3))))
+        times[str(tuple(candidate))] = statistics.median(_milliseconds(launch, candidate, count, device) for _ in range(_REPEATS))
+    return times
+
+
+def _milliseconds(launch, candidate, count: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(count):
+            launch(candidate)
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / count
+    began = time.perf_counter()
+    for _ in range(count):
+        launch(candidate)
+    return 1e3 * (time.perf_counter() - began) / count
+
+
+@functools.cache
+def _machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"relattn {__version__} torch {torch.__version__} {name}"
+
+
+def _read() -> dict[str, dict[str, float]]:
+    try:
+        return json.loads(cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(new: dict[str, dict[str, float]]) -> None:
+    """Add to the file, which is replaced whole: a reader never sees half of it."""
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            json.dump(_read() | new, file, indent=1)
+        os.replace(file.name, path)
+    except OSError:
+        return  # a read-only home: the next process times again
