@@ -381,12 +381,15 @@ class _Call:
         size, device = self.value_size if name == "rel_v" else self.size, self.query_u.device
         total, sums = None, None
         if gradient is not None:
-            total = torch.zeros((groups, self.table_rows, size), dtype=torch.float32, device=device)
+            total = torch.empty((groups, self.table_rows, size), dtype=torch.float32, device=device)
         if want_sums:
-            sums = torch.zeros((self.heads, self.table_rows), dtype=torch.float32, device=device)
+            sums = torch.empty((self.heads, self.table_rows), dtype=torch.float32, device=device)
 
-        def table_gradient(configuration) -> None:
+        def table_gradient(configuration) -> None:  # may run more than once
             block = configuration.block
+            for result in (total, sums):
+                if result is not None:
+                    result.zero_()
             lowest, highest = self._diagonals(block)
             absorb = not far_block and (self.offsets is not None or self._beyond(block))
             # Diagonals with a distance of the tables' own, t * block + block - 1 > table_start and t * block - (block - 1) < its last row.

@@ -5,9 +5,9 @@ from typing import Any
 from triton import next_power_of_2
 from triton.runtime.errors import OutOfResources
 
-from . import backward, configs, forward, tables
+from . import backward, configs, forward, tables, tile
 
-__all__ = ["OutOfResources", "configs", "kernel", "next_power_of_2"]
+__all__ = ["OutOfResources", "configs", "kernel", "next_power_of_2", "tile"]
 
 KERNELS = {
     "forward": forward.forward_kernel,

@@ -60,7 +60,7 @@ def cases(targets: Iterable[str] = TARGETS) -> Iterator[Case]:
 
 
 def _source(case: Case, configuration: Configuration) -> ASTSource:
-    """A kernel as it is launched for contiguous inputs, whose addresses and strides are multiples of 16, with rel_k (all tables, if extra)."""
+    """A kernel as launched for contiguous inputs, addresses and strides multiples of 16, with rel_k (all tables, if extra)."""
     function, dtype = KERNELS[case.kernel], {2: "*bf16", 4: "*fp32"}[case.itemsize]
     power, block = triton.next_power_of_2(case.size), configuration.block
     far = case.variant == "clipped"

@@ -1,0 +1,293 @@
+"""The Triton backend. Most of this needs a GPU or Triton's interpreter, which `make test` runs in a process of its own (TRITON_INTERPRET=1
+is read when triton is imported); the comparisons that every backend passes are in test_backends.py and its like."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import relattn
+from relattn import gpu
+from relattn.arguments import Settings, Tensors
+from tests.edges import edges
+from tests.fuzz import check, random_call
+
+DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
+needs_kernels = pytest.mark.skipif(gpu.unavailable() is not None, reason=str(gpu.unavailable()))
+needs_interpreter = pytest.mark.skipif(not gpu.INTERPRETED, reason="it has its own way to run on a GPU (benchmarks/gpu_check.sh)")
+
+
+def inputs(batch=1, heads=2, queries=40, keys=40, size=16, rows=None, per_head=False, dtype=torch.float32) -> list[Tensor]:
+    """query, key, value and rel_k."""
+    generator = torch.Generator().manual_seed(0)
+    rows = queries + keys - 1 if rows is None else rows
+    shapes = [(batch, heads, queries, size), (batch, heads, keys, size), (batch, heads, keys, size)]
+    shapes.append((heads, rows, size) if per_head else (rows, size))
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for shape in shapes]
+
+
+def gradients(tensors: list[Tensor], backend: str, **arguments) -> list[Tensor]:
+    output, lse = relattn.relative_attention(*tensors, backend=backend, return_lse=True, **arguments)
+    loss = (output * torch.linspace(-1, 1, output.numel(), device=output.device, dtype=output.dtype).view(output.shape)).sum()
+    return [output, lse, *torch.autograd.grad(loss, tensors)]
+
+
+def close(found: list[Tensor], expected: list[Tensor], tolerance=2e-5) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=tolerance * (1 + other.abs().max().item()), rtol=0.0)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("seed", [1, 5, 6, 12, 13, 21, 26, 27])
+def test_random_calls(seed):
+    """A few; `TRITON_INTERPRET=1 python -m tests.fuzz --backend triton` runs as many as wanted."""
+    check(random_call(seed), "triton", (torch.float32, torch.bfloat16, torch.float16)[seed % 3])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("part", range(4))
+def test_edges(part):
+    for call in list(edges(3).values())[part::16]:  # a quarter of them; `python -m tests.edges --backend triton` runs all
+        if call.tensors["query"].shape[3] <= 256:
+            check(call, "triton", torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("clip", [None, 9])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_same_bits_every_time(clip, per_head):
+    """No atomics: table gradients too are summed in a fixed order."""
+    tensors = inputs(queries=40, keys=40, rows=None if clip is None else 2 * clip + 1, per_head=per_head, batch=2)
+    arguments = {} if clip is None else {"max_relative_position": clip}
+    first, second = (gradients(tensors, "triton", **arguments) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("splits", [2, 3, 7])
+def test_split_keys_change_nothing(monkeypatch, splits):
+    """Decoding cuts the keys into parts whose results are joined: also where a part has no key that a query sees."""
+    tensors = inputs(batch=2, queries=3, keys=150, rows=21, size=24)
+    arguments = dict(max_relative_position=10, query_offset=60, is_causal=True, key_lengths=torch.tensor([150, 17], device=DEVICE))
+    expected = gradients(tensors, "blocked", **arguments)
+    monkeypatch.setattr(gpu, "_SPLITS", splits)
+    close(gradients(tensors, "triton", **arguments), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("programs", [1, 5, 64])
+def test_table_gradients_do_not_depend_on_how_work_is_divided(monkeypatch, programs):
+    tensors = inputs(batch=2, heads=2, queries=50, keys=40, rows=13, size=16)
+    expected = gradients(tensors, "blocked", max_relative_position=6)
+    monkeypatch.setattr(gpu, "_TABLE_PROGRAMS", programs)
+    close(gradients(tensors, "triton", max_relative_position=6), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel_blocks", [(16, 16), (32, 16), (32, 32), (64, 16), (64, 32)])
+@pytest.mark.parametrize("clip", [(0, 0), (3, 20), (40, 5)])
+def test_far_tiles_are_counted_once(monkeypatch, kernel_blocks, clip):
+    """What tiles far from the tables owe to the edge rows comes from one kernel, the rest from another with smaller tiles."""
+    large, small = kernel_blocks
+    configuration = gpu._kernels().configs.Configuration
+
+    def configurations(kernel, *_):
+        return [configuration(small if kernel == "table_gradient" else large, 4, 1)]
+
+    monkeypatch.setattr(gpu._kernels().configs, "configurations", configurations)
+    tensors = inputs(queries=140, keys=150, rows=sum(clip) + 1, size=16, heads=1)
+    arguments = dict(max_relative_position=clip, query_offset=4)
+    close(gradients(tensors, "triton", **arguments), gradients(tensors, "blocked", **arguments))
+
+
+@needs_kernels
+def test_a_chip_without_room_gets_a_smaller_configuration(monkeypatch):
+    kernels = gpu._kernels()
+    launch, tried = gpu._Call._launch, []
+
+    def refuse_large(self, kernel, grid, configuration, **arguments):
+        tried.append((kernel, configuration.block))
+        if configuration.block > 16 and kernel != "prepare":
+            raise kernels.OutOfResources(300000, 232448, "shared memory")
+        launch(self, kernel, grid, configuration, **arguments)
+
+    candidates = [kernels.configs.Configuration(block, 4, 1) for block in (64, 32, 16)]
+    monkeypatch.setattr(kernels.configs, "configurations", lambda *_: candidates)
+    monkeypatch.setattr(gpu._Call, "_launch", refuse_large)
+    gpu._warn_once.cache_clear()
+    tensors = inputs(rows=11)
+    with pytest.warns(RuntimeWarning, match="forward kernel falls from .*block=64.* to .*block=32.*shared memory"):
+        found = gradients(tensors, "triton", max_relative_position=5)
+    assert ("forward", 16) in tried
+    close(found, gradients(tensors, "blocked", max_relative_position=5))
+    monkeypatch.setattr(kernels.configs, "configurations", lambda *_: candidates[:2])
+    with pytest.raises(kernels.OutOfResources):
+        gradients(tensors, "triton", max_relative_position=5)
+
+
+@needs_kernels
+def test_autotuning_is_asked_for_and_remembered(monkeypatch, tmp_path):
+    configuration = gpu._kernels().configs.Configuration
+    monkeypatch.setattr(gpu._kernels().configs, "configurations", lambda *_: [configuration(32, 4, 1), configuration(16, 4, 1)])
+    monkeypatch.setenv("RELATTN_CACHE", str(tmp_path / "new"))
+    monkeypatch.setattr("relattn.autotune._REPEATS", 1)
+    tensors = inputs(rows=11, heads=1, queries=20, keys=20)
+    expected = gradients(tensors, "triton", max_relative_position=5)
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setenv("RELATTN_AUTOTUNE", "1")
+    close(gradients(tensors, "triton", max_relative_position=5), expected)
+    found = json.loads((tmp_path / "new" / "autotune.json").read_text())
+    kernels = {key.split(" | ")[1] for key in found}
+    assert kernels == {"forward", "prepare", "query_gradient", "key_gradient", "table_gradient"}
+    assert all(set(times) == {"(32, 4, 1)", "(16, 4, 1)"} and min(times.values()) > 0 for times in found.values())
+    (tmp_path / "new" / "autotune.json").write_text("{ half a fi")  # killed while an older version wrote it
+    close(gradients(tensors, "triton", max_relative_position=5), expected)
+    monkeypatch.setattr("relattn.autotune._measure", lambda *_: pytest.fail("timed again"))
+    close(gradients(tensors, "triton", max_relative_position=5), expected)
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor of each operation's results that has memory of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.sizes.append((tensor.untyped_storage().nbytes(), str(function)))
+        return result
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [None, 33])
+def test_nothing_of_length_by_length_is_ever_written(monkeypatch, rows):
+    """Kernels write to tensors that they are handed, and these are listed here, with all that PyTorch makes around them."""
+    length, size = 384, 16
+    tensors = inputs(heads=1, queries=length, keys=length, size=size, rows=rows)
+    handed, launch = [], gpu._Call._launch
+
+    def listed(self, kernel, grid, configuration, **arguments):
+        everything = self._shared() | arguments
+        handed.extend((value.untyped_storage().nbytes(), name) for name, value in everything.items() if isinstance(value, Tensor))
+        launch(self, kernel, grid, configuration, **arguments)
+
+    monkeypatch.setattr(gpu._Call, "_launch", listed)
+    monkeypatch.setattr(gpu, "_TABLE_PROGRAMS", 8)
+    if gpu.INTERPRETED:
+        monkeypatch.setattr(gpu, "_CONFIGURATION", (64, 4, 1))
+    clip = length - 1 if rows is None else rows // 2
+    call = Tensors(*(tensor.detach() for tensor in tensors)), Settings(clip, clip, False, None, None, 0, 0.0, 0.25)
+    seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    with Allocations() as allocations:
+        output, lse = gpu.forward(*call, seed)
+        found = gpu.backward(torch.ones_like(output), None, *call, output, lse, seed, [True] * 4 + [False] * 6)
+    half_a_matrix = length * length * 2  # bytes: L x L in 16 bits
+    assert len(found) == 4
+    assert len(handed) > 20
+    assert len(allocations.sizes) > 20
+    assert max(handed)[0] < half_a_matrix, max(handed)
+    assert max(allocations.sizes)[0] < half_a_matrix, max(allocations.sizes)
+
+
+@needs_kernels
+def test_reasons(monkeypatch):
+    def reason(size=16, dtype=torch.float32, device=DEVICE, **arguments):
+        tensor = torch.zeros(1, 1, 4, size, dtype=dtype, device=device)
+        return relattn.explain(tensor, tensor, tensor, **arguments).reasons.get("triton")
+
+    assert reason() is None
+    assert "256" in reason(size=257)
+    assert "float32" in reason(dtype=torch.float64)
+    assert "gradient" in reason(attn_mask=torch.zeros(4, 4, device=DEVICE, requires_grad=True))
+    if not gpu.INTERPRETED:
+        assert "GPU tensors" in reason(device="cpu")
+
+
+@needs_interpreter
+def test_interpreter_is_never_the_automatic_choice():
+    tensor = torch.zeros(1, 1, 4, 16)
+    assert relattn.explain(tensor, tensor, tensor).backend != "triton"
+    assert list(relattn.backends())[-1] == "triton"
+
+
+@needs_kernels
+def test_half_precision_tables_and_strides():
+    """float32 tables beside half-precision inputs get float32 gradients; inputs are read where they lie."""
+    query, key, value, rel_k = inputs(rows=11, dtype=torch.bfloat16)
+    rel_k = rel_k.detach().float().requires_grad_()
+    swapped = [tensor.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in (query, key, value)]
+    plain = gradients([query, key, value, rel_k], "triton", max_relative_position=5)
+    moved = gradients([*swapped, rel_k], "triton", max_relative_position=5)
+    assert plain[-1].dtype == torch.float32
+    assert plain[0].dtype == torch.bfloat16
+    assert moved[0].stride() == swapped[0].stride()
+    # The loss weighs by place in memory: forward results only.
+    assert torch.equal(plain[0], moved[0])
+    assert torch.equal(plain[1], moved[1])
+
+
+if gpu.unavailable() is None:
+    import triton
+    import triton.language as tl
+
+    from relattn.kernels.gpu import tile
+
+    @triton.jit
+    def slide_kernel(
+        order, result, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    ):  # fmt: skip
+        line, place = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+        if ROWS:  # element (content, place along the window) is numbered content * 2 BLOCK + place
+            first = line * (2 * BLOCK) + place
+        else:
+            first = place * (2 * BLOCK) + line
+        tl.store(order + tl.arange(0, 2 * BLOCK * BLOCK), tile._flatten_two(first, first + BLOCK, BLOCK, ROWS))
+        slid = tile._slide(first, first + BLOCK, CONTENT, OTHER, START, BLOCK, ROWS)
+        tl.store(result + line * BLOCK + place, slid)
+
+
+@needs_interpreter
+def test_no_bank_conflicts_and_the_slide_is_what_it_says():
+    """In the layout of matrix units' results (tile.py) every store of a window and every load of a tile meets 32 banks."""
+    block = 64
+    lanes = [(lane // 4, 2 * (lane % 4)) for lane in range(32)]
+    for rows in (True, False):
+        for content_sign, other_sign, start in ((-1, 1, block - 1), (1, -1, block - 1), (1, 1, 1)):
+            order, result = torch.zeros(2 * block * block, dtype=torch.int32), torch.zeros(block, block, dtype=torch.int32)
+            slide_kernel[(1,)](order, result, content_sign, other_sign, start, block, rows)
+            content, other = torch.meshgrid(torch.arange(block), torch.arange(block), indexing="ij")
+            expected = content * 2 * block + start + content_sign * content + other_sign * other
+            assert torch.equal(result.long(), expected if rows else expected.T)
+            address = torch.empty_like(order).long()
+            address[order.long()] = torch.arange(len(order))  # by number
+            for row, column, element in ((r, c, e) for r in range(0, block, 8) for c in range(0, block, 8) for e in (0, 1)):
+                places = [(row + r, column + c + element) for r, c in lanes]
+                for half in (0, block):
+                    stored = [(a * 2 * block + b if rows else b * 2 * block + a) + half for a, b in places]
+                    assert len({int(address[number]) % 32 for number in stored}) == 32
+                assert len({int(address[result[a, b]]) % 32 for a, b in places}) == 32
+
+
+def test_importing_relattn_imports_no_triton():
+    code = "import sys, relattn; relattn.backends(); sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(gpu.INTERPRETED, reason="with the interpreter on, nothing compiles")
+def test_shipped_configurations_fit_their_chips():
+    """Compiles the kernels for every architecture, as `make resources` does: nothing spills, and shared memory suffices."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "relattn.kernels.gpu.resources", "--jobs", str(min(8, os.cpu_count() or 1))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("sm_", "gfx"))]
+    assert len(rows) > 200
+    assert {row[0] for row in rows} == {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
