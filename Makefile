@@ -24,7 +24,7 @@ demo test sanitize: export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing is fetched from a model hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test sanitize bench lint clean
+.PHONY: help demo test sanitize bench resources lint clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -36,12 +36,16 @@ demo: $(INSTALLED) ## the chorale comparison (PRESET=quick|seed|tiny, DEMO_ARGS=
 test: $(INSTALLED) ## ruff and the test suite (TEST_ARGS="-k name ...")
 	$(BIN)/python -m ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup $(TEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 tests/test_gpu.py $(TEST_ARGS) || [ $$? = 5 ] # 5: none selected
 
 sanitize: $(INSTALLED) ## random calls of the native CPU kernels under GCC's sanitizers (FUZZ_COUNT=300)
 	$(BIN)/python -m tests.sanitize --count $(FUZZ_COUNT)
 
 bench: $(INSTALLED) ## speed and memory on this machine, five minutes (BENCH_ARGS="--quick")
 	$(BIN)/python -m benchmarks.speed $(BENCH_ARGS)
+
+resources: $(INSTALLED) ## what the GPU kernels take of each chip, by compiling them
+	$(BIN)/python -m relattn.kernels.gpu.resources
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/python -m ruff check .

@@ -341,10 +341,10 @@ class _Call:
             self._content_gradients(gradients, common, far, far_block)
         for name in ("rel_q", "rel_v"):
             if name in need:
-                total, _ = self._table_gradient(name, gradients[name], False, common, 0)
-                assert total is not None
+                found, _ = self._table_gradient(name, gradients[name], False, common, 0)
+                assert found is not None
                 factor = self.settings.scale if name == "rel_q" else self.keep_scale
-                gradients[name].copy_((total * factor).view(gradients[name].shape))
+                gradients[name].copy_((found * factor).view(gradients[name].shape))
 
     def _content_gradients(self, gradients: dict[str, Tensor], common: dict[str, Any], far: Tensor | None, far_block: int) -> None:
         """Gradients of rel_k, rel_bias and pos_bias_v. `far` (2, B, H, Lq): what tiles of far_block far from the tables owe their edges."""

@@ -201,6 +201,8 @@ def check(call: Call, backend: str, dtype: torch.dtype) -> None:
 
     The bound is relative to what the plain implementation does in the same dtype: |out - exact| <= 2 max|plain - exact| + tiny.
     """
+    global DEVICE
+    DEVICE = "cuda" if backend == "triton" and not gpu.INTERPRETED else "cpu"
     rounded = Call(call.seed, {name: tensor.double() for name, tensor in call.cast(dtype)[0].items()}, call.arguments)
     if "attn_mask" in call.tensors:
         rounded.tensors["attn_mask"] = call.tensors["attn_mask"].to(dtype).double().clamp(min=torch.finfo(torch.float64).min)
@@ -261,8 +263,6 @@ def fullest_row(call: Call, name: str) -> int:
 
 def check_all(calls: Iterable[tuple[str, Callable[[], Call]]], backend: str, dtype: str, which: str) -> NoReturn:
     """Make and check each named call, print those that fail, and exit with status 1 if any did."""
-    global DEVICE
-    DEVICE = "cuda" if backend == "triton" and not gpu.INTERPRETED else "cpu"
     count = failures = 0
     for name, make in calls:
         count += 1

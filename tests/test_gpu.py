@@ -289,5 +289,5 @@ def test_shipped_configurations_fit_their_chips():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("sm_", "gfx"))]
-    assert len(rows) > 200
+    assert len(rows) > 180
     assert {row[0] for row in rows} == {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}

@@ -43,23 +43,82 @@ def family(target: str) -> str:
     return "gfx942"
 
 
-def size_class(size: int) -> int:
-    """Head sizes are compiled one by one, but share configurations: up to 64, up to 128, up to 256."""
-    return 64 if size <= 64 else 128 if size <= 128 else 256
-
-
-def variant(clipped: bool, extra: bool) -> str:
-    """`extra`: rel_q or rel_v are there; `clipped`: the loop has a branch for tiles far from the tables."""
-    return "extra" if extra else "clipped" if clipped else "plain"
+# 16-bit inputs: heads up to 64, 128 and 256; of each the plain kernel and the clipped one.
+_TABLE = {
+    "sm_80": {
+        "forward": ((64, 4, 2), (64, 8, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)),
+        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 8, 2), (32, 8, 1), (16, 8, 2), (16, 4, 1)),
+        "table_gradient": ((32, 8, 2), (32, 8, 2), (16, 8, 2), (16, 8, 2), (16, 8, 1), (16, 8, 1)),
+    },
+    "sm_89": {
+        "forward": ((64, 4, 2), (64, 8, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 1), (16, 8, 2)),
+        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2), (16, 4, 2)),
+        "table_gradient": ((32, 8, 2), (32, 4, 2), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+    },
+    "sm_90": {
+        "forward": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 8, 2), (32, 8, 2), (16, 4, 2)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((64, 4, 2), (64, 4, 2), (64, 8, 2), (32, 8, 2), (32, 8, 2), (16, 4, 2)),
+        "key_gradient": ((64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 8, 2), (16, 4, 2), (16, 8, 2)),
+        "table_gradient": ((32, 8, 2), (32, 8, 2), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+    },
+    "sm_100": {
+        "forward": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (32, 8, 2), (16, 4, 2)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((64, 4, 1), (64, 4, 2), (64, 8, 2), (64, 8, 2), (32, 8, 2), (16, 4, 2)),
+        "key_gradient": ((64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 8, 2), (32, 8, 2), (16, 4, 2)),
+        "table_gradient": ((32, 4, 2), (32, 4, 2), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+    },
+    "sm_120": {
+        "forward": ((64, 8, 2), (64, 8, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 1), (16, 4, 2)),
+        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2), (16, 4, 2)),
+        "table_gradient": ((32, 4, 2), (32, 4, 2), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+    },
+    "gfx942": {
+        "forward": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 1), (64, 4, 1)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 2), (32, 4, 1), (32, 4, 2)),
+        "key_gradient": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (16, 4, 2), (16, 4, 2)),
+        "table_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (16, 4, 2), (16, 4, 2)),
+    },
+}  # fmt: skip
+# With rel_q or rel_v, by head size. Found for sm_90, and taken for all.
+_EXTRA = {
+    "forward": ((64, 8, 2), (32, 4, 2), (32, 8, 2)),
+    "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
+    "query_gradient": ((32, 4, 2), (32, 4, 2), (16, 4, 2)),
+    "key_gradient": ((32, 8, 2), (16, 4, 2), (16, 8, 2)),
+    "table_gradient": ((32, 8, 2), (16, 4, 2), (16, 8, 1)),
+}
+# float32, by head size. Exact float32 products run outside the matrix units, in registers: beyond heads of 64 nothing keeps them all.
+_SINGLE = {
+    "forward": ((32, 8, 1), (16, 8, 1), (16, 8, 1)),
+    "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
+    "query_gradient": ((32, 8, 1), (16, 8, 1), (16, 8, 1)),
+    "key_gradient": ((32, 8, 2), (16, 8, 1), (16, 8, 1)),
+    "table_gradient": ((32, 8, 1), (16, 8, 1), (16, 8, 1)),
+}
 
 
 def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: bool, extra: bool) -> list[Configuration]:
-    """For a kernel, the one to use first; those after it need less of the chip. size: the larger of D and Dv; itemsize: of the inputs."""
+    """For a kernel, the one to use first; those after it need less of the chip.
+
+    size: the larger of D and Dv; itemsize: of the inputs; clipped: the loop has a branch for tiles far from the tables; extra: rel_q or
+    rel_v are there.
+    """
     if target == "interpreter":  # not all alike: kernels must get on with each other's
         return [Configuration(16 if kernel == "table_gradient" else 32, 4, 1)]
-    key = (family(target), kernel, size_class(size), itemsize, variant(clipped, extra))
-    first = TABLE.get(key, CANDIDATES[-1])
+    place = 0 if size <= 64 else 1 if size <= 128 else 2
+    if itemsize == 4 or extra:
+        first = Configuration(*(_SINGLE if itemsize == 4 else _EXTRA)[kernel][place])
+        if itemsize == 4 and extra:
+            first = Configuration(16, 8, 1)
+    else:
+        first = Configuration(*_TABLE[family(target)][kernel][2 * place + clipped])
     return [first, *(candidate for candidate in CANDIDATES[CANDIDATES.index(first) + 1 :] if candidate.block <= first.block)]
-
-
-TABLE: dict[tuple[str, str, int, int, str], Configuration] = {}
