@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -32,21 +33,24 @@ _SPLITS = 0
 _TABLE_PROGRAMS = 0
 
 
-def _why_unavailable() -> str | None:
+def _why_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if importlib.util.find_spec("relattn.kernels") is None:
         return "this is a source tree without relattn.kernels: pip install -e ."
-    if not INTERPRETED and not torch.cuda.is_available():
+    if not INTERPRETED and not torch.backends.cuda.is_built():  # also of builds for ROCm
         return "torch sees no GPU"
     return None
 
 
-_reason = _why_unavailable()  # at import: what torch.compile traces then sees a constant
+_missing = _why_missing()  # at import: what torch.compile traces then sees a constant
 
 
 def unavailable() -> str | None:
-    return _reason
+    if _missing is not None or INTERPRETED:
+        return _missing
+    # Not at import: asking starts the driver, and a process forked afterwards cannot use the GPU.
+    return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
 def unsupported(tensors: Tensors, settings: Settings) -> str | None:
@@ -230,7 +234,7 @@ class _Call:
             rel_bias_strides=_strides(self.rel_bias, 2), key_mask_strides=_strides(self.key_mask, 2), mask_strides=_strides(self.mask, 4),
             heads=self.heads, group=self.heads // self.key_heads, queries=self.queries, keys=self.keys,
             table_rows=self.table_rows, query_offset=settings.query_offset, first=self.first, last=self.last, left=settings.left,
-            scale=settings.scale, log2_scale=settings.scale * _LOG2_E, hidden_from=self.hidden_from,
+            scale=float(settings.scale), log2_scale=settings.scale * _LOG2_E, hidden_from=self.hidden_from,
             threshold=threshold - 2**32 if threshold >= 2**31 else threshold, keep_scale=self.keep_scale,
             DROPOUT=drop > 0.0, LATE=self.exact and settings.scale > 0.0,
         )  # fmt: skip
@@ -238,7 +242,9 @@ class _Call:
     def _launch(self, kernel: str, grid: tuple[int, ...], configuration, **arguments) -> None:
         function, names = _kernels().kernel(kernel)
         arguments = self._shared() | self._constants(configuration) | arguments
-        function[grid](**{name: arguments[name] for name in names})
+        device = self.query_u.device
+        with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(device):  # Triton launches on the current device
+            function[grid](**{name: arguments[name] for name in names})
 
     def _splits(self, programs: int, block: int) -> int:
         """How many parts the keys are cut into, where queries alone leave the chip idle."""
