@@ -34,12 +34,15 @@ _TABLE_PROGRAMS = 0
 
 
 def _why_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    if not INTERPRETED and not torch.backends.cuda.is_built():  # True of builds for ROCm too
+        return "torch sees no GPU"
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+    except Exception as error:  # a broken installation must not break `import relattn`
+        return f"Triton cannot be found: {error}"
     if importlib.util.find_spec("relattn.kernels") is None:
         return "this is a source tree without relattn.kernels: pip install -e ."
-    if not INTERPRETED and not torch.backends.cuda.is_built():  # also of builds for ROCm
-        return "torch sees no GPU"
     return None
 
 
@@ -177,8 +180,9 @@ class _Call:
         for candidate, smaller in itertools.zip_longest(candidates, candidates[1:]):
             try:
                 launch(candidate)
-            except _kernels().OutOfResources as error:
-                if smaller is None:
+            except (_kernels().OutOfResources, RuntimeError) as error:
+                compiler = not isinstance(error, _kernels().OutOfResources)  # some pipelines are beyond some versions of it
+                if smaller is None or (compiler and "PassManager" not in str(error)):
                     raise
                 _warn_once(f"relattn: the {kernel} kernel falls from {candidate} to {smaller}: {error}")
             else:

@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
+
+# Triton 3.6's compiler gives up on pipelining a loop with the far tiles' branch in it (clipped); 3.9's does not.
+PIPELINES_BRANCHES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
+
 
 class Configuration(NamedTuple):
     block: int  # queries and keys of a tile
@@ -121,4 +126,7 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
             first = Configuration(16, 8, 1)
     else:
         first = Configuration(*_TABLE[family(target)][kernel][2 * place + clipped])
-    return [first, *(candidate for candidate in CANDIDATES[CANDIDATES.index(first) + 1 :] if candidate.block <= first.block)]
+    smaller = [candidate for candidate in CANDIDATES[CANDIDATES.index(first) + 1 :] if candidate.block <= first.block]
+    if clipped and not PIPELINES_BRANCHES:
+        first, smaller = first._replace(num_stages=1), [candidate for candidate in smaller if candidate.num_stages == 1]
+    return [first, *smaller]
