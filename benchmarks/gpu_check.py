@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import relattn
-from benchmarks.peers import materialising_skew
-from relattn.reference import skew
+from benchmarks.peers import PEERS, Problem
 
 LIMIT = 520.0  # seconds in all
 BATCH, HEADS = 2, 12
@@ -57,30 +56,6 @@ def sdpa(backend: str) -> Callable[..., Tensor]:
 def fused(clip: int | None, **options) -> Callable[..., Tensor]:
     def attention(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
         return relattn.relative_attention(query, key, value, rel_k, max_relative_position=clip, backend="triton", **options)
-
-    return attention
-
-
-def dense_bias(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
-    """SDPA with the relative term as a (B, H, L, L) tensor."""
-    logits = (query / query.shape[3] ** 0.5) @ rel_k.transpose(0, 1)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=skew(logits).contiguous())
-
-
-def flex_gather() -> Callable[..., Tensor]:
-    """FlexAttention with a materialised and gathered Q E^T: score_mod cannot hold a product."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
-        length = query.shape[2]
-        logits = (query / query.shape[3] ** 0.5) @ rel_k.transpose(0, 1)
-
-        def add(score, batch, head, row, column):
-            return score + logits[batch, head, row, column - row + length - 1]
-
-        return compiled(query, key, value, score_mod=add)
 
     return attention
 
@@ -153,18 +128,18 @@ def speed(length: int, size: int, clip: int | None) -> dict[str, Any]:
 
 
 def peers(length: int, size: int) -> dict[str, Any]:
-    tensors = inputs(length, size, 2 * length - 1, batch=1)
-    sides = {
-        "relattn": fused(None), "skew, eager": materialising_skew, "skew, compiled": torch.compile(materialising_skew, dynamic=False),
-        "SDPA with a dense bias": dense_bias, "FlexAttention with gathered Q E^T": flex_gather(),
-    }  # fmt: skip
+    """Times by peer of `python -m benchmarks`, in one process."""
+    problem = Problem(length, "train", 1, HEADS, size, "bfloat16", "cuda")
+    tensors = problem.inputs()
+    names = ("relattn-triton", "skew", "skew-compiled", "sdpa-bias", "flex", "flash-deberta", "disentangled-flash")
+    sides = {name: PEERS[name].make(problem) for name in names if PEERS[name].refusal(problem) is None}
     result: dict[str, Any] = {"length": length, "size": size, "batch": 1, "heads": HEADS}
     for what, make in (("forward", forward), ("training", training)):
         times = timed({name: make(side, tensors) for name, side in sides.items()})
-        others = [value for name, value in times.items() if name != "relattn" and isinstance(value, float)]
+        others = [value for name, value in times.items() if name != "relattn-triton" and isinstance(value, float)]
         result[what] = dict(times)
-        if others and isinstance(times["relattn"], float):
-            result[what]["best peer / relattn"] = min(others) / times["relattn"]
+        if others and isinstance(times["relattn-triton"], float):
+            result[what]["best peer / relattn"] = min(others) / times["relattn-triton"]
     return result
 
 

@@ -1,6 +1,6 @@
 """How things are measured: sides that take turns, memory of a step, cases in fresh processes.
 
-`python -m benchmarks.measure MODULE:FUNCTION JSON` is what `in_fresh_process` runs.
+`python -m benchmarks.measure MODULE:FUNCTION JSON` is what `in_fresh_process` and `attempt` run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -88,14 +89,14 @@ def extra_memory(step: TensorStep) -> tuple[int, int]:
     ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     returned = step()
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     size = sum(tensor.untyped_storage().nbytes() for tensor in returned)
     return peak - size, size
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """VmRSS (now) or VmHWM (the most so far) of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
@@ -103,13 +104,48 @@ def _resident(field: str) -> int:
 
 def in_fresh_process(function: Callable[..., Any], arguments: Mapping[str, Any], threads: int | None = None) -> Any:
     """What `function(**arguments)` returns in a process of its own: arguments and result go as JSON. `threads`: torch's; None = default."""
+    with _started(function, arguments, threads) as process:
+        output, errors = process.communicate()
+    if process.returncode != 0:
+        raise RuntimeError(f"{process.args[-2]} {dict(arguments)} ended with {process.returncode}:\n{errors}")
+    return json.loads(output.splitlines()[-1])
+
+
+def attempt(function: Callable[..., Any], arguments: Mapping[str, Any], timeout: float, threads: int | None = None) -> Any:
+    """The same, but whatever becomes of the process is an answer: {"status": timeout, out of memory, crash or error, "detail"}."""
+    with _started(function, arguments, threads) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            return {"status": "timeout", "detail": f"stopped after {timeout:g} s"}
+        except BaseException:
+            _kill(process)
+            raise
+    if process.returncode == 0:
+        return json.loads(output.splitlines()[-1])
+    if process.returncode == -signal.SIGKILL:
+        return {"status": "out of memory", "detail": "killed by the system, as it does when memory runs out"}
+    if process.returncode < 0:
+        return {"status": "crash", "detail": signal.Signals(-process.returncode).name}
+    last = (errors.strip() or "no message").splitlines()[-1]
+    return {"status": "error", "detail": last[:300]}
+
+
+def _started(function: Callable[..., Any], arguments: Mapping[str, Any], threads: int | None) -> subprocess.Popen[str]:
     environment = dict(os.environ) if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
-    target = f"{function.__module__}:{function.__qualname__}"
-    command = [sys.executable, "-m", "benchmarks.measure", target, json.dumps(arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=_CLONE)
-    if result.returncode != 0:
-        raise RuntimeError(f"{target} {dict(arguments)} ended with {result.returncode}:\n{result.stderr}")
-    return json.loads(result.stdout.splitlines()[-1])
+    module = function.__globals__["__spec__"].name if function.__module__ == "__main__" else function.__module__
+    command = [sys.executable, "-m", "benchmarks.measure", f"{module}:{function.__qualname__}", json.dumps(arguments)]
+    # A session of its own, so that the compilers that it starts can be stopped with it.
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=_CLONE, start_new_session=True
+    )
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 class Watch:
@@ -152,7 +188,8 @@ def _busy() -> float | None:
 def _main() -> None:
     target, arguments = sys.argv[1:]
     module, name = target.split(":")
-    print(json.dumps(getattr(importlib.import_module(module), name)(**json.loads(arguments))))
+    result = getattr(importlib.import_module(module), name)(**json.loads(arguments))
+    print("\n" + json.dumps(result))  # in a line of its own, whatever was printed before
 
 
 if __name__ == "__main__":
