@@ -116,7 +116,9 @@ def test_what_becomes_of_a_process_is_a_row(how, status, detail):
     assert detail in row["detail"]
 
 
-SETTINGS = {"plain": {}, "clip": {"clip": 5}, "causal": {"causal": True}, "both": {"causal": True, "clip": 5}, "batch": {"batch": 2, "clip": 200}}
+SETTINGS = {
+    "plain": {}, "clip": {"clip": 5}, "causal": {"causal": True}, "both": {"causal": True, "clip": 5}, "batch": {"batch": 2, "clip": 200}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -258,8 +260,8 @@ def crafted(folder):
     rows.append({"pass": "forward", "length": 512, "peer": "flex", "status": "not applicable", "detail": "is not here"})
     settings = {"batch": 1, "heads": 8, "head_dim": 64, "dtype": "float32", "causal": False, "clip": None}
     environment = {"processor": "A processor", "cores": 2, "threads": 2, "torch": "2.13", "relattn": "0.1"}
-    content = {"settings": settings, "environment": environment, "matrix_tflops": 0.2, "date": "2026-01-02", "commits": ["abc"], "rows": rows}
-    write_json(folder / "results.json", content)
+    content = {"settings": settings, "environment": environment, "matrix_tflops": 0.2, "date": "2026-01-02", "commits": ["abc"]}
+    write_json(folder / "results.json", content | {"rows": rows})
 
 
 def test_report_of_every_kind_of_row(tmp_path):

@@ -20,7 +20,7 @@ import torch
 import relattn
 from relattn import cpu, relative_attention
 from tests.edges import edges
-from tests.fuzz import check, native_variants, random_call, run
+from tests.fuzz import check, decoding_call, native_variants, random_call, run
 
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no native library: {cpu.unavailable()}")
 
@@ -73,6 +73,27 @@ def test_another_variant_runs_other_code() -> None:
 def test_random_calls_of_every_variant(variant: str, dtype: torch.dtype, count: int) -> None:
     for seed in range(count):
         check(random_call(7000 + 100 * VARIANTS.index(variant) + seed), "cpu", dtype)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_queries(variant: str, dtype: torch.dtype) -> None:
+    for seed in range(40):
+        check(decoding_call(100 * VARIANTS.index(variant) + seed), "cpu", dtype)
+
+
+@native
+def test_few_queries_do_not_depend_on_threads() -> None:
+    call, results = decoding_call(1), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            tensors, arguments = call.cast(torch.float32)
+            results.append(relative_attention(**tensors, **arguments, backend="cpu", return_lse=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 # Edges

@@ -101,10 +101,14 @@ struct Carver {
   }
 };
 
+// Whether the position product's rows are the content product's.
+INLINE bool position_is_content(const Problem& p) {
+  return !p.position || !(p.call.rel_bias.data || p.call.pos_bias_u.data || p.call.pos_bias_v.data);
+}
+
 static void carve_scores(const Problem& p, Carver& carver, Workspace& w) {
   w.content = carver.floats(p.block_rows * p.padded_size);
-  const bool separate = p.position && (p.call.rel_bias.data || p.call.pos_bias_u.data || p.call.pos_bias_v.data);
-  w.position = separate ? carver.floats(p.block_rows * p.padded_depth) : w.content;
+  w.position = position_is_content(p) ? w.content : carver.floats(p.block_rows * p.padded_depth);
   w.left_edge = carver.floats(p.block_rows);
   w.right_edge = carver.floats(p.block_rows);
   w.row = p.call.attn_mask.data ? carver.floats(p.block_keys) : nullptr;
@@ -127,13 +131,8 @@ struct Block {
   int64_t position;  // of its first row, for the tables
 };
 
-static Block prepare_block(const Problem& p, const Head& head, Workspace& w, int64_t index) {
-  Block block;
-  block.first = index * p.block_rows;
-  block.rows = least(p.block_rows, p.call.queries - block.first);
-  block.keys = window_of(p.call, head.keys, block.first, block.first + block.rows);
-  block.position = table_position(head.keys, block.first);
-  if (block.keys.empty()) return block;
+// The block's rows of both products: (q + u) and (q + v), scaled.
+static void read_block(const Problem& p, const Head& head, const Block& block, Workspace& w) {
   const Matrix query = matrix(p.call.query, head.batch, head.head);
   const float unit = (float)(p.call.scale * kLog2E);
   const Tensor *u = &p.call.pos_bias_u, *v = &p.call.pos_bias_v;
@@ -156,6 +155,16 @@ static Block prepare_block(const Problem& p, const Head& head, Workspace& w, int
     if (u->data) add_scaled(content, content_bias, 1.0f, p.size);
     scale_row(content, unit, p.size);
   }
+}
+
+static Block prepare_block(const Problem& p, const Head& head, Workspace& w, int64_t index) {
+  Block block;
+  block.first = index * p.block_rows;
+  block.rows = least(p.block_rows, p.call.queries - block.first);
+  block.keys = window_of(p.call, head.keys, block.first, block.first + block.rows);
+  block.position = table_position(head.keys, block.first);
+  if (block.keys.empty()) return block;
+  read_block(p, head, block, w);
   if (p.position) {
     const Left a = {w.position, p.padded_depth, 1};
     if (beyond_left(head.rel_k, block.position, block.rows, block.keys)) edge_scores(block.rows, a, head.rel_k, 0, w.left_edge, w.scratch);

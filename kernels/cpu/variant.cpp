@@ -30,6 +30,7 @@ namespace {
 #include "scores.h"
 #include "operands.h"
 #include "forward.h"
+#include "decoding.h"
 #include "backward.h"
 #include "gradients.h"
 #if defined(__AMX_BF16__)
@@ -38,10 +39,12 @@ namespace {
 #include "backward_amx.h"
 #include "gradients_amx.h"
 
-int forward_any(const Call& call, const Team& team) { return takes_amx(call) ? forward_amx(call, team) : forward(call, team); }
+int forward_any(const Call& call, const Team& team) {
+  return takes_few(call) ? forward_few(call, team) : takes_amx(call) ? forward_amx(call, team) : forward(call, team);
+}
 int backward_any(const Call& call, const Team& team) { return takes_amx(call) ? backward_amx(call, team) : backward(call, team); }
 #else
-int forward_any(const Call& call, const Team& team) { return forward(call, team); }
+int forward_any(const Call& call, const Team& team) { return takes_few(call) ? forward_few(call, team) : forward(call, team); }
 int backward_any(const Call& call, const Team& team) { return backward(call, team); }
 #endif
 

@@ -16,6 +16,12 @@ typedef float UnalignedVec __attribute__((vector_size(4 * kWidth), aligned(4), m
 
 #define INLINE static inline __attribute__((always_inline))
 
+// A number that a generic lambda takes as a constant.
+template <int64_t kValue>
+struct Constant {
+  static constexpr int64_t value = kValue;
+};
+
 constexpr float kInfinity = __builtin_inff();
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
