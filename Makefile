@@ -24,7 +24,7 @@ demo test sanitize: export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing is fetched from a model hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test sanitize bench resources lint clean
+.PHONY: help demo test sanitize bench figures resources lint clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -41,8 +41,11 @@ test: $(INSTALLED) ## ruff and the test suite (TEST_ARGS="-k name ...")
 sanitize: $(INSTALLED) ## random calls of the native CPU kernels under GCC's sanitizers (FUZZ_COUNT=300)
 	$(BIN)/python -m tests.sanitize --count $(FUZZ_COUNT)
 
-bench: $(INSTALLED) ## speed and memory on this machine, five minutes (BENCH_ARGS="--quick")
-	$(BIN)/python -m benchmarks.speed $(BENCH_ARGS)
+bench: $(INSTALLED) ## speed and memory against peers on this machine (BENCH_ARGS="--quick")
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+figures: $(INSTALLED) ## reports, pictures and the README's part of the committed benchmarks
+	$(BIN)/python -m benchmarks.render $(wildcard benchmarks/results/*-*) --readme README.md
 
 resources: $(INSTALLED) ## what the GPU kernels take of each chip, by compiling them
 	$(BIN)/python -m relattn.kernels.gpu.resources
