@@ -185,8 +185,10 @@ def measure(options: argparse.Namespace, results: dict[str, Any], path: Path) ->
             bar.set_description(f"L = {problem.length}, {problem.passed}, {peer}")
             row = {"pass": problem.passed, "length": problem.length, "peer": peer} | _row(options, rows, problem, peer)
             if "median_ms" in row:
-                tflops = flops(problem, PEERS[peer].relative) / row["median_ms"] / 1e9
-                row |= {"tflops": round(tflops, 5), "percent_of_matrix_ceiling": round(100 * tflops / results["matrix_tflops"], 2)}
+                count = flops(problem, PEERS[peer].relative)
+                tflops = count / row["median_ms"] / 1e9
+                row |= {"flops": count, "tflops": round(tflops, 5)}
+                row["percent_of_matrix_ceiling"] = round(100 * tflops / results["matrix_tflops"], 2)
             rows.append(row)
             write_json(path, results)
             if row["status"] != "not applicable":

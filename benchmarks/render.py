@@ -214,7 +214,8 @@ def _picture(results: Results, name: str, label: str, value: Callable[[str, dict
             for row in rows:
                 if row["status"] in _FAILED:
                     lost.setdefault(row["length"], []).append(peer)
-        axis.set(xscale="log", yscale="log", title=_PASSES[passed], xlabel="sequence length L")
+        axis.set(xscale="log", yscale="log", xlabel="sequence length L")
+        axis.set_title(_PASSES[passed], pad=18 if lost else 6, fontsize=12)
         axis.set_xticks(results.lengths, [str(length) for length in results.lengths])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda height, _: f"{height:g}"))
@@ -234,19 +235,22 @@ def _picture(results: Results, name: str, label: str, value: Callable[[str, dict
 
 
 def _mark_lost(results: Results, axis: Any, passed: str, lost: dict[int, list[str]]) -> None:
-    """A cross above the axes, in the peer's colour, where it gave no figure; what became of it beside the first."""
+    """Above the axes at the lengths where peers gave no figure: a cross in each one's colour; what became of them beside the first."""
+
+    def above(length: int, offset: float, text: str, **style: Any) -> None:
+        axis.annotate(
+            text, (length, 1.0), xycoords=axis.get_xaxis_transform(), xytext=(offset, 9), textcoords="offset points", va="center",
+            annotation_clip=False, **style,
+        )  # fmt: skip
+
     for length, peers in lost.items():
         for place, peer in enumerate(peers):
-            axis.annotate(
-                "\u00d7", (length, 1.0), xycoords=axis.get_xaxis_transform(), xytext=(0, -2 - 11 * place), textcoords="offset points",
-                color=_STYLE[peer][0], fontsize=14, fontweight="bold", ha="center", va="center", annotation_clip=False,
-            )  # fmt: skip
+            offset = 11 * (place - (len(peers) - 1) / 2)
+            above(length, offset, "\u00d7", color=_STYLE[peer][0], fontsize=15, fontweight="bold", ha="center")
     if lost:
+        first = min(lost)
         words = sorted({_FAILED[results.row(passed, peer, length)["status"]] for length, peers in lost.items() for peer in peers})
-        axis.annotate(
-            "\u00d7 " + ", ".join(words), (0.02, 1.0), xycoords="axes fraction", xytext=(0, -2), textcoords="offset points", fontsize=9,
-            va="center", color="#444444",
-        )  # fmt: skip
+        above(first, -5.5 * len(lost[first]) - 4, ", ".join(words), color="#444444", fontsize=9, ha="right")
 
 
 def render(folder: Path) -> list[Path]:
