@@ -279,11 +279,14 @@ def readme_part(folders: list[Path], root: Path) -> str:
         results = Results(folder)
         place = folder.resolve().relative_to(root.resolve()).as_posix()
         lines += [f"**{results.machine()}**: {results.title()} ([report]({place}/report.md)).", ""]
-        lines += [f"![time against length]({place}/time.png)", f"![memory against length]({place}/memory.png)", ""]
-        longest = [length for length in results.lengths if length in (512, 2048, 8192)] or results.lengths[-3:]
+        lengths = [length for length in results.lengths if length in (512, 2048, 8192, 32768)]
+        lengths = lengths if len(lengths) > 2 else results.lengths[-3:]
         for passed in results.passes:
-            lines += [*table(results, passed, "time", longest), ""]
-        lines += [*table(results, results.passes[-1], "memory", longest), ""]
+            if passed == results.passes[0] != "decode":
+                lines += [f"![time against length]({place}/time.png)", f"![memory against length]({place}/memory.png)", ""]
+            lines += [*table(results, passed, "time", lengths), ""]
+            if passed == "train":
+                lines += [*table(results, passed, "memory", lengths), ""]
     return "\n".join(lines)
 
 
