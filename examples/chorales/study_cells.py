@@ -73,7 +73,7 @@ SCHEDULES = {
     # The same number of tokens and updates for every cell of the grid.
     "short": Schedule(tokens=2_000_000, batch_tokens=1024, learning_rate=2e-3, extrapolate=(128, 512)),
     # Does more training change the order?
-    "long": Schedule(tokens=12_000_000, batch_tokens=1024, learning_rate=2e-3, extrapolate=(128, 512)),
+    "long": Schedule(tokens=8_000_000, batch_tokens=1024, learning_rate=2e-3, extrapolate=(128, 512)),
     # Proves that everything runs.
     "tiny": Schedule(
         tokens=20_000, batch_tokens=512, learning_rate=2e-3, warmup=5, evaluations=2, valid_tokens=2_000, extrapolate=(16, 32)
@@ -171,63 +171,61 @@ AS_PUBLISHED = dict(positions="relative", skew="published", tables="normal")
 MAIN = (ABSOLUTE, RELATIVE, BOTH)
 
 
-def _grid() -> list[tuple[int, dict]]:
+def _grid() -> list[tuple[float, dict]]:
     """(priority, factors) of every group of the committed grid; lower priorities run first."""
-    groups: list[tuple[int, dict]] = []
+    groups: list[tuple[float, dict]] = []
 
-    def add(priority: int, arms, **factors) -> None:
+    def add(priority: float, arms, **factors) -> None:
         groups.extend((priority, arm | factors) for arm in arms)
 
     notebook = dict(window=16, masking="time", phase="any")
     # 1. The published comparison and its repairs, one by one and together.
     factorial = [dict(positions="relative", skew=skew, tables=tables) for skew in SKEWS for tables in TABLES]
-    add(1, [ABSOLUTE, AS_PUBLISHED, NONE, BOTH], **notebook)
-    add(1, [arm for arm in factorial if arm != AS_PUBLISHED], **notebook)
+    add(1, [ABSOLUTE, AS_PUBLISHED, RELATIVE, NONE, BOTH], **notebook)
+    add(1, [arm for arm in factorial if arm not in (AS_PUBLISHED, RELATIVE)], **notebook)
     # The published skew where absolute positions are not dropped.
     add(1, [dict(positions="both", skew="published", tables="normal")], **notebook)
-    # 2. Longer windows, where windows start anywhere or in step with the voices.
+    # 2. A longer window.
     add(2, [*MAIN, NONE, AS_PUBLISHED], window=128, masking="step", phase="any")
-    add(2, MAIN, window=128, masking="step", phase="four")
-    # 3. Every window.
+    # 3. Four times the budget: does a short training distort the comparison? Windows anywhere, or in step with the voices.
+    add(3, MAIN, window=128, masking="step", phase="any", schedule="long")
+    add(3.2, MAIN, window=128, masking="step", phase="four", schedule="long")
+    # 4. Every window.
     for window in (16, 512, 64, 256):
-        add(3, MAIN, window=window, masking="step", phase="any")
-    # 4. The voice told to every arm.
-    add(4, [*MAIN, NONE], window=128, masking="step", phase="any", voice=True)
-    add(4, [ABSOLUTE, RELATIVE], voice=True, **notebook)
-    # 5. Masks.
+        add(4, MAIN, window=window, masking="step", phase="any")
+    # 5. Windows in step with the voices, and the voice told to every arm.
+    add(5, MAIN, window=128, masking="step", phase="four")
+    add(5, MAIN, window=128, masking="step", phase="any", voice=True)
+    add(6, [ABSOLUTE, RELATIVE], voice=True, **notebook)
+    # 7. Masks.
     for masking in ("time", "token", "span"):
-        add(5, MAIN, window=128, masking=masking, phase="any")
+        add(7, [ABSOLUTE, RELATIVE], window=128, masking=masking, phase="any")
     for masking in ("token", "span"):
-        add(6, [ABSOLUTE, RELATIVE], window=16, masking=masking, phase="any")
-    # 7. The skew and the tables at a longer window.
-    add(7, [arm for arm in factorial if arm not in (AS_PUBLISHED, RELATIVE)], window=128, masking="step", phase="any")
-    # 8. Windows in step with the voices at the ends of the range.
-    for window in (16, 512):
-        add(8, MAIN, window=window, masking="step", phase="four")
+        add(8, [ABSOLUTE, RELATIVE], window=16, masking=masking, phase="any")
+    # 9. The skew and the tables one by one at a longer window, and the phase at the notebook's.
+    add(9, [arm for arm in factorial if arm not in (AS_PUBLISHED, RELATIVE)], window=128, masking="step", phase="any")
+    add(9, MAIN, window=16, masking="step", phase="four")
     return groups
 
 
+# A seed comes this many priorities after the one before: the first groups get all their repetitions before the last get any.
+_SEED_STEP = 2.5
+
+
 def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
-    """The cells of a preset in the order in which they run: the most telling first, all of one seed before the next."""
+    """The cells of a preset in the order in which they run: the most telling first."""
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
-    if preset == "grid":
-        ordered = [(10 * seed + priority, Cell(seed=seed, **group)) for seed in range(seeds) for priority, group in _grid()]
-        # Six times the budget, for the comparison that a short training might distort.
-        for phase in PHASES:
-            for seed in range(seeds):
-                long = dict(window=128, masking="step", phase=phase, schedule="long", seed=seed)
-                ordered += [(10 * seed + 15, Cell(**arm, **long)) for arm in MAIN]
-    elif preset == "seed":
-        notebook = dict(window=16, masking="time", phase="any", schedule="notebook")
-        arms = (ABSOLUTE, AS_PUBLISHED, RELATIVE, BOTH)
-        ordered = [(seed, Cell(seed=seed, **arm, **notebook)) for seed in range(seeds) for arm in arms]
-    elif preset == "tiny":
-        arms = (ABSOLUTE, RELATIVE, AS_PUBLISHED, NONE)
-        groups = [arm | dict(window=16, masking="step", phase="any", schedule="tiny") for arm in arms]
-        ordered = [(seed, Cell(seed=seed, **group)) for seed in range(min(seeds, 2)) for group in groups]
-    else:
-        raise ValueError(f"preset: expected grid, seed or tiny, got {preset!r}")
+    notebook = dict(window=16, masking="time", phase="any", schedule="notebook")
+    tiny = dict(window=16, masking="step", phase="any", schedule="tiny")
+    groups = {
+        "grid": _grid(),
+        "seed": [(1, arm | notebook) for arm in (ABSOLUTE, AS_PUBLISHED, RELATIVE, BOTH)],
+        "tiny": [(1, arm | tiny) for arm in (ABSOLUTE, RELATIVE, AS_PUBLISHED, NONE)],
+    }
+    if preset not in groups:
+        raise ValueError(f"preset: expected one of {', '.join(groups)}, got {preset!r}")
+    ordered = [(_SEED_STEP * seed + priority, Cell(seed=seed, **group)) for seed in range(seeds) for priority, group in groups[preset]]
     return [cell for _, cell in sorted(ordered, key=lambda pair: pair[0])]
 
 
