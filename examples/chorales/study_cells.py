@@ -187,9 +187,10 @@ def _grid() -> list[tuple[float, dict]]:
     add(1, [dict(positions="both", skew="published", tables="normal")], **notebook)
     # 2. A longer window.
     add(2, [*MAIN, NONE, AS_PUBLISHED], window=128, masking="step", phase="any")
-    # 3. Four times the budget: does a short training distort the comparison? Windows anywhere, or in step with the voices.
+    # 3. Four times the budget: does a short training distort the comparison?
     add(3, MAIN, window=128, masking="step", phase="any", schedule="long")
-    add(3.2, MAIN, window=128, masking="step", phase="four", schedule="long")
+    add(3.4, [ABSOLUTE, AS_PUBLISHED, RELATIVE], **notebook, schedule="long")
+    add(5.5, MAIN, window=128, masking="step", phase="four", schedule="long")
     # 4. Every window.
     for window in (16, 512, 64, 256):
         add(4, MAIN, window=window, masking="step", phase="any")
@@ -208,7 +209,8 @@ def _grid() -> list[tuple[float, dict]]:
     return groups
 
 
-# A seed comes this many priorities after the one before: the first groups get all their repetitions before the last get any.
+# A seed comes this many priorities after the one before, a long one twice as many: the first groups get all their
+# repetitions before the last get any.
 _SEED_STEP = 2.5
 
 
@@ -225,7 +227,10 @@ def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
     }
     if preset not in groups:
         raise ValueError(f"preset: expected one of {', '.join(groups)}, got {preset!r}")
-    ordered = [(_SEED_STEP * seed + priority, Cell(seed=seed, **group)) for seed in range(seeds) for priority, group in groups[preset]]
+    ordered = []
+    for priority, group in groups[preset]:
+        step = _SEED_STEP * (2 if group.get("schedule") == "long" else 1)
+        ordered += [(priority + step * seed, Cell(seed=seed, **group)) for seed in range(seeds)]
     return [cell for _, cell in sorted(ordered, key=lambda pair: pair[0])]
 
 

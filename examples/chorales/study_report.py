@@ -115,12 +115,21 @@ class Results:
         return next(r["parameters"] for c, r in self.cells.items() if c.arm == arm and all(getattr(c, n) == v for n, v in setting.items()))
 
 
-def setting_text(setting: dict) -> str:
+def _factor_text(field: str, value: str | int | bool) -> str:
+    """A level of a factor in a few words; "" for what goes without saying."""
+    return {
+        "window": f"window {value}",
+        "masking": f"{value} masks",
+        "phase": "any start" if value == "any" else "starts at 4n",
+        "voice": "voice given" if value else "",
+        "schedule": {"short": "", "long": "4x budget", "notebook": "notebook's schedule", "tiny": "tiny"}.get(str(value), ""),
+    }[field]
+
+
+def setting_text(setting: dict, leave_out: str | None = None) -> str:
     """A setting in a few words."""
-    budget = {"short": "", "long": ", 4x budget", "notebook": ", notebook's schedule", "tiny": ", tiny"}[setting["schedule"]]
-    phase = "any start" if setting["phase"] == "any" else "starts at 4n"
-    voice = ", voice given" if setting["voice"] else ""
-    return f"window {setting['window']}, {setting['masking']} masks, {phase}{voice}{budget}"
+    words = [_factor_text(field, value) for field, value in setting.items() if field != leave_out]
+    return ", ".join(word for word in words if word)
 
 
 def _cell(estimate: Estimate | None, form: str = ".3f") -> str:
@@ -213,6 +222,44 @@ def section_changes(results: Results) -> str:
     return markdown_table(header, rows) if rows else ""
 
 
+# (field of the setting, from, to): a change of one factor
+_CHANGES = (
+    ("masking", "time", "step"),
+    ("masking", "step", "token"),
+    ("masking", "step", "span"),
+    ("phase", "four", "any"),
+    ("voice", False, True),
+    ("schedule", "short", "long"),
+    *(("window", 16, window) for window in (64, 128, 256, 512)),
+)
+
+
+_PLAIN = {"voice": "not given", "schedule": "short"}
+
+
+def section_factors(results: Results) -> str:
+    """One factor changed, the rest kept: what it does to each arm, and to the distance between them (both paired by seed)."""
+    rows = []
+    settings = results.settings()
+    for field, before, after in _CHANGES:
+        for setting in settings:
+            changed = setting | {field: after}
+            if setting[field] != before or changed not in settings:
+                continue
+            absolute, relative = (
+                {seed: to[seed] - of[seed] for seed in sorted(to.keys() & of.keys())}
+                for of, to in ((results.values(arm, **setting), results.values(arm, **changed)) for arm in ("absolute", "relative"))
+            )
+            gap = difference(relative, absolute)
+            if gap is not None:
+                words = [_factor_text(field, value) or f"{field} {_PLAIN[field]}" for value in (before, after)]
+                kept = setting_text(setting, leave_out=field)
+                rows.append(
+                    [f"{words[0]} → {words[1]}; {kept}", *(_cell(_of(v), "+.3f") for v in (absolute, relative)), _cell(gap, "+.3f")]
+                )
+    return markdown_table(["change of loss", "absolute", "relative", "relative - absolute"], rows) if rows else ""
+
+
 def section_longer(results: Results) -> str:
     """Trained on one window, tested on a longer one."""
     rows = []
@@ -286,7 +333,8 @@ def render(results: Results) -> str:
         "# The study's results",
         f"Written by `python -m examples.chorales.study report` from {len(results.cells)} finished cells, seeds {seeds[0]} to {seeds[-1]}. "
         "Numbers are mean ± half the 95 % t-interval over seeds (n); a number with (1) has one seed and no interval. Loss is in nats per "
-        "masked token of the test set; differences are paired by seed, negative where the first is better. Data fingerprint "
+        "masked token of the test set; differences are paired by seed, negative where the first is better. Intervals are not "
+        "widened for the number of comparisons. Data fingerprint "
         f"{one['data_fingerprint']}; {versions}.",
     ]
 
@@ -303,20 +351,29 @@ def render(results: Results) -> str:
             section_arms(results, notebook),
             section_effects(results, notebook),
         )
+    long = NOTEBOOK | {"schedule": "long"}
     if NOTEBOOK in settings:
         add(
             "The published comparison, repaired step by step",
-            f"{setting_text(NOTEBOOK)}, as in the notebook; fixed budget.",
+            f"{setting_text(NOTEBOOK)}, as in the notebook; a fixed budget of tokens.",
             "![repairs](repairs.png)",
             section_reversal(results, NOTEBOOK),
             section_arms(results, NOTEBOOK),
             section_effects(results, NOTEBOOK),
         )
+    if long in settings:
+        add("The same with four times the budget", section_arms(results, long), section_effects(results, long))
     if LONGER in settings:
         add(f"A longer window: {setting_text(LONGER)}", section_arms(results, LONGER), section_effects(results, LONGER))
     table = section_settings(results)
     if table:
         add("Every setting", "![differences](differences.png)", "![windows](windows.png)", table)
+        add(
+            "One factor at a time",
+            "A negative number in the last column: the change favours relative positions. Changes of masks, windows and phase change the "
+            "task too, so read that column, not the first two.",
+            section_factors(results),
+        )
         add("Where relative attention wins, and where it does not", section_verdicts(results))
     add("Where copying fails", section_changes(results))
     add("Longer than trained", section_longer(results))
@@ -399,7 +456,7 @@ def plot_windows(path: Path, results: Results) -> None:
                 axes.errorbar(
                     [w for w, _ in points],
                     [e.mean for _, e in points],
-                    yerr=[e.half or 0 for _, e in points],
+                    yerr=[math.nan if e.half is None else e.half for _, e in points],
                     fmt="o-",
                     capsize=4,
                     color=_COLOURS[arm],

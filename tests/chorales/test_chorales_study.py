@@ -503,6 +503,8 @@ def test_report_from_files_alone(tmp_path):
         write_cell(tmp_path, cell(ABSOLUTE, window=128, seed=seed), 0.4 + jitter, longer=2.0 + jitter)
         write_cell(tmp_path, cell(RELATIVE, window=128, seed=seed), 0.3 + jitter, longer=0.25)
         write_cell(tmp_path, cell(BOTH, window=128, seed=seed), 0.3 + jitter * (-1) ** seed)
+        write_cell(tmp_path, cell(ABSOLUTE, window=128, seed=seed, voice=True), 0.1 + jitter)
+        write_cell(tmp_path, cell(RELATIVE, window=128, seed=seed, voice=True), 0.2 + jitter)
     write_cell(tmp_path, cell(BOTH, masking="time"), 0.45)
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
@@ -513,12 +515,16 @@ def test_report_from_files_alone(tmp_path):
     assert "the relative arm's loss is +0.200 ± 0.000 (3)" in text
     assert "Both repairs change it by: -0.150 ± 0.000 (3), 75% of that gap." in text
     assert "| both against absolute | -0.050 (1) |" in text
+    # From window 16 to 128 with other masks is no change of one factor; a voice label is.
+    assert "window 16 → window 128" not in text
+    assert "voice not given → voice given; window 128, step masks, any start | -0.300 ± 0.000 (3) | -0.100 ± 0.000 (3) | +0.200" in text
     assert "512: 2.010 ± 0.025 (3) | +1.600 ± 0.000 (3) |" in text
     results = Results(tmp_path)
     found = verdicts(results, "relative", "absolute")
-    assert [len(found[kind]) for kind in ("wins", "loses", "not told apart", "one seed")] == [1, 1, 0, 0]
+    assert [len(found[kind]) for kind in ("wins", "loses", "not told apart", "one seed")] == [1, 2, 0, 0]
     assert "window 128" in found["wins"][0]
     assert "window 16" in found["loses"][0]
+    assert "voice given" in found["loses"][1]
     assert len(verdicts(results, "both", "relative")["not told apart"]) == 1
     assert len(verdicts(results, "both", "absolute")["one seed"]) == 1
 
