@@ -313,7 +313,10 @@ def section_reversal(results: Results, setting: dict) -> str:
     def add(text: str, one: str, other: str) -> None:
         gap = difference(loss(one), loss(other))
         if gap is not None:
-            share = f", {abs(gap.mean / published.mean):.0%} of that gap" if published.mean > 0 and other.startswith("relative.p") else ""
+            share = ""
+            if published.mean > 0 and other == "relative.published.normal":
+                percent = f"{abs(gap.mean) / published.mean:.0%}"
+                share = f", which closes {percent} of the gap" if gap.mean < 0 else f", which widens the gap by {percent}"
             lines.append(f"{text}: {gap.text('+.3f')}{share}.")
 
     add("The same arm against a model with no positions at all", "relative.published.normal", "none")
@@ -331,8 +334,9 @@ def render(results: Results) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in one["environment"].items())
     parts = [
         "# The study's results",
-        f"Written by `python -m examples.chorales.study report` from {len(results.cells)} finished cells, seeds {seeds[0]} to {seeds[-1]}. "
-        "Numbers are mean ± half the 95 % t-interval over seeds (n); a number with (1) has one seed and no interval. Loss is in nats per "
+        f"Written by `python -m examples.chorales.study report` from {len(results.cells)} finished cells, "
+        f"seeds {', '.join(map(str, seeds))}. Numbers are mean ± half the 95 % t-interval over seeds (n); "
+        "a number with (1) has one seed and no interval. Loss is in nats per "
         "masked token of the test set; differences are paired by seed, negative where the first is better. Intervals are not "
         "widened for the number of comparisons. Data fingerprint "
         f"{one['data_fingerprint']}; {versions}.",
@@ -368,11 +372,13 @@ def render(results: Results) -> str:
     table = section_settings(results)
     if table:
         add("Every setting", "![differences](differences.png)", "![windows](windows.png)", table)
+        factors = section_factors(results)
         add(
             "One factor at a time",
-            "A negative number in the last column: the change favours relative positions. Changes of masks, windows and phase change the "
-            "task too, so read that column, not the first two.",
-            section_factors(results),
+            factors
+            and "A negative number in the last column: the change favours relative positions. Changes of masks, windows and "
+            "phase change the task too, so read that column, not the first two.",
+            factors,
         )
         add("Where relative attention wins, and where it does not", section_verdicts(results))
     add("Where copying fails", section_changes(results))
@@ -404,12 +410,18 @@ def _row(axes, y: float, values: Values, colour: str) -> None:
 
 def plot_repairs(path: Path, results: Results, setting: dict) -> None:
     """Test loss of every arm of the published comparison."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     arms = [arm for arm in reversed(_ARM_TEXT) if results.values(arm, **setting)]
     figure, (axes,) = _figure(8, 0.5 + 0.42 * len(arms))
     for y, arm in enumerate(arms):
         _row(axes, y, results.values(arm, **setting), _COLOURS[arm.split(".")[0]])
     axes.set_yticks(range(len(arms)), [_ARM_TEXT[arm] for arm in arms])
-    axes.set_xlabel("test loss on masked tokens (nats)")
+    axes.set_xlabel("test loss on masked tokens (nats), logarithmic")
+    axes.set_xscale("log")  # a model without positions is far from all others
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_title(setting_text(setting), fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
     _save(figure, path)

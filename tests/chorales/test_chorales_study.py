@@ -506,6 +506,7 @@ def test_report_from_files_alone(tmp_path):
         write_cell(tmp_path, cell(ABSOLUTE, window=128, seed=seed, voice=True), 0.1 + jitter)
         write_cell(tmp_path, cell(RELATIVE, window=128, seed=seed, voice=True), 0.2 + jitter)
     write_cell(tmp_path, cell(BOTH, masking="time"), 0.45)
+    write_cell(tmp_path, cell(RELATIVE | dict(skew="published"), masking="time"), 0.75)
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
     for name in ("repairs.png", "differences.png", "windows.png"):
@@ -513,7 +514,8 @@ def test_report_from_files_alone(tmp_path):
         assert name in text
     assert "| absolute | 0.510 ± 0.025 (3) | 80.0% ± 0.0% (3)" in text  # 4.3027 * 0.01 / sqrt(3)
     assert "the relative arm's loss is +0.200 ± 0.000 (3)" in text
-    assert "Both repairs change it by: -0.150 ± 0.000 (3), 75% of that gap." in text
+    assert "Both repairs change it by: -0.150 ± 0.000 (3), which closes 75% of the gap." in text
+    assert "Small tables alone change it by: +0.050 (1), which widens the gap by 25%." in text
     assert "| both against absolute | -0.050 (1) |" in text
     # From window 16 to 128 with other masks is no change of one factor; a voice label is.
     assert "window 16 → window 128" not in text
