@@ -23,7 +23,7 @@ _TOKENS_PER_THREAD = 2048
 _OVERRIDES = (
     ("--window", "window", int, "tokens per window; beyond 128 the model gets more positions and parameters"),
     ("--stride", "stride", int, "tokens between the starts of windows"),
-    ("--masking", "masking", str, "hidden together: token, time (four tokens), step (a time step of the music)"),
+    ("--masking", "masking", str, "hidden together: token, time (four tokens), step (a time step of the music), span (a voice)"),
     ("--epochs", "epochs", float, "passes over the training windows"),
     ("--batch", "batch", int, "windows per micro-batch, over all processes"),
     ("--accumulation", "accumulation", int, "micro-batches per optimizer step"),
@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
     parser.add_argument("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
     for flag, field, kind, text in _OVERRIDES:
-        choices = ("token", "time", "step") if field == "masking" else None
+        choices = ("token", "time", "step", "span") if field == "masking" else None
         parser.add_argument(flag, dest=field, type=kind, choices=choices, help=text)
     options = parser.parse_args(arguments)
     options.out = options.out or Path("runs") / f"chorales-{options.preset}"

@@ -15,6 +15,7 @@ import numpy as np
 from .data import MASK, NOWHERE, PAD, Batch, Windows
 
 MASKED_SHARE = 0.15
+SPAN_STEPS = 8  # a half note on the 16th grid
 IGNORED = -100  # label of a token that is not to be predicted
 EVALUATION_SEED = 20_181_209  # validation and test masks do not depend on a run's seed
 
@@ -42,12 +43,21 @@ def _group_steps(batch: Batch) -> np.ndarray:
     return np.where(batch.step != NOWHERE, np.cumsum(new_step, axis=1), NOWHERE)
 
 
+def _group_spans(batch: Batch) -> np.ndarray:
+    """One voice over SPAN_STEPS time steps, counted from the piece's start: copying its last note helps at most once."""
+    note = batch.step != NOWHERE
+    key = np.where(note, batch.step // SPAN_STEPS * 4 + batch.voice, NOWHERE)
+    first = (key[:, :, None] == key[:, None, :]).argmax(axis=2)  # a span is named after the first place it has
+    return np.where(note, first, NOWHERE)
+
+
 # A grouping maps a batch to (B, L) integers below L: tokens of a row with the same number are hidden together, those
 # marked NOWHERE never.
 GROUPINGS: dict[str, Callable[[Batch], np.ndarray]] = {
     "token": _group_tokens,
     "time": _group_time,
     "step": _group_steps,
+    "span": _group_spans,
 }
 
 

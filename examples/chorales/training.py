@@ -59,7 +59,7 @@ class ChoraleTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"]
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        logits = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
         wanted = labels != IGNORED
         # A sum over possibly no token (a window that holds only an end token): 0, where a mean would be NaN.
         loss = F.cross_entropy(logits[wanted], labels[wanted], reduction="sum") / wanted.sum().clamp(min=1)
@@ -222,6 +222,50 @@ def adopt_checkpoint(checkpoint: Path) -> None:
         write_json(path, saved)
 
 
+def train_model(
+    model,
+    settings: Settings,
+    windows: dict[str, Windows],
+    collator: MaskingCollator,
+    evaluation: dict[str, MaskingCollator],
+    checkpoints: Path,
+    state,
+    name: str | None,
+    workers: int = 0,
+) -> tuple[ChoraleTrainer, Clock]:
+    """Train `model`, or continue from the last of its `checkpoints`; the best validation loss chooses the final weights.
+
+    Args:
+        collator: of the training windows; `evaluation` holds those of "valid" and perhaps others.
+        state: accelerate's PartialState.
+        name: what progress bar and messages call the model; None shows neither.
+        workers: processes that prepare batches.
+    """
+    clock = Clock()
+    trainer = ChoraleTrainer(
+        model=model,
+        args=training_arguments(settings, checkpoints, len(windows["train"]), state.num_processes, workers),
+        train_dataset=windows["train"],
+        eval_dataset=windows["valid"],
+        data_collator=collator,
+        callbacks=[EpochSetter(windows["train"]), clock, *([Progress(name)] if name else [])],
+        evaluation=evaluation,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if state.is_main_process:
+        remove_incomplete_checkpoints(checkpoints)
+    state.wait_for_everyone()
+    resume = last_checkpoint(checkpoints)
+    if resume is not None and state.is_main_process:
+        adopt_checkpoint(resume)
+        if name:
+            print(f"{name}: continuing from {resume.name}", flush=True)
+    state.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return trainer, clock
+
+
 def run_arm(
     arm: str, chorales: Chorales, windows: dict[str, Windows], settings: Settings, folder: Path, state, workers: int = 0
 ) -> dict:
@@ -240,28 +284,10 @@ def run_arm(
     parameters = parameter_count(model)
     if state.is_main_process:
         print(f"{arm}: {parameters:,} parameters", flush=True)
-    clock = Clock()
     checkpoints = folder / "checkpoints"
-    trainer = ChoraleTrainer(
-        model=model,
-        args=training_arguments(settings, checkpoints, len(windows["train"]), state.num_processes, workers),
-        train_dataset=windows["train"],
-        eval_dataset=windows["valid"],
-        data_collator=MaskingCollator(windows["train"], settings.masking, vocabulary_size, settings.seed),
-        callbacks=[EpochSetter(windows["train"]), clock, Progress(arm)],
-        evaluation=evaluation_collators(windows, settings, vocabulary_size),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    if state.is_main_process:
-        remove_incomplete_checkpoints(checkpoints)
-    state.wait_for_everyone()
-    resume = last_checkpoint(checkpoints)
-    if resume is not None and state.is_main_process:
-        adopt_checkpoint(resume)
-        print(f"{arm}: continuing from {resume.name}", flush=True)
-    state.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    collator = MaskingCollator(windows["train"], settings.masking, vocabulary_size, settings.seed)
+    evaluation = evaluation_collators(windows, settings, vocabulary_size)
+    trainer, clock = train_model(model, settings, windows, collator, evaluation, checkpoints, state, arm, workers)
     test = trainer.score(trainer.evaluation["test"])
     tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens_seen, device=trainer.args.device), "sum")
     result = {

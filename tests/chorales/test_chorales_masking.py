@@ -134,7 +134,7 @@ def test_window_of_one_end_token_has_nothing_to_predict():
 
 
 def test_unknown_mode_is_refused(chorales):
-    with pytest.raises(ValueError, match="masking: expected one of token, time, step, got 'bars'"):
+    with pytest.raises(ValueError, match="masking: expected one of token, time, step, span, got 'bars'"):
         masked_windows(chorales, "bars")
 
 
