@@ -105,13 +105,36 @@ def revert(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for name in [name for name, value in vars(module).items() if _is_bound(value)]:
             delattr(module, name)
+        if isinstance(vars(module).get("config"), _CompactMasks):
+            module.config = module.config.config  # type: ignore[assignment,union-attr]
     return model
 
 
 # ---- putting methods in place ----
 
 
+class _CompactMasks:
+    """A configuration in the place of an encoder's, so that the masks it asks for stay (B, L): read-only, all else is the original's."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def _attn_implementation(self) -> str:
+        asked = self.config._attn_implementation
+        return "relattn" if asked in ("sdpa", "eager") else asked
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "config" or name.startswith("__"):  # while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
 def _bind(module: nn.Module, method: str, function: Callable) -> None:
+    if function is _CompactMasks:
+        if not isinstance(module.config, _CompactMasks):
+            module.config = _CompactMasks(module.config)  # type: ignore[assignment]
+        return
     # Not a bound method: a partial is copied and pickled together with its module.
     setattr(module, method, functools.partial(function, module))
     module._replicate_for_data_parallel = functools.partial(_replicate, module)  # type: ignore[assignment]
@@ -295,8 +318,18 @@ def _apply_chunk_attention(module: Any, attention_mask: Tensor | None, hidden_st
     return _original(module, "_apply_chunk_attention")(attention_mask, hidden_states)
 
 
-def _seamless_encoder(module: nn.Module) -> list[_Replacement]:
-    return [_replacement(module, "_apply_chunk_attention", _apply_chunk_attention, "attention_mask hidden_states", False, config=object)]
+def _conformer_encoder(module: Any) -> list[_Replacement] | str:
+    if not all(getattr(layer.self_attn, "position_embeddings_type", None) in ("relative", "relative_key") for layer in module.layers):
+        return "its layers have no relative term"
+    return [_Replacement(module, "config", _CompactMasks, False)]
+
+
+def _seamless_v2_encoder(module: Any) -> list[_Replacement] | str:
+    planned = _conformer_encoder(module)
+    if isinstance(planned, str):
+        return planned
+    parameters = "attention_mask hidden_states"
+    return [*planned, _replacement(module, "_apply_chunk_attention", _apply_chunk_attention, parameters, False, config=object)]
 
 
 # ---- Parakeet, Nemotron ASR streaming ----
@@ -805,7 +838,10 @@ _PLANS: dict[str, Callable[[Any], list[_Replacement] | str]] = {
     "wav2vec2_conformer.Wav2Vec2ConformerSelfAttention": _conformer("hidden_states attention_mask relative_position_embeddings kwargs"),
     "seamless_m4t.SeamlessM4TConformerSelfAttention": _conformer("hidden_states attention_mask relative_position_embeddings kwargs"),
     "seamless_m4t_v2.SeamlessM4Tv2ConformerSelfAttention": _conformer("hidden_states attention_mask kwargs"),
-    "seamless_m4t_v2.SeamlessM4Tv2ConformerEncoder": _seamless_encoder,
+    "wav2vec2_bert.Wav2Vec2BertEncoder": _conformer_encoder,
+    "wav2vec2_conformer.Wav2Vec2ConformerEncoder": _conformer_encoder,
+    "seamless_m4t.SeamlessM4TConformerEncoder": _conformer_encoder,
+    "seamless_m4t_v2.SeamlessM4Tv2ConformerEncoder": _seamless_v2_encoder,
     "parakeet.ParakeetEncoder": _parakeet_plan,
     "nemotron_asr_streaming.NemotronAsrStreamingEncoder": _nemotron_plan,
     "fastspeech2_conformer.FastSpeech2ConformerAttention": _fastspeech2_plan,

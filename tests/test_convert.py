@@ -166,8 +166,12 @@ CASES = {
     "vits": Case(vits, vits_inputs, True),
     "deberta": Case(part(deberta, "Deberta"), tokens, True, True, 1e-6),
     "deberta-long": Case(part(deberta, "Deberta", max_relative_positions=-1, pos_att_type=["p2c"]), tokens, True, True, 1e-6),
-    "deberta-v2": Case(part(deberta, "DebertaV2", position_buckets=4, norm_rel_ebd="layer_norm", conv_kernel_size=3), tokens, True, True, 1e-6),
-    "deberta-v2-shared": Case(part(deberta, "DebertaV2", position_buckets=8, max_relative_positions=30, share_att_key=True), tokens, True, True, 1e-6),
+    "deberta-v2": Case(
+        part(deberta, "DebertaV2", position_buckets=4, norm_rel_ebd="layer_norm", conv_kernel_size=3), tokens, True, True, 1e-6
+    ),
+    "deberta-v2-shared": Case(
+        part(deberta, "DebertaV2", position_buckets=8, max_relative_positions=30, share_att_key=True), tokens, True, True, 1e-6
+    ),
     "deberta-v2-c2p": Case(part(deberta, "DebertaV2", pos_att_type=["c2p"]), tokens, True, True, 1e-6),
 }  # fmt: skip
 every_case = pytest.mark.parametrize("name", CASES)
@@ -269,8 +273,11 @@ def test_half_precision_weights(name: str, dtype: torch.dtype) -> None:
 @every_case
 def test_attention_weights(name: str) -> None:
     """Also where the original, with "sdpa", gives none: then as its "eager" has them."""
-    # Beside "eager", SeamlessM4T v2 adds its boolean mask to the scores as ones.
-    model, inputs = built(name), given(name, padded=not name.startswith("seamless-v2"))
+    if name.startswith("nemotron"):
+        pytest.skip("its eager attention hides what its mask shows")
+    # Beside "eager", SeamlessM4T v2 adds its boolean mask to the scores as ones, and Parakeet's overflows in float64.
+    dtype = torch.float32 if name == "parakeet" else torch.float64
+    model, inputs = built(name, dtype), given(name, dtype, padded=not name.startswith("seamless-v2"))
     if name == "seamless-v2-chunks":
         model.config.speech_encoder_chunk_size = LENGTH
     if not CASES[name].eager:
@@ -284,8 +291,21 @@ def test_attention_weights(name: str) -> None:
         length = output[0].shape[1]
         assert weights.shape == right.shape == (2, HEADS, length, length)
         where = seen(output[0], True)
-        close(weights.transpose(1, 2)[where], right.transpose(1, 2)[where], 1e-6)
+        close(weights.transpose(1, 2)[where], right.transpose(1, 2)[where], 1e-6 if dtype == torch.float64 else 1e-4)
     assert not model(**inputs).get("attentions")
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "whole"])
+def test_attention_weights_of_chunks(padded: bool) -> None:
+    model, inputs = convert(built("nemotron")), given("nemotron", padded=padded)
+    output = model(**inputs, output_attentions=True)
+    close(output[0], model(**inputs)[0])
+    length = output[0].shape[1]
+    frames = torch.arange(length)
+    allowed = implementation._chunk_mask(frames, frames, (2, 2))[None] & seen(output[0], padded)[:, None, :]
+    for weights in output.attentions:
+        assert torch.equal(weights > 0, allowed[:, None].expand_as(weights))
+        close(weights.sum(-1), allowed.any(-1)[:, None].expand(-1, HEADS, -1).double())
 
 
 class Largest(TorchDispatchMode):
@@ -317,11 +337,13 @@ def test_holds_no_tensor_of_length_by_length(name: str, padded: bool, monkeypatc
     model, inputs = built(name, torch.float32), given(name, torch.float32, length, padded)
     if (padded and name in WITH_A_MASK) or name in ("xlnet-uni", "seamless-v2-chunks"):
         pytest.skip("the model makes a mask of length by length")
-    with torch.no_grad(), Largest(length) as before:
-        model(**inputs)
-    convert(model)
-    with torch.no_grad(), Largest(length) as after:
-        model(**inputs)
+    with torch.no_grad():
+        length = model(**inputs)[0].shape[1]
+        with Largest(length) as before:
+            model(**inputs)
+        convert(model)
+        with Largest(length) as after:
+            model(**inputs)
     assert before.found
     assert not after.found
 
@@ -363,21 +385,21 @@ def test_nemotron_streams_as_before() -> None:
 
 @pytest.mark.parametrize("kind", ["bi", "uni"])
 def test_xlnet_with_memory(kind: str) -> None:
-    model, inputs = built("xlnet", attn_type=kind), given("xlnet")
+    model, inputs = built("xlnet", attn_type=kind), given("xlnet", padded=kind == "bi")  # the original cannot join a causal mask and padding
     memory = model(**given("xlnet", padded=False)).mems
     expected = model(**inputs, mems=memory)[0]
     found = convert(model)(**inputs, mems=memory)[0]
-    where = seen(found, True)
+    where = seen(found, kind == "bi")
     close(found[where], expected[where])
     assert not torch.equal(found, expected)
 
 
 def test_xlnet_with_segments_or_two_streams_is_the_original() -> None:
-    model, inputs = built("xlnet"), given("xlnet")
+    model, inputs = built("xlnet", torch.float32), given("xlnet", torch.float32)
     segments = {"token_type_ids": (torch.arange(LENGTH) > 11).long().expand(2, -1)}
-    target = torch.zeros(2, 1, LENGTH, dtype=torch.float64)
+    target = torch.zeros(2, 1, LENGTH)
     target[:, 0, -1] = 1.0
-    hidden = torch.zeros(2, LENGTH, LENGTH, dtype=torch.float64)
+    hidden = torch.zeros(2, LENGTH, LENGTH)
     hidden[:, :, -1] = 1.0
     twin = convert(copy.deepcopy(model))
     for more in (segments, {"target_mapping": target, "perm_mask": hidden}):
@@ -388,7 +410,6 @@ def test_deberta_with_states_of_its_own_is_the_original() -> None:
     """The enhanced mask decoder: queries that are not the keys."""
     for name in ("deberta-v2", "deberta-v2-c2p"):
         model, inputs = built(name), given(name)
-        model.z_steps = 2
         expected = model(**inputs, output_hidden_states=True)
         layer = model.encoder.layer[-1]
         states = expected.hidden_states[-1]
@@ -454,6 +475,8 @@ def test_copies_pickles_and_replicas(name: str) -> None:
 @pytest.mark.parametrize("name", ["wav2vec2-bert", "parakeet", "nemotron", "vits", "deberta-v2"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_replays_dropout(name: str, reentrant: bool) -> None:
+    if reentrant and name == "deberta-v2":
+        pytest.skip("the original fails: its layers share the embeddings of positions")
     settings = {"attention_probs_dropout_prob": 0.3} if name.startswith("deberta") else {"attention_dropout": 0.3}
     found = []
     for checkpointing in (False, True):
@@ -559,14 +582,15 @@ class _Subclass(modeling_wav2vec2_bert.Wav2Vec2BertSelfAttention):
 
 def test_unknown_layouts_raise_and_change_nothing(monkeypatch) -> None:
     def refused(model: nn.Module, message: str) -> None:
-        with pytest.raises(ValueError, match=rf"model: .*transformers {transformers.__version__} .*{message}.*nothing was converted"):
+        known = rf"model: transformers\.models\..* of transformers {transformers.__version__} .*"
+        with pytest.raises(ValueError, match=rf"{known}{message}.*nothing was converted"):
             convert(model)
         assert not any(implementation._is_bound(value) for module in model.modules() for value in vars(module).values())
 
     model = built("wav2vec2-bert")
     with monkeypatch.context() as patch:
         patch.setattr(modeling_wav2vec2_bert.Wav2Vec2BertSelfAttention, "forward", _other_forward)
-        refused(model, r"Wav2Vec2BertSelfAttention.*forward\(self hidden_states .*tables kwargs\)")
+        refused(model, r"forward\(self hidden_states .*tables kwargs\)")
     last = model.encoder.layers[1].self_attn  # the first is fine
     with monkeypatch.context() as patch:
         patch.setattr(last, "scaling", None)
@@ -575,7 +599,9 @@ def test_unknown_layouts_raise_and_change_nothing(monkeypatch) -> None:
         patch.setattr(last, "position_embeddings_type", "alibi")
         refused(model, "position_embeddings_type='alibi'")
     last.__class__ = _Subclass
-    refused(model, "a subclass of Wav2Vec2BertSelfAttention with a forward of its own")
+    with pytest.raises(ValueError, match=r"test_convert\._Subclass .*a subclass of Wav2Vec2BertSelfAttention with a forward of its own"):
+        convert(model)
+    assert "forward" not in vars(model.encoder.layers[0].self_attn)
     model = built("deberta-v2")
     with monkeypatch.context() as patch:
         patch.setattr(modeling_deberta_v2.DebertaV2Encoder, "get_rel_pos", lambda self, hidden_states: None)
