@@ -408,10 +408,14 @@ def _chunked(
         sides = (stop - 1 - first, stop - 1 - start)  # the distances of this block
         rows = rel_k[:, length - 1 - sides[0] : length + sides[1]]
         # The window, wider than what a query sees, lets the kernel pass over whole tiles; the mask says the rest.
-        masks = dict(window=(reach + size - 1, size - 1), attn_mask=_chunk_mask(frames[start:stop], frames[first:stop], chunk))
-        masks["key_mask"] = None if key_mask is None else key_mask[:, first:stop]
-        part = query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop]
-        outputs.append(relative_attention(*part, rows, max_relative_position=sides, query_offset=start - first, **masks, **arguments))
+        outputs.append(
+            relative_attention(
+                query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], rows, max_relative_position=sides,
+                query_offset=start - first, window=(reach + size - 1, size - 1),
+                attn_mask=_chunk_mask(frames[start:stop], frames[first:stop], chunk),
+                key_mask=None if key_mask is None else key_mask[:, first:stop], **arguments,
+            )
+        )  # fmt: skip
     return torch.cat(outputs, 2)
 
 
@@ -658,10 +662,9 @@ def _xlnet(
     )
     table = torch.einsum("ih,hnd->nid", r[:, 0].type(module.r.dtype), module.r)
     mask = None if attn_mask_h is None else (attn_mask_h == 0).permute(2, 3, 0, 1)
-    masks = {} if mask is None else {"attn_mask": mask}
     output = relative_attention(
         query, key, value, table[:, 1:], max_relative_position=(keys - 1, rows - 1 - keys), query_offset=keys - queries, scale=module.scale,
-        pos_bias_u=module.r_w_bias, pos_bias_v=module.r_r_bias, dropout_p=module.dropout.p if module.training else 0.0, **masks,
+        pos_bias_u=module.r_w_bias, pos_bias_v=module.r_r_bias, dropout_p=module.dropout.p if module.training else 0.0, attn_mask=mask,
     )  # fmt: skip
     return module.post_attention(h, output.permute(2, 0, 1, 3)), None  # type: ignore[union-attr]
 
@@ -752,7 +755,7 @@ def _deberta(
     span = min(length, most)
     embeddings = module.pos_dropout(rel_embeddings)[most - span : most + span]
     k, rows = _deberta_rows(length, span, query.device, None, span)
-    tables = {}
+    tables: dict[str, Any] = {}
     if "c2p" in module.pos_att_type:
         tables["rel_k"] = _table(module.pos_proj(embeddings)[rows], size)
     if "p2c" in module.pos_att_type:
@@ -783,7 +786,7 @@ def _deberta_v2(
         # Beyond max_relative_positions all share a bucket; where the settings leave no room for the logarithm nothing is cut.
         limit = most + 1 if most - 1 > module.position_buckets // 2 else length
     k, rows = _deberta_rows(length, span, query.device, bucket, limit)
-    tables = {}
+    tables: dict[str, Any] = {}
     if "c2p" in module.pos_att_type:
         tables["rel_k"] = _table((module.key_proj if module.share_att_key else module.pos_key_proj)(embeddings)[rows], size)
     if "p2c" in module.pos_att_type:
@@ -862,7 +865,7 @@ def _plan_of(module: nn.Module) -> Callable[[Any], list[_Replacement] | str] | N
     for known in type(module).__mro__:
         folder = known.__module__.removeprefix("transformers.models.").split(".")[0]
         if known.__module__ == f"transformers.models.{folder}.modeling_{folder}" and f"{folder}.{known.__name__}" in _PLANS:
-            if known is not type(module) and type(module).forward is not known.forward:
+            if known is not type(module) and type(module).forward is not vars(known).get("forward"):
                 raise _unknown(module, f"a subclass of {known.__name__} with a forward of its own")
             return _PLANS[f"{folder}.{known.__name__}"]
     return None
