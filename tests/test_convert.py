@@ -7,7 +7,9 @@ import copy
 import functools
 import logging
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -667,14 +669,13 @@ class RelPositionMultiHeadedAttention(nn.Module):
         return self.linear_out((self.dropout(weights) @ v).transpose(1, 2).flatten(2))
 
 
-def swapped_forward(self, query, key, value, pos_emb, mask):
-    q, k, v = self.forward_qkv(query, key, value)  # (B, H, L, D)
-    rel_k = self.linear_pos(pos_emb)[0].unflatten(-1, (self.h, self.d_k)).transpose(0, 1)  # (H, 2L - 1, D)
-    output = relative_attention(
-        q, k, v, rel_k, pos_bias_u=self.pos_bias_u, pos_bias_v=self.pos_bias_v, attn_mask=None if mask is None else mask[:, None].bool(),
-        dropout_p=self.dropout.p if self.training else 0.0,
-    )  # fmt: skip
-    return self.linear_out(output.transpose(1, 2).flatten(2))
+def swapped_forward() -> Callable:
+    """As the README has it."""
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = [block for block in blocks if "def swapped_forward" in block]
+    names: dict[str, Any] = {"relative_attention": relative_attention}
+    exec(block, names)
+    return names["swapped_forward"]
 
 
 @pytest.mark.parametrize("masked", ["none", "padding", "chunks"])
@@ -686,7 +687,7 @@ def test_recipe_for_toolkits(masked: str, monkeypatch) -> None:
     masks["chunks"] = (torch.arange(LENGTH)[:, None] // 4 >= torch.arange(LENGTH) // 4).expand(2, -1, -1)
     factor = torch.randn(2, LENGTH, HIDDEN).double()
     found = []
-    for forward in (RelPositionMultiHeadedAttention.forward, swapped_forward):
+    for forward in (RelPositionMultiHeadedAttention.forward, swapped_forward()):
         monkeypatch.setattr(RelPositionMultiHeadedAttention, "forward", forward)
         output = layer(x, x, x, pos_emb, masks[masked])
         layer.zero_grad()
@@ -694,3 +695,65 @@ def test_recipe_for_toolkits(masked: str, monkeypatch) -> None:
         found.append([output, *(parameter.grad for parameter in layer.parameters())])
     for ours, theirs in zip(found[1], found[0], strict=True):
         close(ours, theirs)
+
+
+# ---- python -m benchmarks.huggingface ----
+
+
+def test_benchmark_goes_on_where_it_was(tmp_path, capsys, monkeypatch) -> None:
+    """From the command line to the part of a README, on a model of a small configuration, in this process."""
+    from benchmarks import huggingface as benchmark
+
+    def attempt(function, arguments, timeout, threads):
+        return function(**arguments | ({"memory_limit": None} if "memory_limit" in arguments else {}))
+
+    small = benchmark.Model("small", lambda layers: CASES["wav2vec2-bert"].build(), benchmark.MODELS["w2v-bert"].inputs, "Wav2Vec2BertSelfAttention")
+    small = small._replace(inputs=lambda seconds: {"input_features": torch.randn(1, round(50 * seconds), 10)})
+    monkeypatch.setattr(benchmark, "attempt", attempt)
+    monkeypatch.setitem(benchmark.MODELS, "w2v-bert", small)
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- conversion -->\nold\n<!-- /conversion -->\nb\n")
+    command = ["--device", "cpu", "--models", "w2v-bert", "--audio", "2", "--pass", "forward,train", "--seconds", "0.01", "--readme", str(readme)]
+    assert benchmark.main([*command, "--out", str(tmp_path)]) == 0
+    results = benchmark.read_json(tmp_path / "results.json")
+    assert [(row["part"], row["pass"], row["frames"]) for row in results["rows"]] == [
+        (part, passed, 100) for part in benchmark.PARTS for passed in benchmark.PASSES
+    ]
+    for row in results["rows"]:
+        assert row["before"]["status"] == row["after"]["status"] == "ok"
+        assert 0 < row["error"] < 1e-3
+        assert row["faster"] == pytest.approx(row["before"]["median_ms"] / row["after"]["median_ms"])
+    assert readme.read_text().startswith("a\n<!-- conversion -->\n")
+    assert "| small | 2 s | 100 |" in readme.read_text()
+    assert " of 2 goals met" in capsys.readouterr().out  # not slower: attention, encoder
+
+    monkeypatch.setattr(benchmark, "_row", lambda *_: pytest.fail("measured again"))
+    assert benchmark.main([*command, "--out", str(tmp_path)]) == 0
+    assert benchmark.main([*command, "--out", str(tmp_path), "--layers", "1"]) == 2
+    assert "holds rows of other settings" in capsys.readouterr().err
+
+
+def test_benchmark_of_what_ended_badly(tmp_path, monkeypatch) -> None:
+    from benchmarks import huggingface as benchmark
+
+    fine = {"status": "ok", "peak_bytes": 30 * 2**20, "returned_bytes": 10 * 2**20, "first_ms": 1.0}
+    times = {"median_ms": 70.0, "quartiles_ms": [1, 2], "rounds": 3}
+
+    def attempt(function, arguments, timeout, threads):
+        if function is benchmark.memory:
+            gone = arguments["side"] == "before" and arguments["subject"]["seconds"] == 60
+            return {"status": "out of memory", "detail": ""} if gone else dict(fine)
+        sides = {side: times if side == "before" else times | {"median_ms": 10.0} for side in arguments["sides"]}
+        return {"frames": 1500, "error": 0.5 if arguments["subject"]["part"] == "encoder" else 1e-6} | sides
+
+    monkeypatch.setattr(benchmark, "attempt", attempt)
+    command = ["--device", "cpu", "--models", "w2v-bert", "--audio", "30,60,90", "--out", str(tmp_path)]
+    assert benchmark.main(command) == 0
+    rows = benchmark.read_json(tmp_path / "results.json")["rows"]
+    assert [row["before"]["status"] for row in rows] == ["ok", "ok"] + ["out of memory"] * 4
+    assert rows[-1]["before"]["detail"].startswith("not tried")
+    text = (tmp_path / "report.md").read_text()
+    assert "out of memory → 10.0" in text
+    assert "WRONG: w2v-BERT 2.0, 30 s, encoder" in text
+    assert "goal >= 20" in text  # of memory: missed; of speed: met
+    assert "goal >= 6" not in text
