@@ -707,13 +707,16 @@ def test_benchmark_goes_on_where_it_was(tmp_path, capsys, monkeypatch) -> None:
     def attempt(function, arguments, timeout, threads):
         return function(**arguments | ({"memory_limit": None} if "memory_limit" in arguments else {}))
 
-    small = benchmark.Model("small", lambda layers: CASES["wav2vec2-bert"].build(), benchmark.MODELS["w2v-bert"].inputs, "Wav2Vec2BertSelfAttention")
-    small = small._replace(inputs=lambda seconds: {"input_features": torch.randn(1, round(50 * seconds), 10)})
+    def inputs(seconds: float) -> dict[str, Tensor]:
+        return {"input_features": torch.randn(1, round(50 * seconds), 10)}
+
+    small = benchmark.Model("small", lambda layers: wav2vec2_bert(), inputs, "Wav2Vec2BertSelfAttention")
     monkeypatch.setattr(benchmark, "attempt", attempt)
     monkeypatch.setitem(benchmark.MODELS, "w2v-bert", small)
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- conversion -->\nold\n<!-- /conversion -->\nb\n")
-    command = ["--device", "cpu", "--models", "w2v-bert", "--audio", "2", "--pass", "forward,train", "--seconds", "0.01", "--readme", str(readme)]
+    command = ["--device", "cpu", "--models", "w2v-bert", "--audio", "2", "--pass", "forward,train", "--seconds", "0.01"]
+    command += ["--readme", str(readme)]
     assert benchmark.main([*command, "--out", str(tmp_path)]) == 0
     results = benchmark.read_json(tmp_path / "results.json")
     assert [(row["part"], row["pass"], row["frames"]) for row in results["rows"]] == [
