@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,26 +39,42 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     BertConfig,
+    CamembertConfig,
+    Data2VecTextConfig,
+    ElectraConfig,
     PreTrainedModel,
     RobertaConfig,
+    RobertaPreLayerNormConfig,
+    XLMRobertaConfig,
 )
 from transformers import initialization as init
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import load_state_dict
 from transformers.models.bert import modeling_bert
+from transformers.models.camembert import modeling_camembert
+from transformers.models.data2vec import modeling_data2vec_text
+from transformers.models.electra import modeling_electra
 from transformers.models.roberta import modeling_roberta
+from transformers.models.roberta_prelayernorm import modeling_roberta_prelayernorm
+from transformers.models.xlm_roberta import modeling_xlm_roberta
+from transformers.utils import cached_file
 
+from relattn.convert import convert, revert
 from relattn.functional import attention_with_weights, clip_sides, relative_attention
 
-__all__ = ["TERMS", "add_relative_positions", "from_pretrained", "relattn_attention", "relattn_mask"]
+__all__ = [
+    "TERMS", "add_relative_positions", "convert", "from_old_state_dict", "from_pretrained", "relattn_attention", "relattn_mask", "revert",
+]  # fmt: skip
 
 IMPLEMENTATION = "relattn"
+_logger = logging.getLogger(__name__)
 TERMS = ("rel_k", "rel_q", "rel_v", "rel_bias")  # the tables a model can have, named as in `relattn.relative_attention`
 
 # ---- the attention implementation ----
 
 # What transformers hands to some attention functions and this one cannot honour: to ignore it would change the result.
 _REFUSED = {
-    "position_bias": "takes no materialised (batch, heads, length, length) bias; use attn_implementation='sdpa'",
     "softcap": "does not cap scores; use attn_implementation='eager'",
     "s_aux": "has no attention sinks; use attn_implementation='eager'",
     "cache": "does not read a paged cache; use attn_implementation='sdpa'",
@@ -136,13 +153,16 @@ def relattn_attention(
         (B, Hq, Lq, Lk) after dropout, computed by the materialising definition; else None.
 
     Raises:
-        ValueError: an argument that would change the result and is not supported, such as `position_bias`.
+        ValueError: an argument that would change the result and is not supported, such as `softcap`. A `position_bias` (T5, WavLM and their
+            like) is computed by torch's scaled_dot_product_attention, with a warning once that says so.
         RuntimeError: the configuration promises relative tables and the module has none.
     """
     for name, reason in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: attn_implementation='relattn' {reason}")
     tables = getattr(module, "relative_tables", None)
+    if tables is None and kwargs.get("position_bias") is not None:
+        return _with_position_bias(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     config = getattr(module, "config", None)
     if tables is None and getattr(config, "relative_attention", None) is not None:
         raise RuntimeError(
@@ -167,6 +187,49 @@ def relattn_attention(
     else:
         output = relative_attention(query, key, value, **arguments)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _with_position_bias(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    position_bias: Tensor,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """What "sdpa" computes where a model (T5, WavLM, ...) hands over a bias (B or 1, Hq, Lq, Lk); the weights too if asked for."""
+    _log_position_bias(type(module).__name__)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    seen = attention_mask
+    if seen is not None and seen.dim() == 2:
+        seen = seen.bool()[:, None, None, :]
+    if is_causal and (attention_mask is None or attention_mask.dim() == 2):
+        queries, keys = query.shape[2], key.shape[2]
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        seen = causal if seen is None else causal & seen
+    if seen is not None:
+        lowest = torch.finfo(position_bias.dtype).min
+        position_bias = position_bias.masked_fill(~seen, lowest) if seen.dtype == torch.bool else position_bias + seen
+    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        grouped = query.shape[1] != key.shape[1]
+        options: dict[str, Any] = dict(attn_mask=position_bias, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+        output, _, weights = attention_with_weights(query, key, value, **options)
+        return output.transpose(1, 2).contiguous(), weights
+    return sdpa_attention_forward(module, query, key, value, position_bias, dropout, scaling, is_causal=False)
+
+
+@functools.cache
+def _log_position_bias(name: str) -> None:
+    _logger.warning(
+        "%s adds a position_bias to the scores, which is made once for all layers and does not depend on the content: relattn "
+        "saves nothing there, and torch's scaled_dot_product_attention computes it, as with attn_implementation='sdpa'",
+        name,
+    )
 
 
 AttentionInterface.register(IMPLEMENTATION, relattn_attention)
@@ -257,11 +320,44 @@ class RelativeRobertaEmbeddings(_WithoutPositions, modeling_roberta.RobertaEmbed
     """RobertaEmbeddings without absolute positions."""
 
 
+class RelativeXLMRobertaEmbeddings(_WithoutPositions, modeling_xlm_roberta.XLMRobertaEmbeddings):
+    """XLMRobertaEmbeddings without absolute positions."""
+
+
+class RelativeCamembertEmbeddings(_WithoutPositions, modeling_camembert.CamembertEmbeddings):
+    """CamembertEmbeddings without absolute positions."""
+
+
+class RelativeData2VecTextEmbeddings(_WithoutPositions, modeling_data2vec_text.Data2VecTextEmbeddings):
+    """Data2VecTextEmbeddings without absolute positions."""
+
+
+class RelativeElectraEmbeddings(_WithoutPositions, modeling_electra.ElectraEmbeddings):
+    """ElectraEmbeddings without absolute positions."""
+
+
+class RelativeRobertaPreLayerNormEmbeddings(_WithoutPositions, modeling_roberta_prelayernorm.RobertaPreLayerNormEmbeddings):
+    """RobertaPreLayerNormEmbeddings without absolute positions."""
+
+
 _EMBEDDINGS: dict[type, type] = {
     modeling_bert.BertEmbeddings: RelativeBertEmbeddings,
     modeling_roberta.RobertaEmbeddings: RelativeRobertaEmbeddings,
+    modeling_xlm_roberta.XLMRobertaEmbeddings: RelativeXLMRobertaEmbeddings,
+    modeling_camembert.CamembertEmbeddings: RelativeCamembertEmbeddings,
+    modeling_data2vec_text.Data2VecTextEmbeddings: RelativeData2VecTextEmbeddings,
+    modeling_electra.ElectraEmbeddings: RelativeElectraEmbeddings,
+    modeling_roberta_prelayernorm.RobertaPreLayerNormEmbeddings: RelativeRobertaPreLayerNormEmbeddings,
 }
-_ATTENTIONS = (modeling_bert.BertSelfAttention, modeling_roberta.RobertaSelfAttention)
+_ATTENTIONS = (
+    modeling_bert.BertSelfAttention,
+    modeling_roberta.RobertaSelfAttention,
+    modeling_xlm_roberta.XLMRobertaSelfAttention,
+    modeling_camembert.CamembertSelfAttention,
+    modeling_data2vec_text.Data2VecTextSelfAttention,
+    modeling_electra.ElectraSelfAttention,
+    modeling_roberta_prelayernorm.RobertaPreLayerNormSelfAttention,
+)
 
 # ---- configurations and model classes ----
 
@@ -297,6 +393,41 @@ class RelativeRobertaConfig(_RelativeConfig, RobertaConfig):
     """`RobertaConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
 
     model_type = "relattn-roberta"
+    relative_attention: dict | None = None
+
+
+class RelativeXLMRobertaConfig(_RelativeConfig, XLMRobertaConfig):
+    """`XLMRobertaConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
+
+    model_type = "relattn-xlm-roberta"
+    relative_attention: dict | None = None
+
+
+class RelativeCamembertConfig(_RelativeConfig, CamembertConfig):
+    """`CamembertConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
+
+    model_type = "relattn-camembert"
+    relative_attention: dict | None = None
+
+
+class RelativeData2VecTextConfig(_RelativeConfig, Data2VecTextConfig):
+    """`Data2VecTextConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
+
+    model_type = "relattn-data2vec-text"
+    relative_attention: dict | None = None
+
+
+class RelativeElectraConfig(_RelativeConfig, ElectraConfig):
+    """`ElectraConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
+
+    model_type = "relattn-electra"
+    relative_attention: dict | None = None
+
+
+class RelativeRobertaPreLayerNormConfig(_RelativeConfig, RobertaPreLayerNormConfig):
+    """`RobertaPreLayerNormConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
+
+    model_type = "relattn-roberta-prelayernorm"
     relative_attention: dict | None = None
 
 
@@ -355,6 +486,11 @@ def _define(config_class: Any, family: str) -> None:
 
 _define(RelativeBertConfig, "Bert")
 _define(RelativeRobertaConfig, "Roberta")
+_define(RelativeXLMRobertaConfig, "XLMRoberta")
+_define(RelativeCamembertConfig, "Camembert")
+_define(RelativeData2VecTextConfig, "Data2VecText")
+_define(RelativeElectraConfig, "Electra")
+_define(RelativeRobertaPreLayerNormConfig, "RobertaPreLayerNorm")
 
 
 def _install(model: Any, config: Any) -> None:
@@ -364,7 +500,7 @@ def _install(model: Any, config: Any) -> None:
     for module in list(model.modules()):
         if type(module) in _MODELS:  # `model` itself, or the encoder inside a model with a head
             module.__class__ = _MODELS[type(module)]
-            _make_known(type(module), config.is_decoder)  # type: ignore[arg-type]
+            _make_known(type(module), getattr(config, "is_decoder", False))  # type: ignore[arg-type]
         elif type(module) in _EMBEDDINGS and not settings.keep_absolute:
             del module.position_embeddings
             module.__class__ = _EMBEDDINGS[type(module)]
@@ -404,7 +540,8 @@ def add_relative_positions(
     removed; ``("rel_k", "rel_q")`` is ``"relative_key_query"`` (Huang et al. 2020) with two tables.
 
     Args:
-        model: a BERT or RoBERTa model of transformers, with any head, as an encoder or as a causal decoder without
+        model: a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, Data2VecText, ELECTRA or RoBERTa-PreLayerNorm model of
+            transformers, with any head, as an encoder or as a causal decoder without
             cross-attention.
         max_relative_position: k for (k, k), or (left, right): keys farther away share the edge rows, so any length is
             accepted. A decoder never looks ahead: give it (k, 0), as rows to the right would never be used.
@@ -429,7 +566,7 @@ def add_relative_positions(
     if type(model) not in _MODELS:
         supported = ", ".join(plain.__name__ for plain in _MODELS)
         raise TypeError(f"model: expected one of {supported}; got {type(model).__name__}")
-    if model.config.add_cross_attention:
+    if getattr(model.config, "add_cross_attention", False):
         raise ValueError(
             f"model: a {type(model).__name__} with cross-attention (add_cross_attention=True) is not supported, as its "
             "queries and keys have no distance; give an encoder, or a decoder without it"
@@ -448,8 +585,74 @@ def add_relative_positions(
     return model
 
 
+_OLD = {"relative_key": ("rel_k",), "relative_key_query": ("rel_k", "rel_q")}  # position_embedding_type of transformers 4
+
+
+def from_old_state_dict(state_dict: Mapping[str, Tensor], position_embedding_type: str) -> dict[str, Tensor]:
+    """The weights of a BERT that transformers 4 trained with relative positions, under the names and in the order that models here have.
+
+    Args:
+        state_dict: with one ``...attention.self.distance_embedding.weight`` (2 * max_position_embeddings - 1, head size)
+            per layer, its rows by query minus key.
+        position_embedding_type: "relative_key" (Shaw et al. 2018) or "relative_key_query" (Huang et al. 2020, method 4).
+
+    Returns:
+        For ``load_state_dict`` of a model with ``add_relative_positions(model, max_relative_position=max_position_embeddings - 1,
+        terms=...)``: ``relative_tables.rel_k``, rows by key minus query, and for "relative_key_query", whose one table serves both
+        products, the same again as ``relative_tables.rel_q``. The absolute position embeddings, which such a model has but does not
+        add, are left out.
+
+    Raises:
+        ValueError: another `position_embedding_type`, or no such weight.
+    """
+    if position_embedding_type not in _OLD:
+        raise ValueError(f"position_embedding_type: expected one of {', '.join(map(repr, _OLD))}, got {position_embedding_type!r}")
+    result: dict[str, Tensor] = {}
+    found = 0
+    for name, tensor in state_dict.items():
+        layer, old, _ = name.partition("distance_embedding.weight")
+        if old:
+            found += 1
+            result |= {f"{layer}relative_tables.{term}": tensor.flip(0) for term in _OLD[position_embedding_type]}
+        elif not name.endswith(("embeddings.position_embeddings.weight", "embeddings.position_ids")):
+            result[name] = tensor
+    if not found:
+        raise ValueError("state_dict: it has no distance_embedding.weight, the table of position_embedding_type='relative_key'")
+    return result
+
+
+def _from_old(folder: str | os.PathLike, config: Any, where: dict[str, Any], **kwargs) -> tuple[Any, dict]:
+    """The model of a checkpoint of transformers 4 with relative positions, and the loading info."""
+    by_name = {plain.__name__: relative for plain, relative in _MODELS.items()}
+    names = [name for name in config.architectures or [] if name in by_name]
+    if not names:
+        raise ValueError(
+            f"folder: {folder} has position_embedding_type={config.position_embedding_type!r} and architectures={config.architectures}, "
+            f"of which none is among {', '.join(by_name)}"
+        )
+    relative = by_name[names[0]]
+    kind = config.position_embedding_type
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path = cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **where)
+        if path is not None:
+            break
+    else:
+        raise ValueError(f"folder: {folder} has neither model.safetensors nor pytorch_model.bin; join a checkpoint of several files first")
+    config = copy.deepcopy(config)
+    config.__class__ = relative.config_class
+    del config.position_embedding_type
+    reach = config.max_position_embeddings - 1
+    config.relative_attention = _RelativeSettings.check(reach, terms=_OLD[kind]).to_config()
+    config._attn_implementation = IMPLEMENTATION
+    config.architectures = [relative.__name__]
+    weights = from_old_state_dict(load_state_dict(path), kind)
+    return relative.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **kwargs)
+
+
 def from_pretrained(folder: str | os.PathLike, **kwargs) -> Any:
     """Load a model that `add_relative_positions` made and `save_pretrained` (or Trainer) saved, in its own class.
+
+    Or one that transformers 4 trained with `position_embedding_type` "relative_key" or "relative_key_query": see `from_old_state_dict`.
 
     Args:
         folder: the folder, or the name of a repository on the Hugging Face hub.
@@ -462,17 +665,21 @@ def from_pretrained(folder: str | os.PathLike, **kwargs) -> Any:
         ValueError: the checkpoint is of another kind, or lacks tables or position embeddings that its configuration
             lists.
     """
-    where = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
-    config = AutoConfig.from_pretrained(folder, **{name: kwargs[name] for name in where if name in kwargs})
-    by_name = {relative.__name__: relative for relative in _MODELS.values()}
-    names = [name for name in config.architectures or [] if name in by_name]
-    if not names:
-        raise ValueError(
-            f"folder: {folder} is not of a model that add_relative_positions made; its config.json has "
-            f"model_type={config.model_type!r}, architectures={config.architectures}"
-        )
+    named = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    where = {name: kwargs[name] for name in named if name in kwargs}
+    config = AutoConfig.from_pretrained(folder, **where)
     with_info = kwargs.pop("output_loading_info", False)
-    model, info = by_name[names[0]].from_pretrained(folder, output_loading_info=True, **kwargs)
+    if getattr(config, "position_embedding_type", None) in _OLD:
+        model, info = _from_old(folder, config, where, **{name: value for name, value in kwargs.items() if name not in named})
+    else:
+        by_name = {relative.__name__: relative for relative in _MODELS.values()}
+        names = [name for name in config.architectures or [] if name in by_name]
+        if not names:
+            raise ValueError(
+                f"folder: {folder} is not of a model that add_relative_positions made; its config.json has "
+                f"model_type={config.model_type!r}, architectures={config.architectures}"
+            )
+        model, info = by_name[names[0]].from_pretrained(folder, output_loading_info=True, **kwargs)
     listed = ("relative_tables", "position_embeddings")
     missing = sorted(name for name in info["missing_keys"] if any(part in name for part in listed))
     if missing:

@@ -15,6 +15,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
+import transformers
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -607,6 +608,125 @@ def test_trainer_trains_saves_and_loads_the_best(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
+# ---- other families, checkpoints of transformers 4, models with a position bias ----
+
+
+@pytest.mark.parametrize("family", ["XLMRoberta", "Camembert", "Data2VecText", "Electra", "RobertaPreLayerNorm"])
+def test_other_families(family: str, tmp_path: Path) -> None:
+    """Zero tables change nothing; with others, the formula of transformers 4; saved and loaded."""
+    kind = getattr(transformers, f"{family}ForMaskedLM")
+    model = build(kind, keep_absolute=True, dtype=torch.float64, max_position_embeddings=40)
+    plain = build(kind, relative=False, dtype=torch.float64, max_position_embeddings=40)
+    inputs = batch()
+    seen = inputs["attention_mask"].bool()
+    tables = {name: table for name, table in model.named_parameters() if "relative_tables" in name}
+    assert len(tables) == 2
+    found = model(**inputs)[0]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path, dtype=torch.float64)(**inputs)[0], found)
+    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name not in tables})
+    oracle = copy.deepcopy(plain)
+    oracle.config._attn_implementation = "old_relative_key"
+    for layer, module in model.named_modules():
+        if hasattr(module, "relative_tables"):
+            twin = oracle.get_submodule(layer)
+            twin.clip = module.relative_tables.max_relative_position
+            twin.distance_embedding = nn.ParameterDict({"rel_k": nn.Parameter(module.relative_tables.rel_k.detach().flip(0))})
+    torch.testing.assert_close(found[seen], oracle(**inputs)[0][seen], atol=1e-12, rtol=1e-12)
+    for table in tables.values():
+        nn.init.zeros_(table)
+    torch.testing.assert_close(model(**inputs)[0][seen], plain(**inputs)[0][seen], atol=1e-12, rtol=1e-12)
+    without = build(kind, dtype=torch.float64)
+    without(**batch(50))[0].sum().backward()  # longer than max_position_embeddings
+    assert not any("position_embeddings" in name for name, _ in without.named_parameters())
+
+
+def old_checkpoint(folder: Path, kind: str, reach: int = 24) -> tuple[BertForMaskedLM, BertForMaskedLM]:
+    """Files as transformers 4 wrote them, and a model of today that computes what that one did."""
+    torch.manual_seed(4)
+    oracle = BertForMaskedLM(BertConfig(**SMALL, attn_implementation="old_relative_key")).double().eval()
+    weights = {name: tensor.clone() for name, tensor in oracle.state_dict().items()}
+    for name, module in oracle.named_modules():
+        if name.endswith("attention.self"):
+            table = torch.randn(2 * reach - 1, 8, dtype=torch.float64)
+            weights[f"{name}.distance_embedding.weight"] = table
+            module.clip = (reach - 1, reach - 1)
+            terms = ("rel_k",) if kind == "relative_key" else ("rel_k", "rel_q")
+            module.distance_embedding = nn.ParameterDict({term: nn.Parameter(table) for term in terms})
+    # It had absolute positions as parameters and did not add them.
+    nn.init.zeros_(oracle.bert.embeddings.position_embeddings.weight)
+    config = oracle.config.to_dict() | {"position_embedding_type": kind, "architectures": ["BertForMaskedLM"]}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if name != "dtype"}))
+    return oracle, weights
+
+
+@pytest.mark.parametrize("kind", ["relative_key", "relative_key_query"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_checkpoints_of_transformers_4(kind: str, file: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    oracle, weights = old_checkpoint(tmp_path, kind)
+    if file == "model.safetensors":
+        weights = {name: tensor for name, tensor in weights.items() if name != "cls.predictions.decoder.weight"}  # tied
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / file, metadata={"format": "pt"})
+    else:
+        torch.save(weights, tmp_path / file)
+    model = from_pretrained(tmp_path, dtype=torch.float64)
+    assert isinstance(model, huggingface.RelativeBertForMaskedLM)
+    assert not model.training
+    assert model.config.relative_attention["terms"] == (["rel_k"] if kind == "relative_key" else ["rel_k", "rel_q"])
+    inputs = batch()
+    seen = inputs["attention_mask"].bool()
+    expected = oracle(**inputs).logits[seen]
+    torch.testing.assert_close(model(**inputs).logits[seen], expected, atol=1e-12, rtol=1e-12)
+    model.save_pretrained(tmp_path / "new")
+    again = from_pretrained(tmp_path / "new", dtype=torch.float64)
+    torch.testing.assert_close(again(**inputs).logits[seen], expected, atol=1e-12, rtol=1e-12)
+
+    # By hand, into a model that was made for it.
+    terms = tuple(model.config.relative_attention["terms"])
+    other = build(max_relative_position=23, terms=terms, dtype=torch.float64)
+    missing, unexpected = other.load_state_dict(huggingface.from_old_state_dict(weights, kind), strict=False)
+    assert unexpected == []
+    assert set(missing) <= {"cls.predictions.decoder.weight"}
+    torch.testing.assert_close(other(**inputs).logits[seen], expected, atol=1e-12, rtol=1e-12)
+
+
+def test_what_is_no_checkpoint_of_transformers_4(tmp_path: Path) -> None:
+    _, weights = old_checkpoint(tmp_path, "relative_key")
+    with pytest.raises(ValueError, match=r"folder: .* has neither model.safetensors nor pytorch_model.bin"):
+        from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="position_embedding_type: expected one of 'relative_key', 'relative_key_query', got 'absolute'"):
+        huggingface.from_old_state_dict(weights, "absolute")
+    with pytest.raises(ValueError, match=r"state_dict: it has no distance_embedding.weight"):
+        huggingface.from_old_state_dict({"a": torch.zeros(2)}, "relative_key")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_position_bias_falls_through(causal: bool, caplog) -> None:
+    huggingface._log_position_bias.cache_clear()
+    sizes = dict(d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=53, dropout_rate=0.0)
+    eager, model = (
+        transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, attn_implementation=name)).double().eval()
+        for name in ("eager", "relattn")
+    )
+    model.load_state_dict(eager.state_dict())
+    if not causal:
+        eager, model = eager.encoder, model.encoder
+    inputs = batch()
+    if causal:
+        inputs["decoder_input_ids"] = torch.randint(3, 53, (2, 6))
+    seen = slice(None) if causal else inputs["attention_mask"].bool()
+    expected = eager(**inputs, output_attentions=True)
+    found = model(**inputs)
+    torch.testing.assert_close(found[0][seen], expected[0][seen], atol=1e-9, rtol=1e-9)
+    weights = model(**inputs, output_attentions=True)
+    name = "decoder_attentions" if causal else "attentions"
+    torch.testing.assert_close(weights[name][0], expected[name][0], atol=1e-6, rtol=1e-6)
+    assert sum("adds a position_bias to the scores" in message for message in caplog.messages) >= 1
+
+
 # ---- bad input ----
 
 
@@ -668,7 +788,7 @@ def test_another_attention_is_refused(tmp_path: Path) -> None:
         from_pretrained(tmp_path, attn_implementation="eager")
 
 
-@pytest.mark.parametrize("name", ["position_bias", "softcap", "s_aux", "cache"])
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "cache"])
 def test_what_it_cannot_honour_is_refused(name: str) -> None:
     query = torch.randn(1, 2, 3, 4)
     with pytest.raises(ValueError, match=f"{name}: attn_implementation='relattn' "):
@@ -686,11 +806,13 @@ def test_mask_of_padding_is_cut_and_filled_to_the_keys() -> None:
 
 
 def test_every_architecture_is_registered() -> None:
-    assert len(huggingface._MODELS) == 16
+    assert len(huggingface._MODELS) == 52
     for plain, relative in huggingface._MODELS.items():
         assert relative is getattr(huggingface, f"Relative{plain.__name__}")
         assert pickle.loads(pickle.dumps(relative)) is relative
-    for config in (huggingface.RelativeBertConfig, huggingface.RelativeRobertaConfig):
+    families = {relative.config_class for relative in huggingface._MODELS.values()}
+    assert len(families) == 7
+    for config in families:
         assert AutoConfig.for_model(config.model_type).__class__ is config
     assert build(BertForPreTraining).bert.__class__ is huggingface.RelativeBertModel
     assert issubclass(huggingface.RelativeRobertaConfig, RobertaConfig)
