@@ -66,11 +66,12 @@ class MidiLanguage:
             raise ModuleNotFoundError('MIDI folders need miditok: pip install "relattn[music]"') from None
         if tokenizer_file is None:
             config = miditok.TokenizerConfig(
-                pitch_range=(0, 128),
+                pitch_range=(0, 127),
                 beat_res={(0, 2): 50},  # the tempo is set to 120: a beat is half a second
                 num_velocities=32,
                 special_tokens=["PAD", "BOS", "EOS"],  # ids PAD, START, END
-                use_velocities=True,
+                use_time_signatures=False,
+                use_pitchdrum_tokens=False,
             )
             self.tokenizer = miditok.MIDILike(config)
         else:
