@@ -238,7 +238,8 @@ def run(options: argparse.Namespace) -> dict:
         title += f", continues {prime_name}" if prime_name else ""
         sample = write_sample(row, language, options, f"sample-{index}", title, len(ids), trained)
         samples.append({"tokens": len(row), "ended": row[-1] == END, **sample, "copying": None, "ids": row})
-        print(f"{options.out / sample['files'][0]}: {len(row)} tokens, {sample['seconds']} s of music; sound by {sample['sound']}", flush=True)
+        length = f"{len(row)} tokens, {sample['seconds']} s of music"
+        print(f"{options.out / sample['files'][0]}: {length}; sound by {sample['sound']}", flush=True)
     result = {
         "checkpoint": options.checkpoint.name if options.checkpoint == CHECKPOINT else str(options.checkpoint),
         "positions": model.config.positions,

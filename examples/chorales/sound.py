@@ -128,7 +128,7 @@ def draw_piano_roll(path: Path, midi, title: str, prime: float = 0.0, trained: f
         axes.axvspan(0, prime, color="black", alpha=0.08, label="prime, given")
     if trained is not None and trained < end:
         axes.axvline(trained, color="black", linestyle=":", linewidth=1.2, label="end of the training length")
-    octaves = [pitch for pitch in range(0, 128, 12)]
+    octaves = range(0, 128, 12)
     axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])
     heights = [note.pitch for instrument in midi.instruments for note in instrument.notes] or [60]
     axes.set(xlim=(0, end), ylim=(min(heights) - 2, max(heights) + 2), xlabel="seconds", title=title)
