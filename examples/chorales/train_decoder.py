@@ -50,6 +50,7 @@ class DecoderSettings:
     weight_decay: float = 0.01
     evaluations: int = 10
     precision: str = "fp32"
+    saved_precision: str = "fp32"
     seed: int = 0
 
     def __post_init__(self):
@@ -65,8 +66,9 @@ class DecoderSettings:
             raise ValueError(f"transpose: expected 0 to 127 semitones, got {self.transpose}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected at least 0 and less than 1, got {self.dropout}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        for name in ("precision", "saved_precision"):
+            if getattr(self, name) not in PRECISIONS:
+                raise ValueError(f"{name}: expected one of {', '.join(PRECISIONS)}, got {getattr(self, name)!r}")
 
     update_steps = Settings.update_steps
 
@@ -78,7 +80,7 @@ PRESETS = {
     # The committed checkpoints: 20 minutes on one core for each kind of positions.
     "small": DecoderSettings(
         layers=4, width=128, heads=4, feed_forward=512, window=512, max_relative_position=256,
-        epochs=32, batch=4, learning_rate=2e-3, warmup=300, evaluations=8,
+        epochs=32, batch=4, learning_rate=2e-3, warmup=300, evaluations=8, saved_precision="fp16",
     ),
     # Six layers, for a GPU.
     "paper": DecoderSettings(
@@ -110,6 +112,7 @@ _OVERRIDES = (
     ("weight_decay", float, "AdamW's weight decay"),
     ("evaluations", int, "evaluations and checkpoints"),
     ("precision", str, "mixed precision of training: fp32 (none), bf16, fp16 (GPUs only)"),
+    ("saved_precision", str, "of the model's files: fp32, bf16, fp16; the reported NLL is that of the rounded weights"),
     ("seed", int, "of weights, order, windows, transpositions and dropout"),
 )
 
@@ -128,7 +131,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
     parser.add_argument("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
     for field, kind, text in _OVERRIDES:
-        choices = PRECISIONS if field == "precision" else None
+        choices = PRECISIONS if field.endswith("precision") else None
         parser.add_argument(f"--{field.replace('_', '-')}", dest=field, type=kind, choices=choices, help=text)
     options = parser.parse_args(arguments)
     options.out = options.out or Path("runs") / f"decoder-{options.preset}"
@@ -218,6 +221,8 @@ def train_one(positions: str, music, settings: DecoderSettings, folder: Path, st
         print(f"{positions}: continuing from {resume.name}", flush=True)
     state.wait_for_everyone()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    saved_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.saved_precision]
+    trainer.model.to(saved_dtype).float()  # what is scored is what is saved
     tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens_seen, device=trainer.args.device), "sum")
     result = {
         "positions": positions,
@@ -229,7 +234,7 @@ def train_one(positions: str, music, settings: DecoderSettings, folder: Path, st
         "tokens_per_second": round(int(tokens) / clock.seconds, 1) if clock.seconds else None,
     }
     if state.is_main_process:
-        trainer.model.save_pretrained(folder / "model")
+        trainer.model.to(saved_dtype).save_pretrained(folder / "model")
         music.language.save(folder / "model")
         write_json(finished, result)
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -85,14 +85,9 @@ def test_performance_to_tokens_and_back(tmp_path):
     np.testing.assert_array_equal(found[:, 0], expected[:, 0])
     np.testing.assert_allclose(found[:, 1:3], expected[:, 1:3], atol=0.0151)
     np.testing.assert_allclose(found[:, 3], expected[:, 3], atol=4)
-    up = language.transposition(3)[ids]
-    np.testing.assert_array_equal(
-        language.pitches()[up][language.pitches()[ids] >= 0], language.pitches()[ids][language.pitches()[ids] >= 0] + 3
-    )
-    other = language.pitches()[ids] < 0
-    names = {index: name for name, index in language.tokenizer.vocab.items()}
-    still = [index for index in ids[other] if not names[int(index)].startswith("NoteOff")]
-    np.testing.assert_array_equal(language.transposition(3)[still], still)
+    (tmp_path / "up.mid").write_bytes(language.decode(language.transposition(3)[ids]).dumps_midi())
+    up = by_pitch(played(pretty_midi.PrettyMIDI(str(tmp_path / "up.mid"))))
+    np.testing.assert_allclose(up, found + [3, 0, 0, 0])  # with the ends that belong to them
 
 
 def test_pedal_holds_notes_until_it_lifts_or_the_key_is_struck_again(tmp_path):
@@ -165,6 +160,7 @@ def test_folders_without_a_table(midi_folder, capsys, monkeypatch):
 def test_chorales_to_midi_and_back(small_json, tmp_path):
     grid = load_file(small_json)["train"][0]
     grid = grid[np.flatnonzero((grid != SILENT).any(axis=1))[0] :]
+    grid[10:14, [1, 2]] = [55, 60]  # the tenor above the alto
     midi = chorale_midi(grid, 100)
     write_midi(tmp_path / "four.mid", midi)
     np.testing.assert_array_equal(read_chorale(tmp_path / "four.mid"), grid[: np.flatnonzero((grid != SILENT).any(axis=1))[-1] + 1])
@@ -208,7 +204,7 @@ def test_training_leaves_the_promised_files(trained, small_json):
         assert sorted(path.name for path in (trained / positions).iterdir()) == ["model", "result.json"]
         assert result["test"]["tokens"] == notes
         assert result["validation"][-1]["loss"] < result["validation"][0]["loss"] - 0.1
-        assert result["valid"]["nll"] == pytest.approx(min(point["loss"] for point in result["validation"]), rel=1e-5)
+        assert result["valid"]["nll"] == pytest.approx(min(point["loss"] for point in result["validation"]), rel=1e-3)
         config = read(trained / positions / "model" / "config.json")
         assert (config["positions"], config["language"], config["training_length"]) == (positions, "chorale", 64)
     assert results["published_unverified"] == {"absolute": 0.417, "relative": 0.357}
@@ -218,7 +214,7 @@ def test_training_leaves_the_promised_files(trained, small_json):
 
 
 def test_reported_nll_is_that_of_the_saved_model(trained, small_json):
-    """Computed once more from whole pieces, one window at a time, without the Trainer."""
+    """Computed once more, one window at a time, without the Trainer; of the rounded weights."""
     from examples.chorales.masking import IGNORED
     from examples.chorales.passages import ScoredCollator, ScoredWindows
 
