@@ -3,6 +3,7 @@
 # ruff: noqa: E402 (what cannot be imported is skipped first)
 
 import csv
+import functools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import pretty_midi
 import torch
 
 from examples.chorales import attention, generate, train_decoder
+from examples.chorales.decoder import MusicTransformer
 from examples.chorales.files import SILENT, load_file
 from examples.chorales.languages import END, START, ChoraleLanguage, MidiLanguage, read_performance
 from examples.chorales.passages import load_midi_folder, load_music, midi_splits
@@ -392,7 +394,16 @@ def test_a_copy_does_not_go_unnoticed(trained, small_json, tmp_path, monkeypatch
     assert f"{steps} of {steps} 16ths" in capsys.readouterr().out
 
 
-def test_midi_files_prime_and_the_benchmark_compares(trained, small_json, tmp_path, capsys):
+def test_midi_files_prime_and_the_benchmark_compares(trained, small_json, tmp_path, monkeypatch, capsys):
+    lengths = []
+    forward = MusicTransformer.forward
+
+    @functools.wraps(forward)
+    def counted(self, input_ids, *arguments, **more):
+        lengths.append(input_ids.shape[1])
+        return forward(self, input_ids, *arguments, **more)
+
+    monkeypatch.setattr(MusicTransformer, "forward", counted)
     grid = load_file(small_json)["test"][2][:24]
     write_midi(tmp_path / "mine.mid", chorale_midi(grid, 80))
     given = ["--checkpoint", str(trained / "absolute" / "model"), "--prime", str(tmp_path / "mine.mid"), "--prime-tokens=50", "--no-check"]
@@ -404,6 +415,8 @@ def test_midi_files_prime_and_the_benchmark_compares(trained, small_json, tmp_pa
     assert timing["tokens"] == 120 - 49
     assert timing["same_tokens"]
     assert timing["ratio"] > 0
+    assert lengths[-142:-71] == [49] + 70 * [1]  # with the cache, only the new token is computed
+    assert lengths[-71:] == list(range(49, 120))
     assert "times as fast; same tokens: yes" in capsys.readouterr().out
 
 
