@@ -34,7 +34,7 @@ pytestmark = pytest.mark.xdist_group("chorales_decoder")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = [
-    "--preset=tiny", "--layers=1", "--width=16", "--window=64", "--max-relative-position=32", "--batch=8", "--learning-rate=1e-2",
+    "--preset=tiny", "--layers=1", "--width=16", "--window=64", "--max-relative-position=32", "--batch=8", "--learning-rate=1e-2", "--saved-precision=bf16",
 ]  # fmt: skip
 
 
