@@ -150,7 +150,7 @@ def draw_distances(path: Path, means: dict[str, np.ndarray]) -> None:
         grid[0, column].set_title(f"{name} positions", fontweight="bold", fontsize=10)
         grid[-1, column].set_xlabel("tokens back from the predicted one (4: its voice a 16th ago; 16: a beat ago)", fontsize=9)
     handles = [Patch(color=colour, label=kind) for kind, colour in kinds.items()]
-    grid[0, 0].legend(handles=handles, fontsize="small", ncols=3, loc="upper right")
+    figure.legend(handles=handles, fontsize="small", ncols=3, loc="outside lower center", frameon=False)
     _save(figure, path)
 
 
@@ -179,7 +179,7 @@ def draw_norms(path: Path, norms: np.ndarray) -> None:
 
 def _save(figure, path: Path) -> None:
     with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=100)
+        figure.savefig(file, format="png", dpi=80)
 
 
 def run(options: argparse.Namespace) -> dict:

@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prime-tokens", type=int, default=128, help="so much of it; 16 per beat of a chorale (default 128)")
     parser.add_argument("--temperature", type=float, default=1.0, help="default 1")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0: from all (default)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this total (default 0.95)")
+    parser.add_argument("--top-p", type=float, default=0.98, help="draw from the likeliest tokens of this total (default 0.98)")
     parser.add_argument("--beams", type=int, default=1, help="more than 1: beam search instead of sampling")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--bpm", type=float, default=80, help="beats per minute of chorales (default 80)")
