@@ -104,10 +104,14 @@ def _pitches(step: Any, where: str) -> list[int]:
 
 
 def _piece_to_grid(piece: Any, where: str) -> np.ndarray:
-    """Array (T, 4) of one piece; steps that lack notes without saying whose get the nearest voices."""
+    """Array (T, 4) of one piece."""
     if isinstance(piece, (str, bytes)) or not (isinstance(piece, (Sequence, np.ndarray)) and len(piece)):
         raise ValueError(f"{where}: expected a non-empty list of time steps, got {type(piece).__name__}")
-    steps = [_pitches(step, f"{where}[{time}]") for time, step in enumerate(piece)]
+    return fit_voices([_pitches(step, f"{where}[{time}]") for time, step in enumerate(piece)])
+
+
+def fit_voices(steps: list[list[int]]) -> np.ndarray:
+    """Array (T, 4) of steps of at most four pitches each, from high to low; where some lack, the nearest voices sing."""
     grid = np.full((len(steps), len(VOICES)), SILENT, dtype=np.int16)
     full = [time for time, step in enumerate(steps) if len(step) == len(VOICES)]
     grid[full] = [steps[time] for time in full] if full else grid[full]

@@ -147,8 +147,8 @@ class Progress(TrainerCallback):
             self.bar = None
 
 
-def training_arguments(settings: Settings, folder: Path, train_windows: int, processes: int, workers: int):
-    """The settings in the Trainer's terms; nothing is reported or uploaded anywhere."""
+def training_arguments(settings: Settings, folder: Path, train_windows: int, processes: int, workers: int, **more):
+    """The settings in the Trainer's terms, and `more` of its arguments; nothing is reported or uploaded anywhere."""
     if settings.batch % processes:
         raise ValueError(f"batch: expected a multiple of the {processes} processes, got {settings.batch}")
     steps, interval = settings.update_steps(train_windows)
@@ -185,6 +185,7 @@ def training_arguments(settings: Settings, folder: Path, train_windows: int, pro
         report_to="none",
         push_to_hub=False,
         disable_tqdm=True,
+        **more,
     )
 
 
