@@ -21,19 +21,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.__main__ import _commit, _integers, _names, _positive, environment, free_memory
 from benchmarks.measure import TensorStep, Watch, attempt, interleave
 from benchmarks.report import judged
-from benchmarks.trial import _is_out_of_memory, _limit_memory, _timing, peak_memory
+from benchmarks.runs import FINAL, GOES_ON, allowed_memory, begin, chosen_device, integers, names, positive, write_part
+from benchmarks.trial import is_out_of_memory, limit_memory, peak_memory, time_step
 from examples.chorales.storage import atomic_write, read_json, write_json
+from examples.chorales.terminal import exit_code
 
 SIDES = ("before", "after")
 PARTS = ("attention", "encoder")
 PASSES = ("forward", "train")
 AUDIO = (10, 30, 300)  # seconds
 TOKENS = {10: 128, 30: 512, 300: 2048}  # of a text model, in the place of so many seconds
-_FINAL = ("out of memory", "timeout")  # so longer ones end too
-_MARK = "<!-- conversion -->", "<!-- /conversion -->"
 _ERROR = {"float32": 1e-3, "bfloat16": 0.1}  # of the output, relative to its largest value, that counts as rounding
 
 
@@ -240,7 +239,7 @@ class Subject:
 def memory(subject: Mapping[str, Any], side: str, memory_limit: int | None = None) -> dict[str, Any]:
     """Bytes at the peak of the first call beyond inputs and weights, results included, and bytes of the results."""
     if memory_limit and subject["device"] == "cpu":
-        _limit_memory(memory_limit)
+        limit_memory(memory_limit)
     try:
         both = Subject(**subject)
         both.step(side, 1.0)()  # what any first use loads and starts
@@ -249,7 +248,7 @@ def memory(subject: Mapping[str, Any], side: str, memory_limit: int | None = Non
         peak, returned = peak_memory(step, subject["device"])
         return {"status": "ok", "peak_bytes": peak, "returned_bytes": returned, "first_ms": 1e3 * (time.perf_counter() - start)}
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return {"status": "out of memory", "detail": str(error).splitlines()[0][:200]}
 
@@ -264,7 +263,7 @@ def times(subject: Mapping[str, Any], sides: list[str], seconds: float) -> dict[
         result["error"] = float(f"{((after - before).abs().max() / before.abs().max()).item():.2e}")
     if subject["device"] == "cpu":
         return result | interleave(steps, seconds * len(sides))
-    return result | {side: _timing(step, subject["device"], seconds) for side, step in steps.items()}
+    return result | {side: time_step(step, subject["device"], seconds) for side, step in steps.items()}
 
 
 # ---- all cases ----
@@ -277,45 +276,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=tuple(_ERROR), default="float32")
     parser.add_argument("--models", default="all", metavar="all|NAME,...", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--audio", type=_integers, default=list(AUDIO), metavar="S,S,...", help="seconds of audio (default: 10,30,300)")
+    parser.add_argument("--audio", type=integers, default=list(AUDIO), metavar="S,S,...", help="seconds of audio (default: 10,30,300)")
     parser.add_argument("--parts", default=",".join(PARTS), metavar="attention|encoder", help="one or both (default: both)")
     parser.add_argument("--pass", dest="passes", default="forward", metavar="forward|train", help="one or both (default: forward)")
-    parser.add_argument("--layers", type=_positive, default=2, help="of each encoder (default: 2)")
+    parser.add_argument("--layers", type=positive, default=2, help="of each encoder (default: 2)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/huggingface-<device>-<dtype>")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing per row, at least three rounds (default: 5)")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one process (default: 900)")
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help="CPU: that a call may take (default: 85 %% of what is free)")
-    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     parser.add_argument("--overwrite", action="store_true", help="measure anew what --out already holds")
+    parser.add_argument("--render", action="store_true", help="measure nothing: write the report of what --out holds")
     parser.add_argument("--readme", type=Path, help="the file whose marked part is written anew")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.models = list(MODELS) if options.models == "all" else _names(parser, "--models", options.models, list(MODELS))
-    options.parts = _names(parser, "--parts", options.parts, list(PARTS))
-    options.passes = _names(parser, "--pass", options.passes, list(PASSES))
+    options.device = chosen_device(parser, options.device)
+    options.models = list(MODELS) if options.models == "all" else names(parser, "--models", options.models, list(MODELS))
+    options.parts = names(parser, "--parts", options.parts, list(PARTS))
+    options.passes = names(parser, "--pass", options.passes, list(PASSES))
     options.audio = sorted(set(options.audio))
     options.out = options.out or Path("runs") / f"huggingface-{options.device}-{options.dtype}"
     return options
-
-
-def begin(options: argparse.Namespace) -> dict[str, Any]:
-    """results.json as it is so far, or a new one.
-
-    Raises:
-        ValueError: --out holds results of other settings or of another machine or version.
-    """
-    chosen = {name: getattr(options, name) for name in ("device", "dtype", "layers", "seconds", "threads")}
-    new = {"settings": chosen, "environment": environment(options.device, options.threads)}
-    path = options.out / "results.json"
-    if options.overwrite or not path.is_file():
-        return new | {"date": time.strftime("%Y-%m-%d"), "commit": _commit(), "rows": []}
-    old = read_json(path)
-    for part in ("settings", "environment"):
-        if old[part] != new[part]:
-            raise ValueError(f"--out {options.out} holds rows of other {part}: --overwrite measures them anew")
-    return old
 
 
 def measure(options: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -344,13 +324,12 @@ def _row(options: argparse.Namespace, rows: list[dict[str, Any]], row: Mapping[s
         shorter = [
             other[side] for other in rows
             if all(other[key] == row[key] for key in ("model", "part", "pass")) and other["audio"] < row["audio"]
-            and other[side]["status"] in _FINAL
+            and other[side]["status"] in FINAL
         ]  # fmt: skip
         if shorter:
             found[side] = {"status": shorter[0]["status"], "detail": "not tried: so it ended at a shorter length"}
             continue
-        limit = options.memory_limit * 2**30 if options.memory_limit else 0.85 * free_memory()
-        arguments = dict(subject=subject, side=side, memory_limit=int(limit))
+        arguments = dict(subject=subject, side=side, memory_limit=allowed_memory(options.memory_limit))
         found[side] = attempt(memory, arguments, options.timeout, options.threads)
     able = [side for side in SIDES if found[side]["status"] == "ok"]
     if not able:
@@ -462,34 +441,24 @@ def report(results: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write_readme(path: Path, text: str) -> None:
-    """Write the marked part of a file anew."""
-    old = path.read_text(encoding="utf-8")
-    if any(old.count(mark) != 1 for mark in _MARK):
-        raise ValueError(f"--readme {path}: expected one {_MARK[0]} and one {_MARK[1]}")
-    before, after = old.split(_MARK[0])[0], old.split(_MARK[1])[1]
-    with atomic_write(path) as file:
-        file.write(f"{before}{_MARK[0]}\n{text}{_MARK[1]}{after}")
+def run(options: argparse.Namespace) -> None:
+    if options.render:
+        results = read_json(options.out / "results.json")
+    else:
+        listed = ("device", "dtype", "layers", "seconds", "threads")
+        results = begin(options, {name: getattr(options, name) for name in listed})
+        measure(options, results)
+    text = report(results)
+    with atomic_write(options.out / "report.md") as file:
+        file.write(text)
+    if options.readme:
+        write_part(options.readme, "conversion", text)
+    print(f"\n{text}\nWritten: {options.out}/results.json, report.md")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        results = begin(options)
-        measure(options, results)
-        text = report(results)
-        with atomic_write(options.out / "report.md") as file:
-            file.write(text)
-        if options.readme:
-            write_readme(options.readme, text)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with the next row", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"\n{text}\nWritten: {options.out}/results.json, report.md")
-    return 0
+    return exit_code(lambda: run(options), GOES_ON)
 
 
 if __name__ == "__main__":

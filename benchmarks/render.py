@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import PASSES, PEERS
+from benchmarks.runs import write_part
 from examples.chorales.storage import atomic_write, read_json
+from examples.chorales.terminal import exit_code
 
 _MIB = 2**20
 _PASSES = {"forward": "forward", "train": "forward + backward", "decode": "decoding, one query"}
 _CEILING = "sdpa"
 _REFERENCE = "relattn-reference"  # the plain implementation of the tests: in the tables, not in the pictures
-_MARK = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 _FAILED = {"out of memory": "out of memory", "timeout": "too slow", "crash": "crash", "error": "error", "wrong": "wrong"}
 # Colours that colour-blind readers can tell apart (Okabe and Ito); relattn's own are the strong ones.
 _STYLE = {
@@ -290,14 +291,12 @@ def readme_part(folders: list[Path], root: Path) -> str:
     return "\n".join(lines)
 
 
-def write_readme(path: Path, folders: list[Path]) -> None:
-    text = path.read_text(encoding="utf-8")
-    if any(text.count(mark) != 1 for mark in _MARK):
-        raise ValueError(f"--readme {path}: expected one {_MARK[0]} and one {_MARK[1]}")
-    before, rest = text.split(_MARK[0])
-    after = rest.split(_MARK[1])[1]
-    with atomic_write(path) as file:
-        file.write(f"{before}{_MARK[0]}\n{readme_part(folders, path.parent)}{_MARK[1]}{after}")
+def run(options: argparse.Namespace) -> None:
+    for folder in options.folders:
+        print("Written: " + ", ".join(str(path) for path in render(folder)))
+    if options.readme:
+        write_part(options.readme, "benchmarks", readme_part(options.folders, options.readme.parent))
+        print(f"Written: {options.readme}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -307,16 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--readme", type=Path, help="the file whose marked part is written anew")
     options = parser.parse_args(arguments)
-    try:
-        for folder in options.folders:
-            print("Written: " + ", ".join(str(path) for path in render(folder)))
-        if options.readme:
-            write_readme(options.readme, options.folders)
-            print(f"Written: {options.readme}")
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

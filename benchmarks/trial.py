@@ -125,7 +125,7 @@ def peak_memory(step: TensorStep, device: str) -> tuple[int, int]:
     return torch.cuda.max_memory_allocated() - before, sum(tensor.untyped_storage().nbytes() for tensor in results)
 
 
-def _timing(step: Step, device: str, seconds: float, warm: bool = True) -> dict[str, Any]:
+def time_step(step: Step, device: str, seconds: float, warm: bool = True) -> dict[str, Any]:
     """Median, quartiles and number of rounds; on a GPU each round between two events, with its L2 cache emptied before."""
     if device == "cpu":
         return interleave({"": step}, seconds, warm=warm)[""]
@@ -153,7 +153,7 @@ def trial(peer: str, problem: Mapping[str, Any], seconds: float, memory_limit: i
     case, side = Problem(**problem), PEERS[peer]
     device, train = case.device, case.passed == "train"
     if device == "cpu" and memory_limit:
-        _limit_memory(memory_limit)
+        limit_memory(memory_limit)
     result: dict[str, Any] = {"status": "ok"}
     try:
         inputs = case.inputs()
@@ -171,15 +171,15 @@ def trial(peer: str, problem: Mapping[str, Any], seconds: float, memory_limit: i
         if max(result["errors"].values()) > _ROUNDING:
             result["status"] = "wrong"
         gc.collect()
-        result |= _timing(step, device, seconds, warm=first < 1.0)  # a second call has been made anyway
+        result |= time_step(step, device, seconds, warm=first < 1.0)  # a second call has been made anyway
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         result = {"status": "out of memory", "detail": str(error).splitlines()[0][:200]}
     return result
 
 
-def _limit_memory(limit: int) -> None:
+def limit_memory(limit: int) -> None:
     """Let this process take `limit` bytes more address space: beyond, an allocation fails instead of the machine."""
     import resource
 
@@ -189,7 +189,7 @@ def _limit_memory(limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + limit, resource.RLIM_INFINITY))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
     known = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "defaultcpuallocator")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in text for part in known)
@@ -200,6 +200,6 @@ def matrix_ceiling(dtype: str, device: str, seconds: float = 1.0) -> float:
     best = 0.0
     for size in (512, 1024, 2048) if device == "cpu" else (4096, 8192):
         left, right = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        timing = _timing(lambda left=left, right=right: left @ right, device, seconds / 3)
+        timing = time_step(lambda left=left, right=right: left @ right, device, seconds / 3)
         best = max(best, 2 * size**3 / timing["median_ms"] / 1e9)
     return best

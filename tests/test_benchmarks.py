@@ -311,7 +311,7 @@ def test_part_of_the_readme(tmp_path, capsys):
 
 def test_readme_shows_the_committed_results():
     readme = (CLONE / "README.md").read_text()
-    part = readme.split(render._MARK[0])[1].split(render._MARK[1])[0]
+    part = readme.split("<!-- benchmarks -->")[1].split("<!-- /benchmarks -->")[0]
     folders = [CLONE / place for place in dict.fromkeys(re.findall(r"\[report\]\((.+?)/report.md\)", part))]
     assert folders
     assert part == "\n" + render.readme_part(folders, CLONE)
@@ -326,7 +326,7 @@ def test_table_1(tmp_path, capsys):
     assert len(rows) == 6
     for row in rows:
         for field in ("relative_tensors", "relative_logits"):
-            assert row[field] == pytest.approx(row[f"{field}_computed"], rel=0.02, abs=40_000)
+            assert row[field] == pytest.approx(row[f"{field}_computed"], rel=0.02, abs=2**16)  # a few pages of the allocator
     whole = {(row["method"], row["length"]): row["whole_call"] for row in rows}
     assert whole["shaw", 650] > 108e6
     assert whole["skew", 650] > 3 * 4 * 650**2

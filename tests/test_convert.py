@@ -28,6 +28,7 @@ from transformers.models.speecht5 import modeling_speecht5
 from transformers.models.vits import modeling_vits
 from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert
 
+from examples.chorales.storage import read_json
 from relattn import convert as implementation
 from relattn import relative_attention
 from relattn.huggingface import convert, revert
@@ -718,7 +719,7 @@ def test_benchmark_goes_on_where_it_was(tmp_path, capsys, monkeypatch) -> None:
     command = ["--device", "cpu", "--models", "w2v-bert", "--audio", "2", "--pass", "forward,train", "--seconds", "0.01"]
     command += ["--readme", str(readme)]
     assert benchmark.main([*command, "--out", str(tmp_path)]) == 0
-    results = benchmark.read_json(tmp_path / "results.json")
+    results = read_json(tmp_path / "results.json")
     assert [(row["part"], row["pass"], row["frames"]) for row in results["rows"]] == [
         (part, passed, 100) for part in benchmark.PARTS for passed in benchmark.PASSES
     ]
@@ -734,6 +735,10 @@ def test_benchmark_goes_on_where_it_was(tmp_path, capsys, monkeypatch) -> None:
     assert benchmark.main([*command, "--out", str(tmp_path)]) == 0
     assert benchmark.main([*command, "--out", str(tmp_path), "--layers", "1"]) == 2
     assert "holds rows of other settings" in capsys.readouterr().err
+
+    (tmp_path / "report.md").unlink()
+    assert benchmark.main(["--render", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "report.md").read_text() in readme.read_text()
 
 
 def test_benchmark_of_what_ended_badly(tmp_path, monkeypatch) -> None:
@@ -752,7 +757,7 @@ def test_benchmark_of_what_ended_badly(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(benchmark, "attempt", attempt)
     command = ["--device", "cpu", "--models", "w2v-bert", "--audio", "30,60,90", "--out", str(tmp_path)]
     assert benchmark.main(command) == 0
-    rows = benchmark.read_json(tmp_path / "results.json")["rows"]
+    rows = read_json(tmp_path / "results.json")["rows"]
     assert [row["before"]["status"] for row in rows] == ["ok", "ok"] + ["out of memory"] * 4
     assert rows[-1]["before"]["detail"].startswith("not tried")
     text = (tmp_path / "report.md").read_text()

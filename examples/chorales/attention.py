@@ -19,6 +19,7 @@ import numpy as np
 from .files import VOICES
 from .generate import CHECKPOINT, load_model
 from .storage import atomic_write, write_json
+from .terminal import exit_code
 
 _VOICES, _BEAT = len(VOICES), 4 * len(VOICES)
 _SHOWN = 4 * _BEAT + 2  # distances in the picture of weights
@@ -238,12 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        run(options)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

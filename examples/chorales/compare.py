@@ -16,6 +16,7 @@ from .corpus import available_cores
 from .model import ARMS, NOTEBOOK_POSITIONS
 from .settings import PRESETS, Settings
 from .storage import read_json, write_json
+from .terminal import exit_code
 
 _TOKENS_PER_THREAD = 2048
 
@@ -172,15 +173,7 @@ def run(options: argparse.Namespace) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     prepare_process(options.settings)
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options), "the same command continues from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from .files import SILENT, SPLITS, VOICES, Splits
-from .progress import progress_bar
 from .storage import atomic_write
+from .terminal import progress_bar
 
 STEPS_PER_QUARTER = 4
 CACHE_FORMAT = 1  # raise it whenever parsing changes: caches of another format are rebuilt

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .storage import atomic_write, write_json
+from .terminal import exit_code
 
 CHECKPOINT = Path(__file__).with_name("checkpoint") / "relative"
 
@@ -122,7 +123,7 @@ def decode(model, prompt, options: argparse.Namespace, tokens: int, samples: int
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     from .languages import PAD, START
-    from .progress import progress_bar
+    from .terminal import progress_bar
 
     torch.manual_seed(options.seed)
     drawing: dict = {"num_beams": options.beams, "do_sample": options.beams == 1}
@@ -290,15 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one token at a time is too little work to share
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

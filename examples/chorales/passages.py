@@ -13,8 +13,8 @@ from .corpus import cache_path, load_corpus, read_split
 from .files import SPLITS, load_file
 from .languages import END, PAD, START, ChoraleLanguage, Language, MidiLanguage
 from .masking import IGNORED
-from .progress import progress_bar
 from .storage import atomic_write
+from .terminal import progress_bar
 
 _MAESTRO_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 _MIDI_CACHE_FORMAT = 1  # raise it whenever MIDI files become other tokens

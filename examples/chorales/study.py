@@ -22,6 +22,7 @@ from pathlib import Path
 
 from .storage import read_json, write_json
 from .study_cells import Cell, expected_seconds, preset_cells
+from .terminal import exit_code
 
 COMMITTED = Path(__file__).parent / "results"
 
@@ -184,19 +185,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _work_in_process(options: argparse.Namespace) -> None:
-    sys.exit(_guarded(lambda: work(options)))
-
-
-def _guarded(action) -> int:
-    try:
-        action()
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    sys.exit(exit_code(lambda: work(options), "the same command continues"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,8 +193,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.action == "report":
         from .study_report import write_report
 
-        return _guarded(lambda: write_report(options.results))
-    return _guarded(lambda: list_cells(options) if options.list else run(options))
+        return exit_code(lambda: write_report(options.results))
+    return exit_code(lambda: list_cells(options) if options.list else run(options), "the same command continues")
 
 
 if __name__ == "__main__":

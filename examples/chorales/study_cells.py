@@ -57,12 +57,12 @@ class Schedule:
 
 _SEED = COMPARE_PRESETS["seed"]
 SCHEDULES = {
-    # The notebook's own: 10 epochs of windows that start at every token, 8 windows per micro-batch, 4 of those per step.
+    # The notebook's own: 10 epochs of windows that start at every token, 32 of them per step. It took those as 4
+    # micro-batches of 8; one batch has the same gradient where windows mask equally many tokens, and is 1.3x as fast.
     "notebook": Schedule(
         tokens=None,
         epochs=_SEED.epochs,
-        batch_tokens=_SEED.batch * _SEED.window,
-        accumulation=_SEED.accumulation,
+        batch_tokens=_SEED.batch * _SEED.accumulation * _SEED.window,
         learning_rate=_SEED.learning_rate,
         warmup=_SEED.warmup,
         weight_decay=_SEED.weight_decay,

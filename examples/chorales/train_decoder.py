@@ -16,6 +16,7 @@ from pathlib import Path
 from .compare import prepare_folder, prepare_process
 from .settings import Settings
 from .storage import atomic_write, read_json, write_json
+from .terminal import exit_code
 
 POSITIONS = ("relative", "absolute", "both")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -346,15 +347,7 @@ def plot_losses(path: Path, results: dict) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     prepare_process(options.settings)
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options), "the same command continues from the last checkpoint")
 
 
 if __name__ == "__main__":

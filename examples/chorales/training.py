@@ -15,9 +15,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .data import Chorales, Windows
 from .masking import EVALUATION_SEED, IGNORED, MaskingCollator
 from .model import build_model, parameter_count
-from .progress import progress_bar
 from .settings import Settings
 from .storage import read_json, write_json
+from .terminal import progress_bar
 
 _TOKENS_PER_EVALUATION_BATCH = 16_384
 
