@@ -711,7 +711,7 @@ def test_benchmark_goes_on_where_it_was(tmp_path, capsys, monkeypatch) -> None:
     def inputs(seconds: float) -> dict[str, Tensor]:
         return {"input_features": torch.randn(1, round(50 * seconds), 10)}
 
-    small = benchmark.Model("small", lambda layers: wav2vec2_bert(), inputs, "Wav2Vec2BertSelfAttention")
+    small = benchmark.Model("small", lambda layers: wav2vec2_bert(), inputs, "Wav2Vec2BertSelfAttention", core=True)
     monkeypatch.setattr(benchmark, "attempt", attempt)
     monkeypatch.setitem(benchmark.MODELS, "w2v-bert", small)
     readme = tmp_path / "README.md"
@@ -729,7 +729,8 @@ def test_benchmark_goes_on_where_it_was(tmp_path, capsys, monkeypatch) -> None:
         assert row["faster"] == pytest.approx(row["before"]["median_ms"] / row["after"]["median_ms"])
     assert readme.read_text().startswith("a\n<!-- conversion -->\n")
     assert "| small | 2 s | 100 |" in readme.read_text()
-    assert " of 2 goals met" in capsys.readouterr().out  # not slower: attention, encoder
+    assert "| - without projections | 2 s | 100 |" in readme.read_text()
+    assert " of 3 goals met" in capsys.readouterr().out  # not slower: core, attention, encoder
 
     monkeypatch.setattr(benchmark, "_row", lambda *_: pytest.fail("measured again"))
     assert benchmark.main([*command, "--out", str(tmp_path)]) == 0
@@ -758,7 +759,7 @@ def test_benchmark_of_what_ended_badly(tmp_path, monkeypatch) -> None:
     command = ["--device", "cpu", "--models", "w2v-bert", "--audio", "30,60,90", "--out", str(tmp_path)]
     assert benchmark.main(command) == 0
     rows = read_json(tmp_path / "results.json")["rows"]
-    assert [row["before"]["status"] for row in rows] == ["ok", "ok"] + ["out of memory"] * 4
+    assert [row["before"]["status"] for row in rows] == ["ok"] * 3 + ["out of memory"] * 6
     assert rows[-1]["before"]["detail"].startswith("not tried")
     text = (tmp_path / "report.md").read_text()
     assert "out of memory → 10.0" in text
