@@ -179,39 +179,33 @@ def _grid() -> list[tuple[float, dict]]:
         groups.extend((priority, arm | factors) for arm in arms)
 
     notebook = dict(window=16, masking="time", phase="any")
-    # 1. The published comparison and its repairs, one by one and together.
-    factorial = [dict(positions="relative", skew=skew, tables=tables) for skew in SKEWS for tables in TABLES]
-    add(1, [ABSOLUTE, AS_PUBLISHED, RELATIVE, NONE, BOTH], **notebook)
-    add(1, [arm for arm in factorial if arm not in (AS_PUBLISHED, RELATIVE)], **notebook)
-    # The published skew where absolute positions are not dropped.
-    add(1, [dict(positions="both", skew="published", tables="normal")], **notebook)
+    longer = dict(window=128, masking="step", phase="any")
+    # 1. The published comparison and its repairs, one by one and together; the published skew where absolute positions
+    #    are not dropped.
+    skew_alone = RELATIVE | dict(tables="normal")
+    tables_alone = RELATIVE | dict(skew="published")
+    published_both = AS_PUBLISHED | dict(positions="both")
+    add(1, [ABSOLUTE, AS_PUBLISHED, RELATIVE, NONE, BOTH, skew_alone, tables_alone, published_both], **notebook)
     # 2. A longer window.
-    add(2, [*MAIN, NONE, AS_PUBLISHED], window=128, masking="step", phase="any")
+    add(2, [*MAIN, NONE, AS_PUBLISHED], **longer)
     # 3. Four times the budget: does a short training distort the comparison?
-    add(3, MAIN, window=128, masking="step", phase="any", schedule="long")
-    add(3.4, [ABSOLUTE, AS_PUBLISHED, RELATIVE], **notebook, schedule="long")
-    add(5.5, MAIN, window=128, masking="step", phase="four", schedule="long")
+    add(3, MAIN, **longer, schedule="long")
     # 4. Every window.
     for window in (16, 512, 64, 256):
         add(4, MAIN, window=window, masking="step", phase="any")
     # 5. Windows in step with the voices, and the voice told to every arm.
-    add(5, MAIN, window=128, masking="step", phase="four")
-    add(5, MAIN, window=128, masking="step", phase="any", voice=True)
-    add(6, [ABSOLUTE, RELATIVE], voice=True, **notebook)
+    add(5, MAIN, **longer | dict(phase="four"))
+    add(5, MAIN, **longer, voice=True)
     # 7. Masks.
     for masking in ("time", "token", "span"):
-        add(7, [ABSOLUTE, RELATIVE], window=128, masking=masking, phase="any")
-    for masking in ("token", "span"):
-        add(8, [ABSOLUTE, RELATIVE], window=16, masking=masking, phase="any")
-    # 9. The skew and the tables one by one at a longer window, and the phase at the notebook's.
-    add(9, [arm for arm in factorial if arm not in (AS_PUBLISHED, RELATIVE)], window=128, masking="step", phase="any")
-    add(9, MAIN, window=16, masking="step", phase="four")
+        add(7, [ABSOLUTE, RELATIVE], **longer | dict(masking=masking))
     return groups
 
 
-# A seed comes this many priorities after the one before, a long one twice as many: the first groups get all their
-# repetitions before the last get any.
+# A seed comes this many priorities after the one before: the first groups get all their repetitions before the last
+# get any.
 _SEED_STEP = 2.5
+_SINGLE = ("long",)  # schedules that are run with the first seed alone
 
 
 def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
@@ -229,8 +223,8 @@ def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
         raise ValueError(f"preset: expected one of {', '.join(groups)}, got {preset!r}")
     ordered = []
     for priority, group in groups[preset]:
-        step = _SEED_STEP * (2 if group.get("schedule") == "long" else 1)
-        ordered += [(priority + step * seed, Cell(seed=seed, **group)) for seed in range(seeds)]
+        repetitions = 1 if group.get("schedule") in _SINGLE else seeds
+        ordered += [(priority + _SEED_STEP * seed, Cell(seed=seed, **group)) for seed in range(repetitions)]
     return [cell for _, cell in sorted(ordered, key=lambda pair: pair[0])]
 
 

@@ -355,7 +355,6 @@ def render(results: Results) -> str:
             section_arms(results, notebook),
             section_effects(results, notebook),
         )
-    long = NOTEBOOK | {"schedule": "long"}
     if NOTEBOOK in settings:
         add(
             "The published comparison, repaired step by step",
@@ -365,8 +364,6 @@ def render(results: Results) -> str:
             section_arms(results, NOTEBOOK),
             section_effects(results, NOTEBOOK),
         )
-    if long in settings:
-        add("The same with four times the budget", section_arms(results, long), section_effects(results, long))
     if LONGER in settings:
         add(f"A longer window: {setting_text(LONGER)}", section_arms(results, LONGER), section_effects(results, LONGER))
     table = section_settings(results)
