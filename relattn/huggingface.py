@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -34,30 +35,11 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError('relattn.huggingface needs transformers; install it with: pip install "relattn[huggingface]"') from None
 
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    BertConfig,
-    CamembertConfig,
-    Data2VecTextConfig,
-    ElectraConfig,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaPreLayerNormConfig,
-    XLMRobertaConfig,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import load_state_dict
-from transformers.models.bert import modeling_bert
-from transformers.models.camembert import modeling_camembert
-from transformers.models.data2vec import modeling_data2vec_text
-from transformers.models.electra import modeling_electra
-from transformers.models.roberta import modeling_roberta
-from transformers.models.roberta_prelayernorm import modeling_roberta_prelayernorm
-from transformers.models.xlm_roberta import modeling_xlm_roberta
 from transformers.utils import cached_file
 
 from relattn.convert import convert, revert
@@ -290,11 +272,12 @@ class RelativeTables(nn.Module):
 
 
 class _WithoutPositions(nn.Module):
-    """The forward pass of BertEmbeddings and RobertaEmbeddings without positions, hence without a longest input."""
+    """The forward pass of BertEmbeddings and its like without positions, hence without a longest input."""
 
     word_embeddings: nn.Embedding
     token_type_embeddings: nn.Embedding
-    LayerNorm: nn.LayerNorm
+    task_type_embeddings: nn.Embedding  # of ERNIE
+    LayerNorm: nn.LayerNorm  # not of XLM-RoBERTa-XL, which normalises in its layers alone
     dropout: nn.Dropout
 
     def forward(
@@ -304,60 +287,18 @@ class _WithoutPositions(nn.Module):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
+        *,
+        task_type_ids: Tensor | None = None,
     ) -> Tensor:
         """(B, L, hidden). `position_ids` and `past_key_values_length` are the original's, and change nothing."""
         embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if token_type_ids is None:  # not the buffer of the original: it ends at max_position_embeddings
-            token_type_ids = torch.zeros(embeddings.shape[:-1], dtype=torch.long, device=embeddings.device)
-        return self.dropout(self.LayerNorm(embeddings + self.token_type_embeddings(token_type_ids)))
+        # Not the buffer of the original: it ends at max_position_embeddings.
+        none = torch.zeros(embeddings.shape[:-1], dtype=torch.long, device=embeddings.device)
+        embeddings = embeddings + self.token_type_embeddings(none if token_type_ids is None else token_type_ids)
+        if getattr(self, "use_task_id", False):
+            embeddings = embeddings + self.task_type_embeddings(none if task_type_ids is None else task_type_ids)
+        return self.dropout(self.LayerNorm(embeddings) if hasattr(self, "LayerNorm") else embeddings)
 
-
-class RelativeBertEmbeddings(_WithoutPositions, modeling_bert.BertEmbeddings):
-    """BertEmbeddings without absolute positions."""
-
-
-class RelativeRobertaEmbeddings(_WithoutPositions, modeling_roberta.RobertaEmbeddings):
-    """RobertaEmbeddings without absolute positions."""
-
-
-class RelativeXLMRobertaEmbeddings(_WithoutPositions, modeling_xlm_roberta.XLMRobertaEmbeddings):
-    """XLMRobertaEmbeddings without absolute positions."""
-
-
-class RelativeCamembertEmbeddings(_WithoutPositions, modeling_camembert.CamembertEmbeddings):
-    """CamembertEmbeddings without absolute positions."""
-
-
-class RelativeData2VecTextEmbeddings(_WithoutPositions, modeling_data2vec_text.Data2VecTextEmbeddings):
-    """Data2VecTextEmbeddings without absolute positions."""
-
-
-class RelativeElectraEmbeddings(_WithoutPositions, modeling_electra.ElectraEmbeddings):
-    """ElectraEmbeddings without absolute positions."""
-
-
-class RelativeRobertaPreLayerNormEmbeddings(_WithoutPositions, modeling_roberta_prelayernorm.RobertaPreLayerNormEmbeddings):
-    """RobertaPreLayerNormEmbeddings without absolute positions."""
-
-
-_EMBEDDINGS: dict[type, type] = {
-    modeling_bert.BertEmbeddings: RelativeBertEmbeddings,
-    modeling_roberta.RobertaEmbeddings: RelativeRobertaEmbeddings,
-    modeling_xlm_roberta.XLMRobertaEmbeddings: RelativeXLMRobertaEmbeddings,
-    modeling_camembert.CamembertEmbeddings: RelativeCamembertEmbeddings,
-    modeling_data2vec_text.Data2VecTextEmbeddings: RelativeData2VecTextEmbeddings,
-    modeling_electra.ElectraEmbeddings: RelativeElectraEmbeddings,
-    modeling_roberta_prelayernorm.RobertaPreLayerNormEmbeddings: RelativeRobertaPreLayerNormEmbeddings,
-}
-_ATTENTIONS = (
-    modeling_bert.BertSelfAttention,
-    modeling_roberta.RobertaSelfAttention,
-    modeling_xlm_roberta.XLMRobertaSelfAttention,
-    modeling_camembert.CamembertSelfAttention,
-    modeling_data2vec_text.Data2VecTextSelfAttention,
-    modeling_electra.ElectraSelfAttention,
-    modeling_roberta_prelayernorm.RobertaPreLayerNormSelfAttention,
-)
 
 # ---- configurations and model classes ----
 
@@ -380,55 +321,6 @@ class _RelativeConfig:
 
     def validate_output_attentions(self) -> None:
         """Nothing to refuse: relattn_attention gives the weights."""
-
-
-class RelativeBertConfig(_RelativeConfig, BertConfig):
-    """`BertConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
-
-    model_type = "relattn-bert"
-    relative_attention: dict | None = None
-
-
-class RelativeRobertaConfig(_RelativeConfig, RobertaConfig):
-    """`RobertaConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
-
-    model_type = "relattn-roberta"
-    relative_attention: dict | None = None
-
-
-class RelativeXLMRobertaConfig(_RelativeConfig, XLMRobertaConfig):
-    """`XLMRobertaConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
-
-    model_type = "relattn-xlm-roberta"
-    relative_attention: dict | None = None
-
-
-class RelativeCamembertConfig(_RelativeConfig, CamembertConfig):
-    """`CamembertConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
-
-    model_type = "relattn-camembert"
-    relative_attention: dict | None = None
-
-
-class RelativeData2VecTextConfig(_RelativeConfig, Data2VecTextConfig):
-    """`Data2VecTextConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
-
-    model_type = "relattn-data2vec-text"
-    relative_attention: dict | None = None
-
-
-class RelativeElectraConfig(_RelativeConfig, ElectraConfig):
-    """`ElectraConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
-
-    model_type = "relattn-electra"
-    relative_attention: dict | None = None
-
-
-class RelativeRobertaPreLayerNormConfig(_RelativeConfig, RobertaPreLayerNormConfig):
-    """`RobertaPreLayerNormConfig` with `relative_attention`, the settings given to `add_relative_positions`."""
-
-    model_type = "relattn-roberta-prelayernorm"
-    relative_attention: dict | None = None
 
 
 class _RelativeModel:
@@ -464,33 +356,54 @@ _AUTO = {
     "Model": "AutoModel",
     "LMHeadModel": "AutoModelForCausalLM",
 }  # the others are named alike: AutoModelForMaskedLM
+# Families whose self-attention is transformers' `AttentionInterface`: as their classes are called, and their module.
+_FAMILIES = {
+    "Bert": "bert.modeling_bert",
+    "Roberta": "roberta.modeling_roberta",
+    "XLMRoberta": "xlm_roberta.modeling_xlm_roberta",
+    "XLMRobertaXL": "xlm_roberta_xl.modeling_xlm_roberta_xl",
+    "Camembert": "camembert.modeling_camembert",
+    "Data2VecText": "data2vec.modeling_data2vec_text",
+    "Electra": "electra.modeling_electra",
+    "RobertaPreLayerNorm": "roberta_prelayernorm.modeling_roberta_prelayernorm",
+    "Ernie": "ernie.modeling_ernie",
+    "Xmod": "xmod.modeling_xmod",
+}
 _MODELS: dict[type, Any] = {}  # plain class -> the one with relative positions
+_EMBEDDINGS: dict[type, type] = {}  # likewise, the second without absolute ones
+_ATTENTIONS: set[type] = set()
 
 
-def _define(config_class: Any, family: str) -> None:
-    """Define ``Relative<name>`` in this module, where pickle looks, for each head of a family; tell the Auto classes."""
+def _define(family: str, place: str) -> None:
+    """Define a family's ``Relative<name>`` in this module, where pickle looks; tell the Auto classes."""
+    modeling = importlib.import_module(f"transformers.models.{place}")
+
+    def define(plain: Any, mixin: type, doc: str, **content: Any) -> Any:
+        content |= {"__doc__": f"`{plain.__name__}` {doc}", "__module__": __name__}
+        relative = type(f"Relative{plain.__name__}", (mixin, plain), content)
+        globals()[relative.__name__] = relative
+        return relative
+
+    _ATTENTIONS.add(getattr(modeling, f"{family}SelfAttention"))
+    plain = getattr(modeling, f"{family}Embeddings")
+    _EMBEDDINGS[plain] = define(plain, _WithoutPositions, "without absolute positions.")
+    plain = getattr(transformers, f"{family}Config")
+    # A field, as the configurations of transformers are data classes.
+    content = dict(model_type=f"relattn-{plain.model_type}", relative_attention=None, __annotations__={"relative_attention": dict | None})
+    doc = "with `relative_attention`, the settings given to `add_relative_positions`."
+    config_class = define(plain, _RelativeConfig, doc, **content)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for head in _HEADS:
         plain = getattr(transformers, family + head, None)
         if plain is None:  # not every family has every head
             continue
-        content = {
-            "__doc__": f"`{plain.__name__}` with relative positions in its self-attention.",
-            "__module__": __name__,
-            "config_class": config_class,
-        }
-        relative = type(f"Relative{plain.__name__}", (_RelativeModel, plain), content)
-        globals()[relative.__name__] = _MODELS[plain] = relative
+        doc = "with relative positions in its self-attention."
+        _MODELS[plain] = relative = define(plain, _RelativeModel, doc, config_class=config_class)
         getattr(transformers, _AUTO.get(head, f"AutoModel{head}")).register(config_class, relative, exist_ok=True)
 
 
-_define(RelativeBertConfig, "Bert")
-_define(RelativeRobertaConfig, "Roberta")
-_define(RelativeXLMRobertaConfig, "XLMRoberta")
-_define(RelativeCamembertConfig, "Camembert")
-_define(RelativeData2VecTextConfig, "Data2VecText")
-_define(RelativeElectraConfig, "Electra")
-_define(RelativeRobertaPreLayerNormConfig, "RobertaPreLayerNorm")
+for _family, _place in _FAMILIES.items():
+    _define(_family, _place)
 
 
 def _install(model: Any, config: Any) -> None:
@@ -504,7 +417,7 @@ def _install(model: Any, config: Any) -> None:
         elif type(module) in _EMBEDDINGS and not settings.keep_absolute:
             del module.position_embeddings
             module.__class__ = _EMBEDDINGS[type(module)]
-        elif isinstance(module, _ATTENTIONS):
+        elif type(module) in _ATTENTIONS:
             heads, head_size = module.num_attention_heads, module.attention_head_size
             module.relative_tables = RelativeTables(settings, heads, head_size, std, like=module.query.weight)
 
@@ -540,9 +453,8 @@ def add_relative_positions(
     removed; ``("rel_k", "rel_q")`` is ``"relative_key_query"`` (Huang et al. 2020) with two tables.
 
     Args:
-        model: a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, Data2VecText, ELECTRA or RoBERTa-PreLayerNorm model of
-            transformers, with any head, as an encoder or as a causal decoder without
-            cross-attention.
+        model: a BERT, RoBERTa, XLM-RoBERTa (XL too), CamemBERT, Data2VecText, ELECTRA, RoBERTa-PreLayerNorm, ERNIE or
+            X-MOD model of transformers, with any head, as an encoder or as a causal decoder without cross-attention.
         max_relative_position: k for (k, k), or (left, right): keys farther away share the edge rows, so any length is
             accepted. A decoder never looks ahead: give it (k, 0), as rows to the right would never be used.
         keep_absolute: False removes the absolute position embeddings, their parameter too, and with them the longest
