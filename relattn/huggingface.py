@@ -376,7 +376,10 @@ _ATTENTIONS: set[type] = set()
 
 def _define(family: str, place: str) -> None:
     """Define a family's ``Relative<name>`` in this module, where pickle looks; tell the Auto classes."""
-    modeling = importlib.import_module(f"transformers.models.{place}")
+    try:
+        modeling = importlib.import_module(f"transformers.models.{place}")
+    except ModuleNotFoundError:  # a version of transformers without it
+        return
 
     def define(plain: Any, mixin: type, doc: str, **content: Any) -> Any:
         content |= {"__doc__": f"`{plain.__name__}` {doc}", "__module__": __name__}
