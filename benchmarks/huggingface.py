@@ -235,13 +235,16 @@ class Subject:
             handle.remove()
         return (lambda: module(*args, **kwargs)[0]), module
 
-    @property
-    def frames(self) -> int:
-        """Queries of a layer."""
-        call, _ = self._attention_call(self.models["after"], self.inputs)
-        with torch.no_grad():
-            output = call()
-        return output.shape[0 if self.spec.attention.startswith("XLNet") else 1]
+    def count_frames(self, side: str, step: TensorStep) -> tuple[tuple[Tensor, ...], int]:
+        """What a call of the side's `step` returns, and the queries of a layer in it."""
+        module = next(module for module in self.models[side].modules() if type(module).__name__ == self.spec.attention)
+        counts: list[int] = []
+        axis = 0 if self.spec.attention.startswith("XLNet") else 1
+        handle = module.register_forward_hook(lambda _module, _args, output: counts.append(output[0].shape[axis]))
+        try:
+            return step(), counts[0]
+        finally:
+            handle.remove()
 
 
 def memory(subject: Mapping[str, Any], side: str, memory_limit: int | None = None) -> dict[str, Any]:
@@ -265,12 +268,17 @@ def times(subject: Mapping[str, Any], sides: list[str], seconds: float) -> dict[
     """Milliseconds of the sides, which take turns; how far their outputs are apart; the number of frames."""
     both = Subject(**subject)
     steps = {side: both.step(side) for side in sides}
-    result: dict[str, Any] = {"frames": both.frames}
+    outputs = {}
+    for side, step in steps.items():  # their first calls, too
+        (outputs[side], *_), frames = both.count_frames(side, step)
+    result: dict[str, Any] = {"frames": frames}
     if len(sides) == 2:
-        before, after = (steps[side]()[0] for side in SIDES)
+        before, after = (outputs.pop(side) for side in SIDES)
         result["error"] = float(f"{((after - before).abs().max() / before.abs().max()).item():.2e}")
+        del before, after
+    outputs.clear()
     if subject["device"] == "cpu":
-        return result | interleave(steps, seconds * len(sides))
+        return result | interleave(steps, seconds * len(sides), warm=False)
     return result | {side: time_step(step, subject["device"], seconds) for side, step in steps.items()}
 
 
