@@ -218,13 +218,17 @@ def run(options: argparse.Namespace) -> dict:
     model, language = load_model(options.checkpoint)
     data = Data(language, options)
     trained = model.config.training_length
-    tokens = 2 * trained if options.tokens is None else options.tokens
+    tokens = max(2 * trained, options.min_tokens) if options.tokens is None else options.tokens
+    if options.min_tokens > tokens:
+        raise ValueError(f"--min-tokens: expected at most --tokens {tokens}, got {options.min_tokens}")
     ids, prime_name = [START], None
     if options.prime:
         given, prime_name = prime_ids(options.prime, language, data)
+        if options.prime_tokens < language.unit:
+            raise ValueError(f"--prime-tokens: expected at least {language.unit}, got {options.prime_tokens}")
         ids += given[: options.prime_tokens // language.unit * language.unit].tolist()
-    if tokens <= len(ids):
-        raise ValueError(f"--tokens: expected more than the {len(ids)} of the prime, got {tokens}")
+    if tokens < len(ids) + language.unit:
+        raise ValueError(f"--tokens: expected at least {len(ids) + language.unit}, with the {len(ids)} given, got {tokens}")
     prompt = torch.tensor([ids], device=model.device)
     start = time.perf_counter()
     drawn = decode(model, prompt, options, tokens, options.samples).tolist()

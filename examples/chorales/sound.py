@@ -1,6 +1,7 @@
 """Generated music as files: MIDI, a picture of its piano roll, and sound. And MIDI files as chorales."""
 
 import io
+import itertools
 import os
 import shutil
 import subprocess
@@ -36,8 +37,8 @@ def chorale_midi(grid: np.ndarray, beats_per_minute: float):
     for voice, name in enumerate(VOICES):
         instrument = pretty_midi.Instrument(_CHURCH_ORGAN, name=name)
         line = grid[:, voice].astype(int)
-        starts = np.flatnonzero(np.diff(line, prepend=SILENT - 1))
-        for start, stop in zip(starts, [*starts[1:], len(line)], strict=True):
+        bounds = np.append(np.flatnonzero(np.diff(line, prepend=SILENT - 1)), len(line))
+        for start, stop in itertools.pairwise(bounds):
             if line[start] != SILENT:
                 instrument.notes.append(pretty_midi.Note(90, int(line[start]), start * seconds, stop * seconds))
         midi.instruments.append(instrument)
@@ -81,7 +82,10 @@ def read_chorale(path: str | os.PathLike) -> np.ndarray:
                 for step in steps(note):
                     sounding[step].add(note.pitch)
         grid = fit_voices([_four(pitches) for pitches in sounding])
-    return grid[np.flatnonzero((grid != SILENT).any(axis=1))[0] :]
+    sounds = np.flatnonzero((grid != SILENT).any(axis=1))
+    if not len(sounds):
+        raise ValueError(f"--prime {path}: every note is shorter than a 16th and falls between two")
+    return grid[sounds[0] :]
 
 
 def _four(pitches: set[int]) -> list[int]:

@@ -15,13 +15,14 @@ import contextlib
 import fnmatch
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .storage import read_json, write_json
-from .study_cells import Cell, expected_seconds, preset_cells
+from .storage import write_json
+from .study_cells import Cell, expected_seconds, preset_cells, read_result
 from .terminal import exit_code
 
 COMMITTED = Path(__file__).parent / "results"
@@ -47,6 +48,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name}: expected at least {least}, got {getattr(options, name)}")
     if options.hours is not None and not options.hours > 0:
         parser.error(f"--hours: expected more than 0, got {options.hours}")
+    if options.action == "report" and options.out:
+        parser.error("--out: of a run; report reads and writes --results DIR")
     options.out = options.out or Path("runs") / f"study-{options.preset}"
     options.cells = preset_cells(options.preset, options.seeds)
     if options.only:
@@ -54,29 +57,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if not options.cells:
             parser.error(f"--only: no cell of preset {options.preset} matches {options.only!r}; --list shows their names")
     return options
-
-
-def read_result(path: Path, cell: Cell, fingerprint: str | None = None) -> dict:
-    """The finished result of a cell.
-
-    Raises:
-        ValueError: the file holds a run with another configuration, or on other data.
-    """
-    result, expected = read_json(path), cell.configuration()
-    found = result.get("configuration", {}) if isinstance(result, dict) else {}
-    changed = [f"{name} {found.get(name)!r} -> {expected[name]!r}" for name in expected if found.get(name) != _as_json(expected[name])]
-    if fingerprint is not None and not changed and result.get("data_fingerprint") != fingerprint:
-        changed = [f"data {result.get('data_fingerprint')} -> {fingerprint}"]
-    if changed:
-        raise ValueError(f"--out {path.parent}: {path.name} was made with other settings ({'; '.join(changed)}); choose another folder")
-    return result
-
-
-def _as_json(value):
-    """What reading a written value gives back: tuples become lists."""
-    if isinstance(value, dict):
-        return {name: _as_json(item) for name, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @contextlib.contextmanager
@@ -133,15 +113,20 @@ def work(options: argparse.Namespace) -> None:
         with claim(scratch.with_suffix(".lock")) as mine:
             if not mine or path.is_file():
                 continue
+            described = {"configuration": cell.configuration(), "data_fingerprint": fingerprint}
+            begun = scratch / "cell.json"
+            if (scratch / "checkpoints").is_dir():  # of the same cell, or the loss would be of something in between
+                read_result(begun, cell, fingerprint)
+            write_json(begun, described)
             result = run_cell(cell, chorales, scratch, state, show_progress=options.jobs == 1)
-            result = {"configuration": cell.configuration(), "data_fingerprint": fingerprint, "environment": versions, **result}
-            write_json(path, result)
+            write_json(path, described | {"environment": versions, **result})
+            shutil.rmtree(scratch, ignore_errors=True)
         test = result["test"]
         print(f"{cell.name}: test loss {test['loss']:.4f}, accuracy {test['accuracy']:.2%}, {result['cpu_seconds']:.0f} s", flush=True)
 
 
 def measured_seconds(folder: Path, cells: list[Cell]) -> dict[str, float]:
-    """Seconds that the finished cells of each group took, without those that continued after a kill (they do not know)."""
+    """The most seconds that a finished cell of each group took: one that continued after a kill knows its last part alone."""
     found = {}
     for cell in cells:
         path = folder / f"{cell.name}.json"

@@ -2,9 +2,11 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from .settings import PRESETS as COMPARE_PRESETS
 from .settings import Settings
+from .storage import read_json
 
 POSITIONS = ("none", "absolute", "relative", "both")
 SKEWS = ("correct", "published")
@@ -70,7 +72,8 @@ SCHEDULES = {
         valid_tokens=None,
         dense=True,
     ),
-    # The same number of tokens and updates for every cell of the grid.
+    # The same number of tokens for every cell of the grid. Arms of a setting also share the number of updates, windows do
+    # not: batches count padding, which long windows have more of (1,970 updates at window 16, 2,650 at 512).
     "short": Schedule(tokens=2_000_000, batch_tokens=1024, learning_rate=2e-3, extrapolate=(128, 512)),
     # Does more training change the order?
     "long": Schedule(tokens=8_000_000, batch_tokens=1024, learning_rate=2e-3, extrapolate=(128, 512)),
@@ -161,6 +164,31 @@ class Cell:
         """Everything that decides the cell's result but the data: two cells with equal configurations are the same."""
         cell = dataclasses.asdict(self)
         return cell | {"schedule": {"name": self.schedule} | dataclasses.asdict(self.settings) | {"stride": self.stride}}
+
+
+def read_result(path: Path, cell: Cell, fingerprint: str | None = None) -> dict:
+    """The content of a cell's file.
+
+    Raises:
+        ValueError: it is not there, or of a run with another configuration, or on other data.
+    """
+    if not path.is_file():
+        raise ValueError(f"--out: {path} is missing, so nobody knows what the checkpoints beside it are of; remove that folder")
+    result, expected = read_json(path), cell.configuration()
+    found = result.get("configuration", {}) if isinstance(result, dict) else {}
+    changed = [f"{name} {found.get(name)!r} -> {expected[name]!r}" for name in expected if found.get(name) != _as_json(expected[name])]
+    if fingerprint is not None and not changed and result.get("data_fingerprint") != fingerprint:
+        changed = [f"data {result.get('data_fingerprint')} -> {fingerprint}"]
+    if changed:
+        raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}); remove it or choose another folder")
+    return result
+
+
+def _as_json(value):
+    """What reading a written value gives back: tuples become lists."""
+    if isinstance(value, dict):
+        return {name: _as_json(item) for name, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 ABSOLUTE = dict(positions="absolute")

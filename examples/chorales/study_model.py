@@ -5,7 +5,6 @@ not in relattn: it is a faithful copy of the seed notebook's bug, to be measured
 """
 
 import dataclasses
-import shutil
 import time
 from pathlib import Path
 
@@ -100,7 +99,8 @@ def build_cell_model(cell: Cell, vocabulary_size: int) -> BertForMaskedLM:
     if cell.voice:
         model.config.type_vocab_size = _VOICES
         embedding = nn.Embedding(_VOICES, model.config.hidden_size)
-        nn.init.normal_(embedding.weight, std=std, generator=generator)
+        # A generator of its own: `generator` has drawn tables, or none.
+        nn.init.normal_(embedding.weight, std=std, generator=torch.Generator().manual_seed(cell.seed + 1))
         model.bert.embeddings.token_type_embeddings = embedding
     return model
 
@@ -199,7 +199,7 @@ def score(model: BertForMaskedLM, collator: StudyCollator, train: Tokens) -> dic
 
 
 def run_cell(cell: Cell, chorales: Chorales, folder: Path, state, show_progress: bool = True) -> dict:
-    """Train and measure one cell, continuing from the checkpoints in `folder`, which is removed at the end.
+    """Train and measure one cell, continuing from the checkpoints in `folder`.
 
     Args:
         state: accelerate's PartialState, of one process.
@@ -250,7 +250,6 @@ def run_cell(cell: Cell, chorales: Chorales, folder: Path, state, show_progress:
         result["longer"] |= _rounded(score(model, collator(longer, EVALUATION_SEED + 1), train))
     # Processor time, which a stopped or shared machine does not stretch; of the last process where there were several.
     result["cpu_seconds"] = round(time.process_time() - started, 1)
-    shutil.rmtree(folder, ignore_errors=True)
     return result
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .storage import atomic_write, read_json
-from .study_cells import Cell
+from .study_cells import Cell, read_result
 
 PUBLISHED_LOSS = {"absolute": 0.4014, "relative.published.normal": 0.4865}  # the seed notebook's last lines
 
@@ -90,6 +90,7 @@ class Results:
                 result["test"]["loss"], result["data_fingerprint"]
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"--results: {path} is not the result of a cell ({error!r})") from error
+            read_result(path, cell)  # the settings of its schedule are today's
             self.cells[cell] = result
         if not self.cells:
             raise FileNotFoundError(f"--results {folder}: no JSON files of finished cells there")
@@ -215,10 +216,10 @@ def section_changes(results: Results) -> str:
     for setting in results.settings():
         values = {arm: results.values(arm, "change_accuracy", **setting) for arm in ("absolute", "relative", "both")}
         if values["absolute"] and values["relative"]:
-            copy = _of(results.values("absolute", "copy_accuracy", **setting))
+            copy = _of(results.values("absolute", "change_copy_accuracy", **setting))
             gain = difference(values["relative"], values["absolute"])
             rows.append([setting_text(setting), f"{copy.mean:.1%}", *(_cell(_of(v), ".1%") for v in values.values()), _cell(gain, "+.1%")])
-    header = ["accuracy at pitch changes", "(copying, all notes)", "absolute", "relative", "both", "relative - absolute"]
+    header = ["accuracy at pitch changes", "copying", "absolute", "relative", "both", "relative - absolute"]
     return markdown_table(header, rows) if rows else ""
 
 
@@ -268,7 +269,7 @@ def section_longer(results: Results) -> str:
             longer = results.values(arm, part="longer", **setting)
             if longer:
                 own = results.values(arm, **setting)
-                size = next(r["longer"]["window"] for c, r in results.cells.items() if c.arm == arm and "longer" in r)
+                size = next(iter(results.values(arm, "window", part="longer", **setting).values()))
                 marked = text + (" *" if arm.startswith(("absolute", "both")) else "")
                 row = [f"{marked}; {setting_text(setting)}", _cell(_of(own)), f"{size}: {_cell(_of(longer))}"]
                 rows.append([*row, _cell(difference(longer, own), "+.3f")])

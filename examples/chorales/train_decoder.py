@@ -184,7 +184,6 @@ def train_one(positions: str, music, settings: DecoderSettings, folder: Path, st
     `folder` gets the checkpoints while training, then `model/` (the one with the best validation loss) and `result.json`.
     """
     import torch
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from . import training
     from .model import parameter_count
@@ -211,19 +210,11 @@ def train_one(positions: str, music, settings: DecoderSettings, folder: Path, st
         callbacks=[training.EpochSetter(windows), clock, training.Progress(positions)],
         evaluation=scored,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    if state.is_main_process:
-        training.remove_incomplete_checkpoints(checkpoints)
-    state.wait_for_everyone()
-    resume = training.last_checkpoint(checkpoints)
-    if resume is not None and state.is_main_process:
-        training.adopt_checkpoint(resume)
-        print(f"{positions}: continuing from {resume.name}", flush=True)
-    state.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    training.train_on(trainer, checkpoints, state, positions)
     saved_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.saved_precision]
-    trainer.model.to(saved_dtype).float()  # what is scored is what is saved
+    # What is scored is what is saved: rounded as the file, and not under autocast.
+    trainer.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.model.to(saved_dtype).float()
     tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens_seen, device=trainer.args.device), "sum")
     result = {
         "positions": positions,

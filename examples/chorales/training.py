@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .data import Chorales, Windows
@@ -223,6 +223,33 @@ def adopt_checkpoint(checkpoint: Path) -> None:
         write_json(path, saved)
 
 
+def train_on(trainer: Trainer, checkpoints: Path, state, name: str | None) -> None:
+    """Train, or continue from the last of the `checkpoints`; at the end `trainer.model` has the best weights.
+
+    Args:
+        state: accelerate's PartialState.
+        name: what the message calls the model; None prints none.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if state.is_main_process:
+        remove_incomplete_checkpoints(checkpoints)
+    state.wait_for_everyone()
+    resume = last_checkpoint(checkpoints)
+    if resume is not None and state.is_main_process:
+        adopt_checkpoint(resume)
+        if name:
+            print(f"{name}: continuing from {resume.name}", flush=True)
+    state.wait_for_everyone()
+    if resume is not None:
+        trained = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+        if trained.global_step >= trainer.args.max_steps:  # the Trainer would take one step more
+            trainer.state = trained
+            trainer._load_best_model()
+            return
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+
 def train_model(
     model,
     settings: Settings,
@@ -252,18 +279,7 @@ def train_model(
         callbacks=[EpochSetter(windows["train"]), clock, *([Progress(name)] if name else [])],
         evaluation=evaluation,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    if state.is_main_process:
-        remove_incomplete_checkpoints(checkpoints)
-    state.wait_for_everyone()
-    resume = last_checkpoint(checkpoints)
-    if resume is not None and state.is_main_process:
-        adopt_checkpoint(resume)
-        if name:
-            print(f"{name}: continuing from {resume.name}", flush=True)
-    state.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    train_on(trainer, checkpoints, state, name)
     return trainer, clock
 
 

@@ -217,12 +217,17 @@ def test_training_leaves_the_promised_files(trained, small_json):
 
 
 def test_reported_nll_is_that_of_the_saved_model(trained, small_json):
-    """Computed once more, one window at a time, without the Trainer; of the rounded weights."""
+    """Of the rounded weights."""
+    check_nll(trained / "relative", load_music(small_json).splits["test"])
+
+
+def check_nll(run: Path, test) -> None:
+    """The reported one, computed once more, one window at a time, without the Trainer."""
     from examples.chorales.masking import IGNORED
     from examples.chorales.passages import ScoredCollator, ScoredWindows
 
-    model, language = generate.load_model(trained / "relative" / "model")
-    collator = ScoredCollator(ScoredWindows(load_music(small_json).splits["test"], 64, language.unit))
+    model, language = generate.load_model(run / "model")
+    collator = ScoredCollator(ScoredWindows(test, 64, language.unit))
     total = count = 0
     with torch.no_grad():
         for index in range(len(collator.windows)):
@@ -232,7 +237,7 @@ def test_reported_nll_is_that_of_the_saved_model(trained, small_json):
             for place in torch.nonzero(labels != IGNORED).flatten().tolist():
                 total -= log_probability[place, labels[place]].item()
                 count += 1
-    expected = read(trained / "relative" / "result.json")["test"]
+    expected = read(run / "result.json")["test"]
     assert count == expected["tokens"]
     assert total / count == pytest.approx(expected["nll"], rel=1e-5)
 
@@ -293,6 +298,7 @@ def test_mixed_precision_and_midi_folders(midi_folder, tmp_path, capsys):
     assert sample["tokens"] == 160
     assert sample["copying"]["unit"] == "notes"
     test = load_midi_folder(midi_folder).splits["test"]
+    check_nll(out / "both", test)
     assert result["prime"] == {"piece": test.names[0], "tokens": 40}
     assert sample["ids"][:41] == test[0][:41].tolist()
     midi = pretty_midi.PrettyMIDI(str(tmp_path / "music" / "sample-0.mid"))
@@ -442,7 +448,11 @@ def test_without_fluidsynth_the_sines_play(trained, tmp_path, monkeypatch):
         (["--prime=nowhere.mid"], "--prime nowhere.mid: neither a piece of the data"),
         (["--prime=noise.mid"], "--prime noise.mid: cannot be read as MIDI"),
         (["--prime=test:99"], "--prime test:99: expected test:0 to test:3"),
-        (["--prime=test:0", "--tokens=100"], "--tokens: expected more than the 129 of the prime, got 100"),
+        (["--prime=test:0", "--tokens=100"], "--tokens: expected at least 133, with the 129 given, got 100"),
+        (["--tokens=3"], "--tokens: expected at least 5, with the 1 given, got 3"),
+        (["--tokens=40", "--min-tokens=60"], "--min-tokens: expected at most --tokens 40, got 60"),
+        (["--prime=test:0", "--prime-tokens=3"], "--prime-tokens: expected at least 4, got 3"),
+        (["--prime=short.mid"], "--prime short.mid: every note is shorter than a 16th"),
         (["--soundfont=nowhere.sf2"], "--soundfont nowhere.sf2: no such file"),
         (["--midi=."], "--midi .: the model writes chorales"),
     ],
@@ -452,6 +462,10 @@ def test_generation_errors_name_the_argument(options, message, small_json, tmp_p
     Path("bert").mkdir()
     Path("bert/config.json").write_text('{"model_type": "bert"}')
     Path("noise.mid").write_bytes(b"noise")
+    short = pretty_midi.PrettyMIDI(initial_tempo=120)
+    short.instruments.append(pretty_midi.Instrument(0))
+    short.instruments[0].notes.append(pretty_midi.Note(90, 60, 0.03, 0.09))  # between two 16ths, 0.125 s each
+    short.write("short.mid")
     options = [*options, "--prime=test:0"] if options == ["--midi=."] else options
     assert generate.main(["--out=out", f"--data={small_json}", *options]) == 2
     assert message in capsys.readouterr().err

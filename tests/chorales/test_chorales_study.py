@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,10 +141,11 @@ def test_parameters_match(window):
 def test_arms_start_alike():
     """Equal seeds: the shared weights are equal, and so are tables of equal scale, whichever the skew."""
     arms = (ABSOLUTE, NONE, RELATIVE, AS_PUBLISHED, RELATIVE | dict(skew="published"), RELATIVE | dict(tables="normal"))
-    models = [dict(build_cell_model(cell(arm, seed=3), 53).named_parameters()) for arm in arms]
-    shared = set.intersection(*map(set, models))
-    assert len(shared) > 30
-    assert all(models[0][name].equal(model[name]) for model in models for name in shared)
+    for voice in (True, False):
+        models = [dict(build_cell_model(cell(arm, seed=3, voice=voice), 53).named_parameters()) for arm in arms]
+        shared = set.intersection(*map(set, models))
+        assert len(shared) > 30
+        assert all(models[0][name].equal(model[name]) for model in models for name in shared)
     own, published = "bert.encoder.layer.1.attention.self.relative_tables.rel_k", "bert.encoder.layer.1.attention.self.published_table"
     assert models[2][own].equal(models[4][published])
     assert models[5][own].equal(models[3][published])
@@ -375,6 +377,12 @@ def test_killed_cell_continues_to_the_same_result(small_json, finished, tmp_path
     process.wait()
     assert not results_of(tmp_path)
     assert scratch.with_suffix(".lock").exists()  # stale now
+    begun = (scratch / "cell.json").read_text()
+    (scratch / "cell.json").write_text(re.sub(r'("data_fingerprint": )"\w+"', r'\1"another"', begun))
+    refused = run_command(*line)
+    assert refused.returncode == 2
+    assert "was made with other settings (data another -> " in refused.stderr
+    (scratch / "cell.json").write_text(begun)
     done = run_command(*line)
     assert done.returncode == 0, done.stderr
     assert f"{name}: continuing from checkpoint-21" in done.stdout
@@ -383,6 +391,27 @@ def test_killed_cell_continues_to_the_same_result(small_json, finished, tmp_path
     assert found["steps"] == expected["steps"]
     assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], rel=1e-4)
     assert found["validation"][0] == expected["validation"][0]
+
+
+def test_killed_after_the_last_checkpoint(small_json, finished, tmp_path, monkeypatch, capsys):
+    """Nothing is trained again, not even a step."""
+    from examples.chorales.study import main
+
+    name = "w016-step-any-relative-tiny-s0"
+    line = command(small_json, tmp_path, f"--only={name}")[3:]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_model, "score", killed)
+        assert main(line) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert main(line) == 0
+    found, expected = results_of(tmp_path)[name], results_of(finished[0])[name]
+    assert {key: found[key] for key in ("steps", "best_step")} == {key: expected[key] for key in ("steps", "best_step")}
+    assert len(found["validation"]) == len(expected["validation"])
+    assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], rel=1e-4)
 
 
 def test_finished_cells_stay_and_other_settings_are_refused(finished, small_json, monkeypatch, capsys):
@@ -480,7 +509,7 @@ def test_differences_are_paired_by_seed():
     assert difference({0: 1.0}, {1: 1.0}) is None
 
 
-def write_cell(folder, made, loss, change=0.5, longer=None, fingerprint="f"):
+def write_cell(folder, made, loss, change=0.5, longer=None, longer_window=512, fingerprint="f"):
     score = dict(loss=loss, accuracy=0.8, copy_accuracy=0.78, change_loss=1.0, change_accuracy=change, change_copy_accuracy=0.1)
     score |= dict(masked_tokens=100, change_tokens=20)
     result = {
@@ -491,7 +520,7 @@ def write_cell(folder, made, loss, change=0.5, longer=None, fingerprint="f"):
         "test": score,
     }
     if longer:
-        result["longer"] = {"window": 512, **score, "loss": longer}
+        result["longer"] = {"window": longer_window, **score, "loss": longer}
     (folder / f"{made.name}.json").write_text(json.dumps(result))
 
 
@@ -508,6 +537,7 @@ def test_report_from_files_alone(tmp_path):
         write_cell(tmp_path, cell(ABSOLUTE, window=128, seed=seed, voice=True), 0.1 + jitter)
         write_cell(tmp_path, cell(RELATIVE, window=128, seed=seed, voice=True), 0.2 + jitter)
     write_cell(tmp_path, cell(BOTH, masking="time"), 0.45)
+    write_cell(tmp_path, cell(ABSOLUTE, schedule="tiny"), 3.0, longer=3.5, longer_window=32)
     write_cell(tmp_path, cell(RELATIVE | dict(skew="published"), masking="time"), 0.75)
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
@@ -523,6 +553,7 @@ def test_report_from_files_alone(tmp_path):
     assert "window 16 → window 128" not in text
     assert "voice not given → voice given; window 128, step masks, any start | -0.300 ± 0.000 (3) | -0.100 ± 0.000 (3) | +0.200" in text
     assert "512: 2.010 ± 0.025 (3) | +1.600 ± 0.000 (3) |" in text
+    assert "32: 3.500 (1) | +0.500 (1) |" in text
     results = Results(tmp_path)
     found = verdicts(results, "relative", "absolute")
     assert [len(found[kind]) for kind in ("wins", "loses", "not told apart", "one seed")] == [1, 2, 0, 0]
@@ -557,6 +588,14 @@ def test_report_refuses_what_does_not_compare(tmp_path, capsys):
     write_cell(tmp_path, cell(seed=1), 0.5, fingerprint="g")
     with pytest.raises(ValueError, match="2 different data sets"):
         Results(tmp_path)
+    (tmp_path / f"{cell(seed=1).name}.json").unlink()
+    path = tmp_path / f"{cell().name}.json"
+    path.write_text(path.read_text().replace('"learning_rate": 0.002', '"learning_rate": 9.0'))
+    assert main(["report", f"--results={tmp_path}"]) == 2
+    assert "was made with other settings (schedule" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["report", f"--out={tmp_path}"])
+    assert "--out: of a run" in capsys.readouterr().err
     (tmp_path / "other.json").write_text('{"loss": 1}')
     with pytest.raises(ValueError, match=r"other\.json is not the result of a cell"):
         Results(tmp_path)
