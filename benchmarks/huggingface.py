@@ -358,7 +358,7 @@ def _row(options: argparse.Namespace, rows: list[dict[str, Any]], row: Mapping[s
     for side in able:
         found[side] |= timed.pop(side)
     found |= timed
-    if found.get("error", 0.0) > _ERROR[options.dtype]:
+    if not found.get("error", 0.0) <= _ERROR[options.dtype]:  # NaN is wrong too
         found["after"]["status"] = "wrong"
     if len(able) == 2:
         found["faster"] = found["before"]["median_ms"] / found["after"]["median_ms"]

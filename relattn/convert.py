@@ -49,7 +49,8 @@ def convert(model: nn.Module, strict: bool = True) -> nn.Module:
 
     - positions that are padding, whose values mean nothing, may hold other values than before (they are never attended to);
     - dropout draws other numbers, and dropout on position embeddings once per batch instead of once per sequence;
-    - ``output_attentions=True`` gives weights also where the configuration says "sdpa", and materialises them as before.
+    - ``output_attentions=True`` gives weights also where the configuration says "sdpa", and materialises them as before;
+    - Nemotron ASR streaming under "eager" is as under "sdpa": transformers' eager attention hides there what its mask shows.
 
     The original runs where a call asks for what the kernel does not give: XLNet with segment ids or two streams, DeBERTa with
     `query_states`, `output_attentions` of the models whose only implementation is eager, flex attention's block masks.
@@ -79,6 +80,7 @@ def convert(model: nn.Module, strict: bool = True) -> nn.Module:
         else:
             planned += found
     counts = collections.Counter(type(item.module).__name__ for item in planned if item.is_attention)
+    reasons = {name: reason for name, reason in reasons.items() if name not in counts}
     if not counts:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no layer of a class that relattn knows"
         if strict:
@@ -95,6 +97,8 @@ def convert(model: nn.Module, strict: bool = True) -> nn.Module:
 
 def revert(model: nn.Module) -> nn.Module:
     """Undo `convert`: every layer of `model` computes as before. Returns `model`.
+
+    Give it a whole encoder or more: an encoder's replaced parts and its layers' belong together, and a single layer cannot be reverted.
 
     Raises:
         RuntimeError: something (accelerate's hooks) has wrapped a converted layer since; remove it first. Nothing has been changed.
@@ -114,10 +118,13 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 class _CompactMasks:
-    """A configuration in the place of an encoder's, so that the masks it asks for stay (B, L): read-only, all else is the original's."""
+    """A configuration in the place of an encoder's, so that the masks it asks for stay (B, L): all else is the original's."""
 
     def __init__(self, config: Any) -> None:
-        self.config = config
+        object.__setattr__(self, "config", config)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.config, name, value)
 
     @property
     def _attn_implementation(self) -> str:
@@ -248,10 +255,15 @@ def _wants_weights(module: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_foreign(module: Any, mask: Any) -> bool:
-    """Flex attention's BlockMask, or SeamlessM4T v2's boolean mask under "eager", which adds it to the scores as it is."""
+    """Flex attention's BlockMask, or SeamlessM4T v2's boolean mask under "eager", which adds it to the scores as it is.
+
+    A mask (B, L) is `_CompactMasks`'s, not the original's.
+    """
     if mask is None:
         return False
-    return not isinstance(mask, Tensor) or (mask.dtype == torch.bool and module.config._attn_implementation == "eager")
+    if not isinstance(mask, Tensor):
+        return True
+    return mask.dim() == 4 and mask.dtype == torch.bool and module.config._attn_implementation == "eager"
 
 
 # ---- Wav2Vec2-BERT, Wav2Vec2-Conformer, SeamlessM4T ----
@@ -264,7 +276,7 @@ def _relative_key(module: Any, hidden_states: Tensor, attention_mask: Tensor | N
     query, key, value = (_split(of(hidden_states), module.head_size) for of in (module.linear_q, module.linear_k, module.linear_v))
     sides = (module.left_max_position_embeddings, module.right_max_position_embeddings)
     # By a call of the embedding, not its weight: hooks and adapters on it keep working.
-    rel_k = module.distance_embedding(torch.arange(sum(sides) + 1, device=query.device))
+    rel_k = module.distance_embedding(torch.arange(sum(sides) + 1, device=query.device)).to(query.dtype)
     output, weights = _attend(
         module, query, key, value, attention_mask, module.dropout.p, _wants_weights(module, kwargs),
         rel_k=rel_k, max_relative_position=sides, scale=module.scaling,
@@ -313,13 +325,15 @@ def _conformer(parameters: str) -> Callable[[nn.Module], list[_Replacement] | st
 
 def _apply_chunk_attention(module: Any, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
     """SeamlessM4T v2: a single chunk hides nothing, and needs no (L, L) mask."""
-    if hidden_states.shape[1] <= module.config.speech_encoder_chunk_size and module.config._attn_implementation != "eager":
+    asked = getattr(module.config, "config", module.config)._attn_implementation  # behind _CompactMasks
+    if hidden_states.shape[1] <= module.config.speech_encoder_chunk_size and asked != "eager":
         return attention_mask
     return _original(module, "_apply_chunk_attention")(attention_mask, hidden_states)
 
 
 def _conformer_encoder(module: Any) -> list[_Replacement] | str:
-    if not all(getattr(layer.self_attn, "position_embeddings_type", None) in ("relative", "relative_key") for layer in module.layers):
+    attentions = [getattr(layer, "self_attn", None) for layer in _part(module, "layers")]
+    if not all(getattr(attention, "position_embeddings_type", None) in ("relative", "relative_key") for attention in attentions):
         return "its layers have no relative term"
     return [_Replacement(module, "config", _CompactMasks, False)]
 
@@ -348,13 +362,33 @@ def _parakeet(
     module: Any, hidden_states: Tensor, position_embeddings: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     query, key, value = (_split(of(hidden_states), module.head_dim) for of in (module.q_proj, module.k_proj, module.v_proj))
-    if attention_mask is not None:
-        # ParakeetEncoder's mask is the outer product of the mask of frames with itself: its diagonal is that mask.
-        attention_mask = attention_mask[:, 0].diagonal(dim1=1, dim2=2)
     arguments = _fast_conformer(module, position_embeddings, key.shape[2])
     weights = _wants_weights(module, kwargs)
     output, given = _attend(module, query, key, value, attention_mask, module.attention_dropout, weights, **arguments)
     return module.o_proj(output), given
+
+
+@merge_with_config_defaults
+@capture_outputs
+def _parakeet_encoder(
+    module: Any, input_features: Tensor, attention_mask: Tensor | None = None, output_attention_mask: bool = True, **kwargs: Any
+) -> Any:
+    """ParakeetEncoder.forward with a mask (B, 1, 1, L) instead of its outer product (B, 1, L, L); the convolutions need no more."""
+    from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderModelOutput
+
+    hidden = module.subsampling(input_features, attention_mask)
+    hidden = hidden * module.input_scale
+    positions = module.encode_positions(hidden)
+    hidden = nn.functional.dropout(hidden, p=module.dropout, training=module.training)
+    positions = nn.functional.dropout(positions, p=module.dropout_positions, training=module.training)
+    frames = None if attention_mask is None else module._get_output_attention_mask(attention_mask, target_length=hidden.shape[1])
+    mask = None if frames is None else frames[:, None, None, :]
+    for layer in module.layers:
+        if module.training and module.layerdrop > 0.0 and torch.rand([]) < module.layerdrop:
+            continue
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=positions, **kwargs)
+    output_mask = frames.int() if frames is not None and output_attention_mask else None
+    return ParakeetEncoderModelOutput(last_hidden_state=hidden, attention_mask=output_mask)
 
 
 def _nemotron(
@@ -473,13 +507,22 @@ _FAST_CONFORMER: dict[str, Any] = dict(
     scaling=float, head_dim=int, num_key_value_groups=int, attention_dropout=(int, float), config=object,
 )  # fmt: skip
 
+_FAST_CONFORMER_ENCODER: dict[str, Any] = dict(
+    subsampling=nn.Module, encode_positions=nn.Module, input_scale=float, dropout=(int, float), dropout_positions=(int, float),
+    layerdrop=(int, float), _get_output_attention_mask=Callable,
+)  # fmt: skip
+
 
 def _parakeet_plan(module: Any) -> list[_Replacement]:
-    parameters = "hidden_states position_embeddings attention_mask kwargs"
-    return [
-        _replacement(_part(layer, "self_attn", "ParakeetEncoderAttention"), "forward", _parakeet, parameters, **_FAST_CONFORMER)
-        for layer in _part(module, "layers")
-    ]
+    encoder = "input_features attention_mask output_attention_mask kwargs"
+    block = "hidden_states attention_mask position_embeddings kwargs"
+    attention = "hidden_states position_embeddings attention_mask kwargs"
+    planned = [_replacement(module, "forward", _parakeet_encoder, encoder, False, **_FAST_CONFORMER_ENCODER)]
+    for layer in _part(module, "layers"):
+        _check_parameters(layer, "forward", block)
+        layer_attention = _part(layer, "self_attn", "ParakeetEncoderAttention")
+        planned.append(_replacement(layer_attention, "forward", _parakeet, attention, **_FAST_CONFORMER))
+    return planned
 
 
 def _nemotron_plan(module: Any) -> list[_Replacement]:
@@ -487,12 +530,9 @@ def _nemotron_plan(module: Any) -> list[_Replacement]:
     encoder += " num_lookahead_tokens kwargs"
     block = "hidden_states attention_mask all_masked_rows position_embeddings past_key_values padding_cache kwargs"
     attention = "hidden_states position_embeddings attention_mask past_key_values kwargs"
-    attributes: dict[str, Any] = dict(
-        subsampling=nn.Module, encode_positions=nn.Module, layers=nn.ModuleList, input_scale=float, dropout=(int, float),
-        dropout_positions=(int, float), layerdrop=(int, float), _get_output_attention_mask=Callable, _resolve_attn_context=Callable,
-    )  # fmt: skip
+    attributes = _FAST_CONFORMER_ENCODER | dict(_resolve_attn_context=Callable)
     planned = [_replacement(module, "forward", _nemotron_encoder, encoder, False, **attributes)]
-    for layer in module.layers:
+    for layer in _part(module, "layers"):
         _check_parameters(layer, "forward", block)
         layer_attention = _part(layer, "self_attn", "NemotronAsrStreamingEncoderAttention")
         planned.append(_replacement(layer_attention, "forward", _nemotron, attention, **_FAST_CONFORMER, layer_idx=int))
@@ -783,8 +823,9 @@ def _deberta_v2(
     embeddings = module.pos_dropout(rel_embeddings)[: 2 * span]
     bucket, limit = _deberta_bucket(module), span
     if bucket is not None:
-        # Beyond max_relative_positions all share a bucket; where the settings leave no room for the logarithm nothing is cut.
-        limit = most + 1 if most - 1 > module.position_buckets // 2 else length
+        # Beyond max_relative_positions all share a bucket; where the settings leave no room for the logarithm nothing is cut, and
+        # where their number is odd its rounding goes on.
+        limit = most + 1 if most - 1 > module.position_buckets // 2 and module.position_buckets % 2 == 0 else length
     k, rows = _deberta_rows(length, span, query.device, bucket, limit)
     tables: dict[str, Any] = {}
     if "c2p" in module.pos_att_type:
@@ -802,6 +843,7 @@ def _deberta_plan(version: int) -> Callable[[Any], list[_Replacement] | str]:
     common: dict[str, Any] = dict(
         attention_head_size=int, pos_att_type=(list, tuple), max_relative_positions=int, pos_dropout=nn.Module, dropout=nn.Dropout
     )
+    outer = "DebertaAttention" if version == 1 else "DebertaV2Attention"
     if version == 1:
         function, names = _deberta, ("pos_proj", "pos_q_proj")
         common |= dict(in_proj=nn.Module, q_bias=Tensor, v_bias=Tensor, talking_head=bool)
@@ -820,7 +862,7 @@ def _deberta_plan(version: int) -> Callable[[Any], list[_Replacement] | str]:
             _replacement(module, "get_attention_mask", _deberta_mask, "attention_mask", False),
         ]
         for layer in _part(module, "layer"):
-            attention = _part(layer.attention, "self", "DisentangledSelfAttention")
+            attention = _part(_part(layer, "attention", outer), "self", "DisentangledSelfAttention")
             attributes, terms = dict(common), getattr(attention, "pos_att_type", ())
             if not getattr(attention, "share_att_key", False):
                 attributes |= {name: nn.Module for term, name in zip(("c2p", "p2c"), names, strict=True) if term in terms}
@@ -865,8 +907,9 @@ def _plan_of(module: nn.Module) -> Callable[[Any], list[_Replacement] | str] | N
     for known in type(module).__mro__:
         folder = known.__module__.removeprefix("transformers.models.").split(".")[0]
         if known.__module__ == f"transformers.models.{folder}.modeling_{folder}" and f"{folder}.{known.__name__}" in _PLANS:
-            if known is not type(module) and type(module).forward is not vars(known).get("forward"):
-                raise _unknown(module, f"a subclass of {known.__name__} with a forward of its own")
+            for name, value in vars(known).items():
+                if inspect.isfunction(value) and name != "__init__" and getattr(type(module), name) is not value:
+                    raise _unknown(module, f"a subclass of {known.__name__} with a {name} of its own")
             return _PLANS[f"{folder}.{known.__name__}"]
     return None
 

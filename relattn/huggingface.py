@@ -208,8 +208,9 @@ def _with_position_bias(
 @functools.cache
 def _log_position_bias(name: str) -> None:
     _logger.warning(
-        "%s adds a position_bias to the scores, which is made once for all layers and does not depend on the content: relattn "
-        "saves nothing there, and torch's scaled_dot_product_attention computes it, as with attn_implementation='sdpa'",
+        "%s hands over a position_bias, which was made outside the attention: attn_implementation='relattn' saves nothing there, and "
+        "torch's scaled_dot_product_attention computes it, as with 'sdpa'. If it depends on the content, as in w2v-BERT, "
+        "relattn.huggingface.convert(model) spares it",
         name,
     )
 
