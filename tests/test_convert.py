@@ -840,3 +840,12 @@ def test_benchmark_of_what_ended_badly(tmp_path, monkeypatch) -> None:
     assert "WRONG: w2v-BERT 2.0, 30 s, encoder" in text
     assert "goal >= 20" in text  # of memory: missed; of speed: met
     assert "goal >= 6" not in text
+
+
+def test_readme_shows_the_committed_measurements() -> None:
+    from benchmarks import huggingface as benchmark
+
+    clone = Path(benchmark.__file__).parents[1]
+    part = (clone / "README.md").read_text().split("<!-- conversion -->\n")[1].split("<!-- /conversion -->")[0]
+    folder = clone / "benchmarks" / "results" / "huggingface"
+    assert part == (folder / "report.md").read_text() == benchmark.report(read_json(folder / "results.json"))
