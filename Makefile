@@ -44,9 +44,10 @@ sanitize: $(INSTALLED) ## random calls of the native CPU kernels under GCC's san
 bench: $(INSTALLED) ## speed and memory against peers on this machine (BENCH_ARGS="--quick")
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-figures: $(INSTALLED) ## reports, pictures and the README's parts of the committed benchmarks
+figures: $(INSTALLED) ## reports, pictures and the README's parts of the committed benchmarks and study
 	$(BIN)/python -m benchmarks.render $(wildcard benchmarks/results/*-*) --readme README.md
 	$(BIN)/python -m benchmarks.huggingface --render --out benchmarks/results/huggingface --readme README.md
+	$(BIN)/python -m examples.chorales.study report --readme examples/chorales/README.md
 
 resources: $(INSTALLED) ## what the GPU kernels take of each chip, by compiling them
 	$(BIN)/python -m relattn.kernels.gpu.resources

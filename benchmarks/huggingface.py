@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from benchmarks.measure import TensorStep, Watch, attempt, interleave
 from benchmarks.report import judged
-from benchmarks.runs import FINAL, GOES_ON, allowed_memory, begin, chosen_device, integers, names, positive, write_part
+from benchmarks.runs import FINAL, GOES_ON, allowed_memory, begin, chosen_device, integers, names, positive
 from benchmarks.trial import is_out_of_memory, limit_memory, peak_memory, time_step
-from examples.chorales.storage import atomic_write, read_json, write_json
+from examples.chorales.storage import atomic_write, read_json, write_json, write_part
 from examples.chorales.terminal import exit_code
 
 SIDES = ("before", "after")

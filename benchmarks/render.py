@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import PASSES, PEERS
-from benchmarks.runs import write_part
-from examples.chorales.storage import atomic_write, read_json
+from examples.chorales.storage import atomic_write, read_json, write_part
 from examples.chorales.terminal import exit_code
 
 _MIB = 2**20

@@ -1,4 +1,4 @@
-"""What the benchmark commands share: arguments, the machine, results.json that a run goes on with, the README's parts."""
+"""What the benchmark commands share: arguments, the machine, results.json that a run goes on with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import relattn
-from examples.chorales.storage import atomic_write, read_json
+from examples.chorales.storage import read_json
 
 # Of a case that ended so, longer ones are not tried: they only need more.
 FINAL = ("out of memory", "timeout")
@@ -128,17 +128,3 @@ def begin(options: argparse.Namespace, settings: Mapping[str, Any]) -> dict[str,
         print(f"{path}: its rows so far are of commit {', '.join(map(str, old['commits']))}, this is {commit}", file=sys.stderr)
         old["commits"].append(commit)
     return old
-
-
-def write_part(path: Path, mark: str, text: str) -> None:
-    """Write anew what a file has between `<!-- mark -->` and `<!-- /mark -->`.
-
-    Raises:
-        ValueError: the file has not just one of each.
-    """
-    first, last = f"<!-- {mark} -->", f"<!-- /{mark} -->"
-    old = path.read_text(encoding="utf-8")
-    if old.count(first) != 1 or old.count(last) != 1:
-        raise ValueError(f"--readme {path}: expected one {first} and one {last}")
-    with atomic_write(path) as file:
-        file.write(f"{old.split(first)[0]}{first}\n{text}{last}{old.split(last)[1]}")

@@ -46,3 +46,17 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def write_part(path: Path, mark: str, text: str) -> None:
+    """Write anew, atomically, what a file has between `<!-- mark -->` and `<!-- /mark -->`.
+
+    Raises:
+        ValueError: the file has not just one of each.
+    """
+    first, last = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    old = path.read_text(encoding="utf-8")
+    if old.count(first) != 1 or old.count(last) != 1:
+        raise ValueError(f"--readme {path}: expected one {first} and one {last}")
+    with atomic_write(path) as file:
+        file.write(f"{old.split(first)[0]}{first}\n{text}{last}{old.split(last)[1]}")

@@ -42,6 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each (default 1)")
     parser.add_argument("--hours", type=float, metavar="H", help="start no cell after so many hours")
     parser.add_argument("--results", metavar="DIR", type=Path, default=COMMITTED, help="report: on these (default: the committed)")
+    parser.add_argument("--readme", metavar="FILE", type=Path, help="report: the file whose marked part is written anew")
     options = parser.parse_args(arguments)
     for name, least in (("jobs", 1), ("seeds", 1)):
         if getattr(options, name) < least:
@@ -178,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.action == "report":
         from .study_report import write_report
 
-        return exit_code(lambda: write_report(options.results))
+        return exit_code(lambda: write_report(options.results, options.readme))
     return exit_code(lambda: list_cells(options) if options.list else run(options), "the same command continues")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .storage import atomic_write, read_json
+from .storage import atomic_write, read_json, write_part
 from .study_cells import Cell, read_result
 
 PUBLISHED_LOSS = {"absolute": 0.4014, "relative.published.normal": 0.4865}  # the seed notebook's last lines
@@ -384,6 +384,20 @@ def render(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def readme_part(results: Results) -> str:
+    """What a README shows of the report."""
+    notebook = NOTEBOOK | {"schedule": "notebook"}
+    seeds = len({cell.seed for cell in results.cells})
+    parts = [f"{len(results.cells)} cells of up to {seeds} seeds; mean ± half the 95 % interval over seeds (n)."]
+    if notebook in results.settings():
+        parts += ["The notebook's schedule:", section_arms(results, notebook)]
+    if NOTEBOOK in results.settings():
+        parts += ["The same window and masks, two million tokens:", section_arms(results, NOTEBOOK), section_reversal(results, NOTEBOOK)]
+    if section_settings(results):
+        parts += ["Every setting:", section_settings(results)]
+    return "\n\n".join(parts) + "\n"
+
+
 # ---- figures ----
 
 
@@ -480,9 +494,11 @@ def plot_windows(path: Path, results: Results) -> None:
     _save(figure, path)
 
 
-def write_report(folder: Path) -> None:
-    """report.md and its figures beside the JSON files in `folder`."""
+def write_report(folder: Path, readme: Path | None = None) -> None:
+    """report.md and its figures beside the JSON files in `folder`; in `readme`, the part between `<!-- study -->` and `<!-- /study -->`."""
     results = Results(folder)
+    if readme:
+        write_part(readme, "study", readme_part(results))
     with atomic_write(folder / "report.md") as file:
         file.write(render(results))
     settings = results.settings()

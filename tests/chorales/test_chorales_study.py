@@ -42,7 +42,7 @@ from examples.chorales.study_cells import (
     preset_cells,
 )
 from examples.chorales.study_model import build_cell_model, pitch_changes, published_skew, real_tokens, resize_positions, score
-from examples.chorales.study_report import Estimate, Results, difference, render, verdicts, write_report
+from examples.chorales.study_report import Estimate, Results, difference, readme_part, render, verdicts, write_report
 
 pytestmark = pytest.mark.xdist_group("chorales_study")  # the runs share a costly fixture
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -539,7 +539,11 @@ def test_report_from_files_alone(tmp_path):
     write_cell(tmp_path, cell(BOTH, masking="time"), 0.45)
     write_cell(tmp_path, cell(ABSOLUTE, schedule="tiny"), 3.0, longer=3.5, longer_window=32)
     write_cell(tmp_path, cell(RELATIVE | dict(skew="published"), masking="time"), 0.75)
-    write_report(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- study -->\nold\n<!-- /study -->\nb\n")
+    write_report(tmp_path, readme)
+    assert readme.read_text().startswith("a\n<!-- study -->\n27 cells of up to 3 seeds")
+    assert readme.read_text().endswith("\n<!-- /study -->\nb\n")
     text = (tmp_path / "report.md").read_text()
     for name in ("repairs.png", "differences.png", "windows.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -562,6 +566,15 @@ def test_report_from_files_alone(tmp_path):
     assert "voice given" in found["loses"][1]
     assert len(verdicts(results, "both", "relative")["not told apart"]) == 1
     assert len(verdicts(results, "both", "absolute")["one seed"]) == 1
+
+
+def test_committed_report_is_of_the_committed_cells():
+    from examples.chorales.study import COMMITTED
+
+    results = Results(COMMITTED)
+    assert (COMMITTED / "report.md").read_text() == render(results)
+    part = (COMMITTED.parent / "README.md").read_text().split("<!-- study -->\n")[1].split("<!-- /study -->")[0]
+    assert part == readme_part(results)
 
 
 def test_one_finished_cell_makes_a_report(tmp_path):
