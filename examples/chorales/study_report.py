@@ -461,7 +461,10 @@ def plot_differences(path: Path, results: Results) -> None:
         axes.plot([], [], "D", color=_COLOURS[arm], label=f"{arm} - absolute")
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), [text for text, _ in rows])
-    axes.set_xlabel("difference of test loss (nats); left of the line: better than absolute positions")
+    axes.margins(x=0.1)
+    axes.set_xscale("symlog", linthresh=0.2)  # where absolute positions have not begun to learn they are far behind
+    axes.set_xticks([-2, -1, -0.5, -0.2, -0.1, 0, 0.1, 0.2], labels=["-2", "-1", "-0.5", "-0.2", "-0.1", "0", "0.1", "0.2"])
+    axes.set_xlabel("difference of test loss (nats), logarithmic beyond 0.2; left: better than absolute")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize="small")
     _save(figure, path)
@@ -469,6 +472,8 @@ def plot_differences(path: Path, results: Results) -> None:
 
 def plot_windows(path: Path, results: Results) -> None:
     """Loss, and accuracy at pitch changes, against the window."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     setting = {name: LONGER[name] for name in ("masking", "phase", "voice", "schedule")}
     figure, panels = _figure(10, 4, 2)
     windows = sorted({cell.window for cell in results.cells if all(getattr(cell, n) == v for n, v in setting.items())})
@@ -488,6 +493,11 @@ def plot_windows(path: Path, results: Results) -> None:
                 )
         axes.set_xscale("log", base=2)
         axes.set_xticks(windows, [str(window) for window in windows])
+        if metric == "loss":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="window (tokens)", ylabel=label)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
