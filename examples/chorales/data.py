@@ -80,24 +80,16 @@ class Tokens:
         )
 
 
-class Windows:
-    """A torch-style dataset of windows; an item is (epoch, index), which a collator turns into a masked batch.
+class EpochItems:
+    """A torch-style dataset whose item is (epoch, index): what it stands for is cut by the collator.
 
-    The epoch travels with the item so that masks can change every epoch in any worker process.
+    The epoch travels with the item so that masks and places can change every epoch in any worker process.
     """
 
-    def __init__(self, tokens: Tokens, size: int, stride: int):
-        if size < 1 or stride < 1:
-            raise ValueError(f"window and stride: expected positive numbers of tokens, got {size} and {stride}")
-        self.tokens, self.size, self.stride, self.epoch = tokens, size, stride, 0
-        lengths = np.diff(tokens.bounds)
-        counts = -(-lengths // stride)  # a window starts at every stride-th token of a piece, up to its last
-        self._piece = np.repeat(np.arange(len(lengths)), counts)
-        first = np.cumsum(counts) - counts
-        self._start = tokens.bounds[self._piece] + stride * (np.arange(counts.sum()) - first[self._piece])
+    epoch = 0
 
     def __len__(self) -> int:
-        return len(self._start)
+        raise NotImplementedError
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -106,6 +98,23 @@ class Windows:
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+
+class Windows(EpochItems):
+    """Windows of the same size, which a collator turns into masked batches."""
+
+    def __init__(self, tokens: Tokens, size: int, stride: int):
+        if size < 1 or stride < 1:
+            raise ValueError(f"window and stride: expected positive numbers of tokens, got {size} and {stride}")
+        self.tokens, self.size, self.stride = tokens, size, stride
+        lengths = np.diff(tokens.bounds)
+        counts = -(-lengths // stride)  # a window starts at every stride-th token of a piece, up to its last
+        self._piece = np.repeat(np.arange(len(lengths)), counts)
+        first = np.cumsum(counts) - counts
+        self._start = tokens.bounds[self._piece] + stride * (np.arange(counts.sum()) - first[self._piece])
+
+    def __len__(self) -> int:
+        return len(self._start)
 
     def gather(self, indices: np.ndarray) -> Batch:
         """Cut the windows `indices`, (B,)."""

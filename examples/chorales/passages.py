@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .corpus import cache_path, load_corpus, read_split
+from .data import EpochItems
 from .files import SPLITS, load_file
 from .languages import END, PAD, START, ChoraleLanguage, Language, MidiLanguage
 from .masking import IGNORED
@@ -182,15 +183,15 @@ def _tokenize(language: MidiLanguage, splits: dict[str, list[Path]], folder: Pat
 # ---- windows and batches ----
 
 
-class TrainingWindows:
-    """A torch-style dataset of windows to train on; an item is (epoch, index), as in `data.Windows`.
+class TrainingWindows(EpochItems):
+    """Windows to train on.
 
     Every piece has one window for each `size` tokens begun. A window's place moves by up to half a window from epoch to
     epoch, in multiples of the language's unit, but never past the ends of its piece.
     """
 
     def __init__(self, pieces: Pieces, size: int, unit: int, seed: int):
-        self.pieces, self.size, self.unit, self.seed, self.epoch = pieces, size, unit, seed, 0
+        self.pieces, self.size, self.unit, self.seed = pieces, size, unit, seed
         counts = -(-np.diff(pieces.bounds) // size)
         self.piece = np.repeat(np.arange(len(counts)), counts)
         first = np.cumsum(counts) - counts
@@ -198,14 +199,6 @@ class TrainingWindows:
 
     def __len__(self) -> int:
         return len(self.piece)
-
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.epoch, index
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def cut(self, epoch: int, index: int) -> tuple[np.ndarray, np.random.Generator]:
         """Up to size + 1 ids (inputs and the token behind them), and the window's random numbers.

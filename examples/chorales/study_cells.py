@@ -167,21 +167,23 @@ class Cell:
 
 
 def read_result(path: Path, cell: Cell, fingerprint: str | None = None) -> dict:
-    """The content of a cell's file.
-
-    Raises:
-        ValueError: it is not there, or of a run with another configuration, or on other data.
-    """
+    """The content of a cell's file; raises ValueError where it is not there, and as `check_result`."""
     if not path.is_file():
         raise ValueError(f"--out: {path} is missing, so nobody knows what the checkpoints beside it are of; remove that folder")
-    result, expected = read_json(path), cell.configuration()
+    result = read_json(path)
+    check_result(result, path, cell, fingerprint)
+    return result
+
+
+def check_result(result, path: Path, cell: Cell, fingerprint: str | None = None) -> None:
+    """Raise ValueError where `result`, read from `path`, is of a run with another configuration, or on other data."""
+    expected = cell.configuration()
     found = result.get("configuration", {}) if isinstance(result, dict) else {}
     changed = [f"{name} {found.get(name)!r} -> {expected[name]!r}" for name in expected if found.get(name) != _as_json(expected[name])]
     if fingerprint is not None and not changed and result.get("data_fingerprint") != fingerprint:
         changed = [f"data {result.get('data_fingerprint')} -> {fingerprint}"]
     if changed:
         raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}); remove it or choose another folder")
-    return result
 
 
 def _as_json(value):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .storage import atomic_write, read_json, write_part
-from .study_cells import Cell, read_result
+from .study_cells import Cell, check_result
 
 PUBLISHED_LOSS = {"absolute": 0.4014, "relative.published.normal": 0.4865}  # the seed notebook's last lines
 
@@ -90,7 +90,7 @@ class Results:
                 result["test"]["loss"], result["data_fingerprint"]
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"--results: {path} is not the result of a cell ({error!r})") from error
-            read_result(path, cell)  # the settings of its schedule are today's
+            check_result(result, path, cell)  # the settings of its schedule are today's
             self.cells[cell] = result
         if not self.cells:
             raise FileNotFoundError(f"--results {folder}: no JSON files of finished cells there")
