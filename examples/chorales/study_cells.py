@@ -235,7 +235,6 @@ def _grid() -> list[tuple[float, dict]]:
 # A seed comes this many priorities after the one before: the first groups get all their repetitions before the last
 # get any.
 _SEED_STEP = 2.5
-_SINGLE = ("long",)  # schedules that are run with the first seed alone
 
 
 def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
@@ -253,8 +252,7 @@ def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
         raise ValueError(f"preset: expected one of {', '.join(groups)}, got {preset!r}")
     ordered = []
     for priority, group in groups[preset]:
-        repetitions = 1 if group.get("schedule") in _SINGLE else seeds
-        ordered += [(priority + _SEED_STEP * seed, Cell(seed=seed, **group)) for seed in range(repetitions)]
+        ordered += [(priority + _SEED_STEP * seed, Cell(seed=seed, **group)) for seed in range(seeds)]
     return [cell for _, cell in sorted(ordered, key=lambda pair: pair[0])]
 
 
