@@ -441,6 +441,8 @@ def plot_repairs(path: Path, results: Results, setting: dict) -> None:
 
 def plot_differences(path: Path, results: Results) -> None:
     """relative - absolute and both - absolute in every setting."""
+    from matplotlib.ticker import NullLocator
+
     rows = []
     for setting in results.settings():
         absolute = results.values("absolute", **setting)
@@ -464,7 +466,8 @@ def plot_differences(path: Path, results: Results) -> None:
     axes.margins(x=0.1)
     axes.set_xscale("symlog", linthresh=0.2)  # where absolute positions have not begun to learn they are far behind
     axes.set_xticks([-2, -1, -0.5, -0.2, -0.1, 0, 0.1, 0.2], labels=["-2", "-1", "-0.5", "-0.2", "-0.1", "0", "0.1", "0.2"])
-    axes.set_xlabel("difference of test loss (nats), logarithmic beyond 0.2; left: better than absolute")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("difference of test loss (nats), logarithmic beyond 0.2\nleft: better than absolute")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize="small")
     _save(figure, path)
