@@ -149,6 +149,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 # ---- sections ----
 
 NOTEBOOK = dict(window=16, masking="time", phase="any", voice=False, schedule="short")
+OWN_SCHEDULE = NOTEBOOK | {"schedule": "notebook"}
 LONGER = dict(window=128, masking="step", phase="any", voice=False, schedule="short")
 
 
@@ -348,13 +349,12 @@ def render(results: Results) -> str:
             parts.extend([f"## {title}", *(section for section in sections if section)])
 
     settings = results.settings()
-    notebook = NOTEBOOK | {"schedule": "notebook"}
-    if notebook in settings:
+    if OWN_SCHEDULE in settings:
         add(
             "The notebook's schedule",
             "Published test losses: absolute 0.4014, relative 0.4865, one run each.",
-            section_arms(results, notebook),
-            section_effects(results, notebook),
+            section_arms(results, OWN_SCHEDULE),
+            section_effects(results, OWN_SCHEDULE),
         )
     if NOTEBOOK in settings:
         add(
@@ -367,8 +367,7 @@ def render(results: Results) -> str:
         )
     if LONGER in settings:
         add(f"A longer window: {setting_text(LONGER)}", section_arms(results, LONGER), section_effects(results, LONGER))
-    table = section_settings(results)
-    if table:
+    if table := section_settings(results):
         add("Every setting", "![differences](differences.png)", "![windows](windows.png)", table)
         factors = section_factors(results)
         add(
@@ -386,15 +385,14 @@ def render(results: Results) -> str:
 
 def readme_part(results: Results) -> str:
     """What a README shows of the report."""
-    notebook = NOTEBOOK | {"schedule": "notebook"}
     seeds = len({cell.seed for cell in results.cells})
     parts = [f"{len(results.cells)} cells of up to {seeds} seeds; mean ± half the 95 % interval over seeds (n)."]
-    if notebook in results.settings():
-        parts += ["The notebook's schedule:", section_arms(results, notebook)]
+    if OWN_SCHEDULE in results.settings():
+        parts += ["The notebook's schedule:", section_arms(results, OWN_SCHEDULE)]
     if NOTEBOOK in results.settings():
         parts += ["The same window and masks, two million tokens:", section_arms(results, NOTEBOOK), section_reversal(results, NOTEBOOK)]
-    if section_settings(results):
-        parts += ["Every setting:", section_settings(results)]
+    if table := section_settings(results):
+        parts += ["Every setting:", table]
     return "\n\n".join(parts) + "\n"
 
 
@@ -413,6 +411,15 @@ def _save(figure, path: Path) -> None:
         figure.savefig(file, format="png", dpi=120)
 
 
+def _logarithmic(axis) -> None:
+    """Plain numbers at the ticks of an axis that is logarithmic by now."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def _row(axes, y: float, values: Values, colour: str) -> None:
     """Every seed as a small dot, mean and interval as a large one."""
     estimate = _of(values)
@@ -422,8 +429,6 @@ def _row(axes, y: float, values: Values, colour: str) -> None:
 
 def plot_repairs(path: Path, results: Results, setting: dict) -> None:
     """Test loss of every arm of the published comparison."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
     arms = [arm for arm in reversed(_ARM_TEXT) if results.values(arm, **setting)]
     figure, (axes,) = _figure(8, 0.5 + 0.42 * len(arms))
     for y, arm in enumerate(arms):
@@ -431,9 +436,7 @@ def plot_repairs(path: Path, results: Results, setting: dict) -> None:
     axes.set_yticks(range(len(arms)), [_ARM_TEXT[arm] for arm in arms])
     axes.set_xlabel("test loss on masked tokens (nats), logarithmic")
     axes.set_xscale("log")  # a model without positions is far from all others
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
+    _logarithmic(axes.xaxis)
     axes.set_title(setting_text(setting), fontsize="medium")
     axes.grid(axis="x", alpha=0.3)
     _save(figure, path)
@@ -475,8 +478,6 @@ def plot_differences(path: Path, results: Results) -> None:
 
 def plot_windows(path: Path, results: Results) -> None:
     """Loss, and accuracy at pitch changes, against the window."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
     setting = {name: LONGER[name] for name in ("masking", "phase", "voice", "schedule")}
     figure, panels = _figure(10, 4, 2)
     windows = sorted({cell.window for cell in results.cells if all(getattr(cell, n) == v for n, v in setting.items())})
@@ -498,9 +499,7 @@ def plot_windows(path: Path, results: Results) -> None:
         axes.set_xticks(windows, [str(window) for window in windows])
         if metric == "loss":
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_locator(NullLocator())
+            _logarithmic(axes.yaxis)
         axes.set(xlabel="window (tokens)", ylabel=label)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
