@@ -142,7 +142,7 @@ def overhead(seconds: float) -> list[Table]:
 
 def variants(seconds: float, length: int = 1024, size: int = 64) -> list[Table]:
     """The instruction sets that the library is built for and this processor has."""
-    default = str(relattn.cpu.variant())
+    default = str(relattn.backends.cpu.variant())
     tables = []
     for dtype in DTYPES:
         side = forward_step(relative("cpu"), make_inputs(length, size, 2 * length - 1, dtype=DTYPES[dtype]))
@@ -153,7 +153,7 @@ def variants(seconds: float, length: int = 1024, size: int = 64) -> list[Table]:
 
 def _has_variant(name: str) -> bool:
     try:
-        relattn.cpu.use_variant(name)
+        relattn.backends.cpu.use_variant(name)
     except ValueError:
         return False
     return True
@@ -161,7 +161,7 @@ def _has_variant(name: str) -> bool:
 
 def _with_variant(name: str, step: TensorStep) -> TensorStep:
     def with_variant() -> tuple[Tensor, ...]:
-        relattn.cpu.use_variant(name)
+        relattn.backends.cpu.use_variant(name)
         return step()
 
     return with_variant

@@ -244,7 +244,7 @@ def sweep() -> dict[str, Any]:
         for clip in (None, 64):
             tensors = inputs(8192, size, 2 * (8191 if clip is None else clip) + 1)
             training(fused(clip), tensors)()
-    from relattn import autotune
+    from relattn.backends import autotune
 
     return json.loads(autotune.cache_file().read_text(encoding="utf-8"))
 
@@ -367,7 +367,7 @@ def main() -> None:
         result = PARTS[options.part[0]](*json.loads(options.part[1]))
         print(json.dumps(result))
         return
-    reason = relattn.backends()["triton"]
+    reason = relattn.available_backends()["triton"]
     if reason is not None:
         raise SystemExit(f"no GPU check: {reason}")
     options.out.mkdir(parents=True, exist_ok=True)

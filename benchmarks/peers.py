@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import relattn
-from relattn.reference import skew
+from relattn import skew
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 PASSES = ("forward", "train", "decode")
@@ -346,7 +346,7 @@ class Peer(NamedTuple):
             return "bidirectional only"
         if self.name == "flex" and problem.device == "cpu" and problem.passed == "train":
             return "no backward pass on a CPU"
-        return relattn.backends().get(self.name.removeprefix("relattn-"))
+        return relattn.available_backends().get(self.name.removeprefix("relattn-"))
 
 
 _SEQUENCE = ("forward", "train")
@@ -377,4 +377,4 @@ PEERS = {
 def own_fastest(device: str) -> str:
     """The name of relattn's backend that is automatic on the device."""
     names = ("triton", "blocked") if device == "cuda" else ("cpu", "blocked")
-    return "relattn-" + next(name for name in names if relattn.backends()[name] is None)
+    return "relattn-" + next(name for name in names if relattn.available_backends()[name] is None)

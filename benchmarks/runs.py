@@ -18,6 +18,7 @@ import torch
 
 import relattn
 from examples.chorales.storage import read_json
+from relattn.backends import cpu
 
 # Of a case that ended so, longer ones are not tried: they only need more.
 FINAL = ("out of memory", "timeout")
@@ -63,8 +64,8 @@ def environment(device: str, threads: int | None) -> dict[str, Any]:
         found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}
         found |= {"gpu_processors": properties.multi_processor_count}
     else:
-        reason = relattn.cpu.unavailable()
-        found |= {"threads": threads or torch.get_num_threads(), "native": relattn.cpu.variant() if reason is None else f"none: {reason}"}
+        reason = cpu.unavailable()
+        found |= {"threads": threads or torch.get_num_threads(), "native": cpu.variant() if reason is None else f"none: {reason}"}
     for package in ("transformers", "triton"):
         with contextlib.suppress(ImportError):
             found[package] = importlib.metadata.version(package)

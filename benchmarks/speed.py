@@ -88,11 +88,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(NAMES), metavar="NAME", help=f"only these: {', '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="L = 1024, few rounds")
     options = parser.parse_args()
-    reason = relattn.cpu.unavailable()
+    reason = relattn.backends.cpu.unavailable()
     if reason is not None:
         raise SystemExit(f"No native CPU kernel to measure: {reason}")
 
-    results: dict[str, Any] = {"torch": torch.__version__, "relattn": relattn.__version__, "variant": relattn.cpu.variant()}
+    results: dict[str, Any] = {"torch": torch.__version__, "relattn": relattn.__version__, "variant": relattn.backends.cpu.variant()}
     results |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "quick": options.quick, "cases": []}
     print(f"relattn {relattn.__version__} ({results['variant']}), torch {torch.__version__}, {results['threads']} threads")
     tables: list[Table] = []

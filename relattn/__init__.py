@@ -8,12 +8,12 @@ if _find_spec("relattn.kernels") is None:
     )
 
 from relattn._version import __version__
+from relattn.backends import available_backends
+from relattn.backends.reference import shaw_relative_scores, skew, unskew
 from relattn.cache import KeyValueCache
-from relattn.dispatch import backends
 from relattn.functional import Explanation, explain, relative_attention
 from relattn.module import RelativeMultiheadAttention
 from relattn.operators import RelativeAttentionFunction
-from relattn.reference import shaw_relative_scores, skew, unskew
 
 __all__ = [
     "Explanation",
@@ -21,7 +21,7 @@ __all__ = [
     "RelativeAttentionFunction",
     "RelativeMultiheadAttention",
     "__version__",
-    "backends",
+    "available_backends",
     "explain",
     "relative_attention",
     "shaw_relative_scores",

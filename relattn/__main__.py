@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from relattn._version import __version__
-from relattn.cpu import variant
-from relattn.dispatch import backends
+from relattn.backends import available_backends
+from relattn.backends.cpu import variant
 
 # What a package is imported as -> the distributions that provide it.
 OPTIONAL = {
@@ -75,9 +75,16 @@ def report() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: installed_version(distributions) for name, distributions in OPTIONAL.items()},
         },
-        "cpu": {"name": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads(), "instruction_set": variant()},
+        "cpu": {
+            "name": cpu_name(),
+            "cores": usable_cores(),
+            "threads": torch.get_num_threads(),
+            "instruction_set": variant(),
+        },
         "accelerators": accelerators(),
-        "backends": {name: {"usable": reason is None, "reason": reason} for name, reason in backends().items()},
+        "backends": {
+            name: {"usable": reason is None, "reason": reason} for name, reason in available_backends().items()
+        },
     }
 
 

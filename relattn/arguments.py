@@ -49,6 +49,11 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def hidden_from(dtype: torch.dtype) -> float:
+    """Entries of a float mask at or below this value hide the key: libraries write `finfo.min` where they mean -inf."""
+    return torch.finfo(dtype).min / 2
+
+
 def heads_last(tensor: Tensor) -> bool:
     """True if a (B, H, L, D) tensor lies in memory as (B, L, H, D), as it does after `x.view(B, L, H, D).transpose(1, 2)`."""
     return tensor.stride(1) < tensor.stride(2)

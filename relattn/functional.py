@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from relattn import dispatch, reference
+from relattn import backends
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enabled, shape_text
+from relattn.backends import reference
 from relattn.operators import RelativeAttentionFunction, no_autocast
 from relattn.philox import draw_seed
 
@@ -105,7 +106,7 @@ def relative_attention(
         query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, max_relative_position, attn_mask, key_mask,
         key_lengths, is_causal, window, query_offset, dropout_p, scale, enable_gqa,
     )  # fmt: skip
-    chosen = dispatch.select(*call, backend)
+    chosen = backends.select(*call, backend)
     tensors, settings = call
     if chosen == "reference":
         output, lse, _ = _by_reference(tensors, settings)
@@ -164,8 +165,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor | None = No
     if unknown:
         raise TypeError(f"explain() got unexpected arguments: {', '.join(sorted(unknown))}")
     call = validated(query, key, value, **(_DEFAULTS | arguments | {"rel_k": rel_k}))
-    chosen = dispatch.select(*call, backend)
-    return Explanation(chosen, {name: reason for name, reason in dispatch.reasons(*call).items() if reason is not None})
+    chosen = backends.select(*call, backend)
+    return Explanation(chosen, {name: reason for name, reason in backends.reasons(*call).items() if reason is not None})
 
 
 def validated(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relattn import dispatch, functional
+from relattn import backends, functional
 from relattn.arguments import autocast_enabled, shape_text
 from relattn.cache import KeyValueCache
 from relattn.layer_checks import check_cache, check_mask, check_sizes, chosen
@@ -96,8 +96,8 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         left, right = functional.clip_sides(max_relative_position)
         terms = chosen(terms)
         functional.window_sides(window, is_causal)
-        if backend is not None and backend not in dispatch.BACKENDS:
-            names = ", ".join(map(repr, dispatch.BACKENDS))
+        if backend is not None and backend not in backends.BACKENDS:
+            names = ", ".join(map(repr, backends.BACKENDS))
             raise ValueError(f"backend: expected None or one of {names}, got {backend!r}")
         super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         self.max_relative_position = (left, right)

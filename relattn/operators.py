@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from relattn import dispatch
-from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enabled, empty_gradient, empty_with_layout, lse_dtype
+from relattn import backends
+from relattn.arguments import (
+    DIFFERENTIABLE,
+    Settings,
+    Tensors,
+    autocast_enabled,
+    empty_gradient,
+    empty_with_layout,
+    lse_dtype,
+)
 from relattn.philox import draw_seed
 
 _CALL = (
@@ -60,7 +68,7 @@ def _forward(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
             seed = draw_seed(device)
         else:
             seed = torch.zeros((), dtype=torch.int64, device=device)
-        return *dispatch.BACKENDS[backend].forward(tensors, settings, seed), seed
+        return *backends.BACKENDS[backend].forward(tensors, settings, seed), seed
 
 
 def _backward(backend: str, *call) -> list[Tensor]:
@@ -69,7 +77,7 @@ def _backward(backend: str, *call) -> list[Tensor]:
     with no_autocast(tensors.query.device.type):
         if grad_output is None:
             grad_output = torch.zeros_like(output)
-        return dispatch.BACKENDS[backend].backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)
+        return backends.BACKENDS[backend].backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)
 
 
 _library.impl("forward", _forward, "CompositeExplicitAutograd")

@@ -1,4 +1,8 @@
-"""Which backend computes a call, and why the others do not."""
+"""The backends, and which of them computes a call.
+
+`reference` is the definition; the others compute the same and share with it only what `relattn.arguments` and
+`relattn.philox` say about a call. `blocked` is plain PyTorch, `cpu` and `triton` launch what lies in kernels/.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from relattn import blocked, cpu, gpu
 from relattn.arguments import Settings, Tensors
+from relattn.backends import blocked, cpu, triton
 
 
 def _never(*_: object) -> None:
@@ -22,9 +26,10 @@ def _absent(*_: object):
 class Backend(NamedTuple):
     """An implementation of the operators behind `relative_attention`.
 
-    `unavailable()` says why this machine cannot run it, `unsupported(tensors, settings)` why it cannot take a call; None = it can.
-    `forward(tensors, settings, seed)` returns (output, lse); `backward(grad_output, grad_lse, tensors, settings, output, lse, seed,
-    needs)` the gradients of the differentiable tensors for which `needs` is True, in their order (see `relattn.operators`).
+    `unavailable()` says why this machine cannot run it, `unsupported(tensors, settings)` why it cannot take a call;
+    None = it can. `forward(tensors, settings, seed)` returns (output, lse); `backward(grad_output, grad_lse, tensors,
+    settings, output, lse, seed, needs)` the gradients of the differentiable tensors for which `needs` is True, in their
+    order (see `relattn.operators`).
     """
 
     unavailable: Callable[[], str | None] = _never
@@ -33,19 +38,19 @@ class Backend(NamedTuple):
     backward: Callable[..., list[Tensor]] = _absent
 
 
-# Fastest first: the order in which a call is offered to them. The reference takes everything but is only used when asked for
-# by name, since blocked, before it, takes everything too.
+# Fastest first: the order in which a call is offered to them. The reference takes everything but is only used when
+# asked for by name, since blocked, before it, takes everything too.
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend(gpu.unavailable, gpu.unsupported, gpu.forward, gpu.backward),
+    "triton": Backend(triton.unavailable, triton.unsupported, triton.forward, triton.backward),
     "cpu": Backend(cpu.unavailable, cpu.unsupported, cpu.forward, cpu.backward),
     "blocked": Backend(forward=blocked.forward, backward=blocked.backward),
     "reference": Backend(),  # plain differentiable PyTorch, outside the operators
 }
-if gpu.INTERPRETED:  # then it is the slowest, and only used when asked for by name
+if triton.INTERPRETED:  # then it is the slowest, and only used when asked for by name
     BACKENDS["triton"] = BACKENDS.pop("triton")
 
 
-def backends() -> dict[str, str | None]:
+def available_backends() -> dict[str, str | None]:
     """Each backend's name, fastest first, and why this machine cannot run it (None = it can)."""
     return {name: backend.unavailable() for name, backend in BACKENDS.items()}
 

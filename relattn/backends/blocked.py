@@ -18,10 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout, lse_dtype
+from relattn.arguments import (
+    DIFFERENTIABLE,
+    Settings,
+    Tensors,
+    empty_gradient,
+    empty_with_layout,
+    hidden_from,
+    lse_dtype,
+)
+from relattn.backends.strip import (
+    Strip,
+    clear_gaps,
+    fold_edges,
+    merge,
+    skewed,
+    skewed_keys,
+    table_columns,
+    times_table,
+)
 from relattn.philox import dropout_keep
-from relattn.reference import hidden_from
-from relattn.strip import Strip, clear_gaps, fold_edges, merge, skewed, skewed_keys, table_columns, times_table
 
 # Scores of a strip. On a CPU a strip and its gradient should stay in the caches; elsewhere launches should be large.
 _STRIP_SCORES_CPU = 2**20

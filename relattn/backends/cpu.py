@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relattn import blocked
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout
+from relattn.backends import blocked
 
 _ABI_VERSION = 1  # as in library.cpp
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}

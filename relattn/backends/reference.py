@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relattn.arguments import Settings, Tensors, lse_dtype, with_layout
+from relattn.arguments import Settings, Tensors, hidden_from, lse_dtype, with_layout
 from relattn.philox import dropout_keep
 
 
@@ -55,11 +55,6 @@ def visible(tensors: Tensors, settings: Settings, distance: Tensor) -> Tensor | 
     for condition in conditions:
         result = condition if result is None else result & condition
     return result
-
-
-def hidden_from(dtype: torch.dtype) -> float:
-    """Entries of a float mask at or below this value hide the key: libraries write `finfo.min` where they mean -inf."""
-    return torch.finfo(dtype).min / 2
 
 
 def attention(

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relattn import autotune, blocked
-from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout
-from relattn.reference import hidden_from
+from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout, hidden_from
+from relattn.backends import autotune, blocked
 
 _LOG2_E = 1.0 / math.log(2.0)
 _UNBOUNDED = 2**62 + 1

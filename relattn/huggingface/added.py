@@ -1,223 +1,26 @@
-"""relattn in Hugging Face models: the attention implementation "relattn", and BERT-like models with relative positions.
-
-Importing this module registers
-- ``attn_implementation="relattn"``: `relattn.relative_attention` with its mask function. An attention module without
-  relative tables computes what "sdpa" does (but a query that may see no key gets 0), and also gives the weights when
-  `output_attentions=True` asks;
-- the model types ``relattn-bert`` and ``relattn-roberta`` with the Auto classes. `add_relative_positions` turns a model
-  into one of them.
-
-A checkpoint of such a model does not load silently as the plain model, which would drop the tables. Without this module
-the Auto classes do not know the model type, and ``BertForMaskedLM.from_pretrained`` meets ``"attn_implementation":
-"relattn"`` in config.json, which is not registered; both raise a ValueError. With this module imported the plain class
-loads, but its first forward pass raises a RuntimeError. What remains is ``BertForMaskedLM.from_pretrained(folder,
-attn_implementation="eager")``, where the caller overrules the configuration: transformers then only logs the foreign
-model type, the unexpected tables and the missing position embeddings.
-"""
+"""BERT-like models with relative positions: what is put into them, their classes, loading, old checkpoints."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import importlib
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
-
-try:
-    import transformers
-except ModuleNotFoundError as error:
-    if error.name != "transformers":
-        raise
-    raise ImportError('relattn.huggingface needs transformers; install it with: pip install "relattn[huggingface]"') from None
-
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from relattn.convert import convert, revert
-from relattn.functional import attention_with_weights, clip_sides, relative_attention
+from relattn.functional import clip_sides
+from relattn.huggingface.attention import IMPLEMENTATION
 
-__all__ = [
-    "TERMS", "add_relative_positions", "convert", "from_old_state_dict", "from_pretrained", "relattn_attention", "relattn_mask", "revert",
-]  # fmt: skip
-
-IMPLEMENTATION = "relattn"
-_logger = logging.getLogger(__name__)
 TERMS = ("rel_k", "rel_q", "rel_v", "rel_bias")  # the tables a model can have, named as in `relattn.relative_attention`
-
-# ---- the attention implementation ----
-
-# What transformers hands to some attention functions and this one cannot honour: to ignore it would change the result.
-_REFUSED = {
-    "softcap": "does not cap scores; use attn_implementation='eager'",
-    "s_aux": "has no attention sinks; use attn_implementation='eager'",
-    "cache": "does not read a paged cache; use attn_implementation='sdpa'",
-}
-
-
-def relattn_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function=causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **kwargs,
-) -> Tensor | None:
-    """The mask that transformers builds for "relattn": compact where only padding hides keys, also in a causal model.
-
-    Called as every function of ``AttentionMaskInterface``. `attention_mask` is bool (batch_size, number of keys ever
-    seen), True for a token.
-
-    Returns:
-        None or bool (batch_size, kv_length), True = may be attended to, if the pattern is plain bidirectional or plain
-        causal (`relattn_attention` applies the module's `is_causal`); else what "sdpa" gets, bool (batch_size, 1,
-        q_length, kv_length).
-
-    Raises:
-        ValueError: `attention_mask` is neither 2-D nor the 4-D one that transformers passes through; or a model with
-            relative tables has a cache whose last key is not the last query (a StaticCache), so that distances would be
-            wrong.
-    """
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask: expected (batch, keys) or (batch, 1 or heads, queries, keys), got {tuple(attention_mask.shape)}")
-    # relattn_attention knows only lengths: it takes the last query to stand at the last key, as in a DynamicCache.
-    aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
-    if mask_function is bidirectional_mask_function or (mask_function is causal_mask_function and aligned):
-        if attention_mask is None:
-            return None
-        seen = attention_mask[:, kv_offset : kv_offset + kv_length]
-        return nn.functional.pad(seen, (0, kv_length - seen.shape[1])).expand(batch_size, -1)
-    if not aligned and getattr(kwargs.get("config"), "relative_attention", None) is not None:
-        raise ValueError(
-            "past_key_values: relative positions need a cache that ends with the newest token (a DynamicCache), got "
-            f"{kv_length} keys for {q_length} queries from position {q_offset}"
-        )
-    # "None, and let the attention be causal" is a shortcut that needs the alignment.
-    kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and aligned
-    given: Any = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
-    return sdpa_mask(*given, **kwargs)
-
-
-def relattn_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs,
-) -> tuple[Tensor, Tensor | None]:
-    """`relattn.relative_attention` as an attention function of transformers, with the tables of `module` if it has any.
-
-    Args:
-        module: the calling layer; read are `relative_tables`, `is_causal` and `config`.
-        query: (B, Hq, Lq, D).
-        key, value: (B, Hkv, Lk, D), Hq a multiple of Hkv. The last query stands at the last key.
-        attention_mask: as `relattn_mask` makes it: (B, Lk), True = may be attended to; or broadcastable to (B, Hq, Lq,
-            Lk), boolean or added to the scores, and then the whole mask (`is_causal` is ignored, as by "sdpa").
-        dropout, scaling: probability of dropping a weight; None = 1 / sqrt(D).
-        is_causal: None = the module's, True if it has none (as in "sdpa").
-
-    Returns:
-        The output (B, Lq, Hq, D), and with `output_attentions` (an argument, or the configuration's) the weights
-        (B, Hq, Lq, Lk) after dropout, computed by the materialising definition; else None.
-
-    Raises:
-        ValueError: an argument that would change the result and is not supported, such as `softcap`. A `position_bias` (T5, WavLM and their
-            like) is computed by torch's scaled_dot_product_attention, with a warning once that says so.
-        RuntimeError: the configuration promises relative tables and the module has none.
-    """
-    for name, reason in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: attn_implementation='relattn' {reason}")
-    tables = getattr(module, "relative_tables", None)
-    if tables is None and kwargs.get("position_bias") is not None:
-        return _with_position_bias(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-    config = getattr(module, "config", None)
-    if tables is None and getattr(config, "relative_attention", None) is not None:
-        raise RuntimeError(
-            f"{type(module).__name__} was built without the relative tables that its configuration lists; "
-            "load this checkpoint with relattn.huggingface.from_pretrained or an Auto class"
-        )
-    masks: dict[str, Any] = {}
-    if attention_mask is not None:
-        masks = {"key_mask": attention_mask.bool()} if attention_mask.dim() == 2 else {"attn_mask": attention_mask}
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    is_causal = bool(is_causal) and "attn_mask" not in masks
-    arguments: dict[str, Any] = dict(
-        max_relative_position=None if tables is None else tables.max_relative_position, is_causal=is_causal,
-        query_offset=key.shape[2] - query.shape[2], dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    arguments |= masks | ({} if tables is None else tables.terms())
-    output: Any
-    weights = None
-    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-        output, _, weights = attention_with_weights(query, key, value, **arguments)
-    else:
-        output = relative_attention(query, key, value, **arguments)
-    return output.transpose(1, 2).contiguous(), weights
-
-
-def _with_position_bias(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    position_bias: Tensor,
-    **kwargs,
-) -> tuple[Tensor, Tensor | None]:
-    """What "sdpa" computes where a model (T5, WavLM, ...) hands over a bias (B or 1, Hq, Lq, Lk); the weights too if asked for."""
-    _log_position_bias(type(module).__name__)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    seen = attention_mask
-    if seen is not None and seen.dim() == 2:
-        seen = seen.bool()[:, None, None, :]
-    if is_causal and (attention_mask is None or attention_mask.dim() == 2):
-        queries, keys = query.shape[2], key.shape[2]
-        causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-        seen = causal if seen is None else causal & seen
-    if seen is not None:
-        lowest = torch.finfo(position_bias.dtype).min
-        position_bias = position_bias.masked_fill(~seen, lowest) if seen.dtype == torch.bool else position_bias + seen
-    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
-        grouped = query.shape[1] != key.shape[1]
-        options: dict[str, Any] = dict(attn_mask=position_bias, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
-        output, _, weights = attention_with_weights(query, key, value, **options)
-        return output.transpose(1, 2).contiguous(), weights
-    return sdpa_attention_forward(module, query, key, value, position_bias, dropout, scaling, is_causal=False)
-
-
-@functools.cache
-def _log_position_bias(name: str) -> None:
-    _logger.warning(
-        "%s hands over a position_bias, which was made outside the attention: attn_implementation='relattn' saves nothing there, and "
-        "torch's scaled_dot_product_attention computes it, as with 'sdpa'. If it depends on the content, as in w2v-BERT, "
-        "relattn.huggingface.convert(model) spares it",
-        name,
-    )
-
-
-AttentionInterface.register(IMPLEMENTATION, relattn_attention)
-# Without this transformers passes no mask at all to an attention it does not know: padding would be attended to.
-AttentionMaskInterface.register(IMPLEMENTATION, relattn_mask)
 
 # ---- what is put into a model ----
 
@@ -329,7 +132,9 @@ class _RelativeModel:
 
     def __init__(self, config, *args, **kwargs) -> None:
         if getattr(config, "relative_attention", None) is None:
-            raise ValueError("config: relative_attention is not set; make the plain model and call add_relative_positions on it")
+            raise ValueError(
+                "config: relative_attention is not set; make the plain model and call add_relative_positions on it"
+            )
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _install(self, config)
 
@@ -370,22 +175,24 @@ _FAMILIES = {
     "Ernie": "ernie.modeling_ernie",
     "Xmod": "xmod.modeling_xmod",
 }
+# What pickles of models look for in the package, by name.
+CLASSES: dict[str, type] = {"RelativeTables": RelativeTables}
 _MODELS: dict[type, Any] = {}  # plain class -> the one with relative positions
 _EMBEDDINGS: dict[type, type] = {}  # likewise, the second without absolute ones
 _ATTENTIONS: set[type] = set()
 
 
 def _define(family: str, place: str) -> None:
-    """Define a family's ``Relative<name>`` in this module, where pickle looks; tell the Auto classes."""
+    """Define a family's ``Relative<name>`` in the package, where pickle looks; tell the Auto classes."""
     try:
         modeling = importlib.import_module(f"transformers.models.{place}")
     except ModuleNotFoundError:  # a version of transformers without it
         return
 
     def define(plain: Any, mixin: type, doc: str, **content: Any) -> Any:
-        content |= {"__doc__": f"`{plain.__name__}` {doc}", "__module__": __name__}
+        content |= {"__doc__": f"`{plain.__name__}` {doc}", "__module__": __package__}
         relative = type(f"Relative{plain.__name__}", (mixin, plain), content)
-        globals()[relative.__name__] = relative
+        CLASSES[relative.__name__] = relative
         return relative
 
     _ATTENTIONS.add(getattr(modeling, f"{family}SelfAttention"))
@@ -393,7 +200,11 @@ def _define(family: str, place: str) -> None:
     _EMBEDDINGS[plain] = define(plain, _WithoutPositions, "without absolute positions.")
     plain = getattr(transformers, f"{family}Config")
     # A field, as the configurations of transformers are data classes.
-    content = dict(model_type=f"relattn-{plain.model_type}", relative_attention=None, __annotations__={"relative_attention": dict | None})
+    content = dict(
+        model_type=f"relattn-{plain.model_type}",
+        relative_attention=None,
+        __annotations__={"relative_attention": dict | None},
+    )
     doc = "with `relative_attention`, the settings given to `add_relative_positions`."
     config_class = define(plain, _RelativeConfig, doc, **content)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
@@ -501,28 +312,36 @@ def add_relative_positions(
     return model
 
 
-_OLD = {"relative_key": ("rel_k",), "relative_key_query": ("rel_k", "rel_q")}  # position_embedding_type of transformers 4
+_OLD = {
+    "relative_key": ("rel_k",),
+    "relative_key_query": ("rel_k", "rel_q"),
+}  # position_embedding_type of transformers 4
 
 
 def from_old_state_dict(state_dict: Mapping[str, Tensor], position_embedding_type: str) -> dict[str, Tensor]:
-    """The weights of a BERT that transformers 4 trained with relative positions, under the names and in the order that models here have.
+    """The weights of a BERT that transformers 4 trained with relative positions, under the names and in the order that
+    models here have.
 
     Args:
-        state_dict: with one ``...attention.self.distance_embedding.weight`` (2 * max_position_embeddings - 1, head size)
-            per layer, its rows by query minus key.
-        position_embedding_type: "relative_key" (Shaw et al. 2018) or "relative_key_query" (Huang et al. 2020, method 4).
+        state_dict: with one ``...attention.self.distance_embedding.weight`` (2 * max_position_embeddings - 1, head
+            size) per layer, its rows by query minus key.
+        position_embedding_type: "relative_key" (Shaw et al. 2018) or "relative_key_query" (Huang et al. 2020, method
+            4).
 
     Returns:
-        For ``load_state_dict`` of a model with ``add_relative_positions(model, max_relative_position=max_position_embeddings - 1,
-        terms=...)``: ``relative_tables.rel_k``, rows by key minus query, and for "relative_key_query", whose one table serves both
-        products, the same again as ``relative_tables.rel_q``. The absolute position embeddings, which such a model has but does not
-        add, are left out.
+        For ``load_state_dict`` of a model with ``add_relative_positions(model,
+        max_relative_position=max_position_embeddings - 1, terms=...)``: ``relative_tables.rel_k``, rows by key minus
+        query, and for "relative_key_query", whose one table serves both products, the same again as
+        ``relative_tables.rel_q``. The absolute position embeddings, which such a model has but does not add, are left
+        out.
 
     Raises:
         ValueError: another `position_embedding_type`, or no such weight.
     """
     if position_embedding_type not in _OLD:
-        raise ValueError(f"position_embedding_type: expected one of {', '.join(map(repr, _OLD))}, got {position_embedding_type!r}")
+        raise ValueError(
+            f"position_embedding_type: expected one of {', '.join(map(repr, _OLD))}, got {position_embedding_type!r}"
+        )
     result: dict[str, Tensor] = {}
     found = 0
     for name, tensor in state_dict.items():
@@ -533,7 +352,9 @@ def from_old_state_dict(state_dict: Mapping[str, Tensor], position_embedding_typ
         elif not name.endswith(("embeddings.position_embeddings.weight", "embeddings.position_ids")):
             result[name] = tensor
     if not found:
-        raise ValueError("state_dict: it has no distance_embedding.weight, the table of position_embedding_type='relative_key'")
+        raise ValueError(
+            "state_dict: it has no distance_embedding.weight, the table of position_embedding_type='relative_key'"
+        )
     return result
 
 
@@ -543,8 +364,8 @@ def _from_old(folder: str | os.PathLike, config: Any, where: dict[str, Any], **k
     names = [name for name in config.architectures or [] if name in by_name]
     if not names:
         raise ValueError(
-            f"folder: {folder} has position_embedding_type={config.position_embedding_type!r} and architectures={config.architectures}, "
-            f"of which none is among {', '.join(by_name)}"
+            f"folder: {folder} has position_embedding_type={config.position_embedding_type!r} and "
+            f"architectures={config.architectures}, of which none is among {', '.join(by_name)}"
         )
     relative = by_name[names[0]]
     kind = config.position_embedding_type
@@ -553,7 +374,10 @@ def _from_old(folder: str | os.PathLike, config: Any, where: dict[str, Any], **k
         if path is not None:
             break
     else:
-        raise ValueError(f"folder: {folder} has neither model.safetensors nor pytorch_model.bin; join a checkpoint of several files first")
+        raise ValueError(
+            f"folder: {folder} has neither model.safetensors nor pytorch_model.bin; "
+            "join a checkpoint of several files first"
+        )
     config = copy.deepcopy(config)
     config.__class__ = relative.config_class
     del config.position_embedding_type
@@ -568,7 +392,8 @@ def _from_old(folder: str | os.PathLike, config: Any, where: dict[str, Any], **k
 def from_pretrained(folder: str | os.PathLike, **kwargs) -> Any:
     """Load a model that `add_relative_positions` made and `save_pretrained` (or Trainer) saved, in its own class.
 
-    Or one that transformers 4 trained with `position_embedding_type` "relative_key" or "relative_key_query": see `from_old_state_dict`.
+    Or one that transformers 4 trained with `position_embedding_type` "relative_key" or "relative_key_query": see
+    `from_old_state_dict`.
 
     Args:
         folder: the folder, or the name of a repository on the Hugging Face hub.
@@ -586,7 +411,9 @@ def from_pretrained(folder: str | os.PathLike, **kwargs) -> Any:
     config = AutoConfig.from_pretrained(folder, **where)
     with_info = kwargs.pop("output_loading_info", False)
     if getattr(config, "position_embedding_type", None) in _OLD:
-        model, info = _from_old(folder, config, where, **{name: value for name, value in kwargs.items() if name not in named})
+        model, info = _from_old(
+            folder, config, where, **{name: value for name, value in kwargs.items() if name not in named}
+        )
     else:
         by_name = {relative.__name__: relative for relative in _MODELS.values()}
         names = [name for name in config.architectures or [] if name in by_name]
@@ -599,5 +426,7 @@ def from_pretrained(folder: str | os.PathLike, **kwargs) -> Any:
     listed = ("relative_tables", "position_embeddings")
     missing = sorted(name for name in info["missing_keys"] if any(part in name for part in listed))
     if missing:
-        raise ValueError(f"folder: the checkpoint in {folder} lacks {', '.join(missing)}, which its configuration lists")
+        raise ValueError(
+            f"folder: the checkpoint in {folder} lacks {', '.join(missing)}, which its configuration lists"
+        )
     return (model, info) if with_info else model

@@ -1,0 +1,195 @@
+"""The attention implementation "relattn" of transformers: an attention function, its mask function, and their
+registration.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from relattn.functional import attention_with_weights, relative_attention
+
+IMPLEMENTATION = "relattn"
+_logger = logging.getLogger(__name__)
+
+# What transformers hands to some attention functions and this one cannot honour: to ignore it would change the result.
+_REFUSED = {
+    "softcap": "does not cap scores; use attn_implementation='eager'",
+    "s_aux": "has no attention sinks; use attn_implementation='eager'",
+    "cache": "does not read a paged cache; use attn_implementation='sdpa'",
+}
+
+
+def relattn_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """The mask that transformers builds for "relattn": compact where only padding hides keys, also in a causal model.
+
+    Called as every function of ``AttentionMaskInterface``. `attention_mask` is bool (batch_size, number of keys ever
+    seen), True for a token.
+
+    Returns:
+        None or bool (batch_size, kv_length), True = may be attended to, if the pattern is plain bidirectional or plain
+        causal (`relattn_attention` applies the module's `is_causal`); else what "sdpa" gets, bool (batch_size, 1,
+        q_length, kv_length).
+
+    Raises:
+        ValueError: `attention_mask` is neither 2-D nor the 4-D one that transformers passes through; or a model with
+            relative tables has a cache whose last key is not the last query (a StaticCache), so that distances would be
+            wrong.
+    """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            "attention_mask: expected (batch, keys) or (batch, 1 or heads, queries, keys), "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    # relattn_attention knows only lengths: it takes the last query to stand at the last key, as in a DynamicCache.
+    aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
+    if mask_function is bidirectional_mask_function or (mask_function is causal_mask_function and aligned):
+        if attention_mask is None:
+            return None
+        seen = attention_mask[:, kv_offset : kv_offset + kv_length]
+        return nn.functional.pad(seen, (0, kv_length - seen.shape[1])).expand(batch_size, -1)
+    if not aligned and getattr(kwargs.get("config"), "relative_attention", None) is not None:
+        raise ValueError(
+            "past_key_values: relative positions need a cache that ends with the newest token (a DynamicCache), got "
+            f"{kv_length} keys for {q_length} queries from position {q_offset}"
+        )
+    # "None, and let the attention be causal" is a shortcut that needs the alignment.
+    kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and aligned
+    given: Any = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
+    return sdpa_mask(*given, **kwargs)
+
+
+def relattn_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """`relattn.relative_attention` as an attention function of transformers, with the tables of `module` if it has any.
+
+    Args:
+        module: the calling layer; read are `relative_tables`, `is_causal` and `config`.
+        query: (B, Hq, Lq, D).
+        key, value: (B, Hkv, Lk, D), Hq a multiple of Hkv. The last query stands at the last key.
+        attention_mask: as `relattn_mask` makes it: (B, Lk), True = may be attended to; or broadcastable to (B, Hq, Lq,
+            Lk), boolean or added to the scores, and then the whole mask (`is_causal` is ignored, as by "sdpa").
+        dropout, scaling: probability of dropping a weight; None = 1 / sqrt(D).
+        is_causal: None = the module's, True if it has none (as in "sdpa").
+
+    Returns:
+        The output (B, Lq, Hq, D), and with `output_attentions` (an argument, or the configuration's) the weights
+        (B, Hq, Lq, Lk) after dropout, computed by the materialising definition; else None.
+
+    Raises:
+        ValueError: an argument that would change the result and is not supported, such as `softcap`. A `position_bias`
+            (T5, WavLM and their like) is computed by torch's scaled_dot_product_attention, with a warning once that
+            says so.
+        RuntimeError: the configuration promises relative tables and the module has none.
+    """
+    for name, reason in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: attn_implementation='relattn' {reason}")
+    tables = getattr(module, "relative_tables", None)
+    if tables is None and kwargs.get("position_bias") is not None:
+        return _with_position_bias(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    config = getattr(module, "config", None)
+    if tables is None and getattr(config, "relative_attention", None) is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} was built without the relative tables that its configuration lists; "
+            "load this checkpoint with relattn.huggingface.from_pretrained or an Auto class"
+        )
+    masks: dict[str, Any] = {}
+    if attention_mask is not None:
+        masks = {"key_mask": attention_mask.bool()} if attention_mask.dim() == 2 else {"attn_mask": attention_mask}
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    is_causal = bool(is_causal) and "attn_mask" not in masks
+    arguments: dict[str, Any] = dict(
+        max_relative_position=None if tables is None else tables.max_relative_position,
+        is_causal=is_causal,
+        query_offset=key.shape[2] - query.shape[2],
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    arguments |= masks | ({} if tables is None else tables.terms())
+    output: Any
+    weights = None
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        output, _, weights = attention_with_weights(query, key, value, **arguments)
+    else:
+        output = relative_attention(query, key, value, **arguments)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _with_position_bias(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    position_bias: Tensor,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """What "sdpa" computes where a model (T5, WavLM, ...) hands over a bias (B or 1, Hq, Lq, Lk); the weights too if
+    asked for.
+    """
+    _log_position_bias(type(module).__name__)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    seen = attention_mask
+    if seen is not None and seen.dim() == 2:
+        seen = seen.bool()[:, None, None, :]
+    if is_causal and (attention_mask is None or attention_mask.dim() == 2):
+        queries, keys = query.shape[2], key.shape[2]
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        seen = causal if seen is None else causal & seen
+    if seen is not None:
+        lowest = torch.finfo(position_bias.dtype).min
+        position_bias = position_bias.masked_fill(~seen, lowest) if seen.dtype == torch.bool else position_bias + seen
+    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        grouped = query.shape[1] != key.shape[1]
+        options: dict[str, Any] = dict(attn_mask=position_bias, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+        output, _, weights = attention_with_weights(query, key, value, **options)
+        return output.transpose(1, 2).contiguous(), weights
+    return sdpa_attention_forward(module, query, key, value, position_bias, dropout, scaling, is_causal=False)
+
+
+@functools.cache
+def _log_position_bias(name: str) -> None:
+    _logger.warning(
+        "%s hands over a position_bias, which was made outside the attention: attn_implementation='relattn' saves "
+        "nothing there, and torch's scaled_dot_product_attention computes it, as with 'sdpa'. If it depends on the "
+        "content, as in w2v-BERT, "
+        "relattn.huggingface.convert(model) spares it",
+        name,
+    )
+
+
+AttentionInterface.register(IMPLEMENTATION, relattn_attention)
+# Without this transformers passes no mask at all to an attention it does not know: padding would be attended to.
+AttentionMaskInterface.register(IMPLEMENTATION, relattn_mask)

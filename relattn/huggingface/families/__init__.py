@@ -1,0 +1,22 @@
+"""The models of transformers that `convert` knows: a new family is a file here and a line in `FAMILIES`.
+
+Such a file holds a family's plan and its forward: a function that computes a layer's forward pass with
+`relattn.relative_attention`, a plan that names what it replaces and what must be there before, and `PLANS`, which gives
+the plan of each class.
+"""
+
+# A model's folder in transformers.models -> the module here that has its `PLANS`.
+FAMILIES = {
+    "deberta": "deberta",
+    "deberta_v2": "deberta",
+    "fastspeech2_conformer": "fastspeech2_conformer",
+    "nemotron_asr_streaming": "nemotron_asr_streaming",
+    "parakeet": "parakeet",
+    "seamless_m4t": "conformer",
+    "seamless_m4t_v2": "conformer",
+    "speecht5": "speecht5",
+    "vits": "vits",
+    "wav2vec2_bert": "conformer",
+    "wav2vec2_conformer": "conformer",
+    "xlnet": "xlnet",
+}
