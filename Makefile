@@ -36,7 +36,7 @@ demo: $(INSTALLED) ## the chorale comparison (PRESET=quick|seed|tiny, DEMO_ARGS=
 test: $(INSTALLED) ## ruff and the test suite (TEST_ARGS="-k name ...")
 	$(BIN)/python -m ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup $(TEST_ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 tests/test_gpu.py $(TEST_ARGS) || [ $$? = 5 ] # 5: none selected
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 tests/backends/test_triton.py $(TEST_ARGS) || [ $$? = 5 ] # 5: none selected
 
 sanitize: $(INSTALLED) ## random calls of the native CPU kernels under GCC's sanitizers (FUZZ_COUNT=300)
 	$(BIN)/python -m tests.sanitize --count $(FUZZ_COUNT)

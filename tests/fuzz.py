@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import relattn
-from relattn import blocked, cpu, gpu
+from relattn.backends import blocked, cpu
+from relattn.backends import triton as gpu
 
 # Lengths: empty and single ones, odd ones, one below and above the sizes of a block (64, 128), more than one block.
 QUERY_LENGTHS = (1, 2, 5, 16, 17, 63, 127, 128, 129, 200, 260)

@@ -14,7 +14,7 @@ FLOATS = ("query", "key", "value", "rel_k", "rel_q", "rel_v", "rel_bias", "pos_b
 
 
 # Kernels added later are tested from the day they run; what cannot run here is one skipped test of tests/test_traps.py, with its reason.
-USABLE = [name for name, reason in relattn.backends().items() if reason is None]
+USABLE = [name for name, reason in relattn.available_backends().items() if reason is None]
 every_backend = pytest.mark.parametrize("backend", USABLE)
 
 
@@ -238,6 +238,22 @@ def everything(
         rel_bias=random(heads, rows),
         pos_bias_u=random(heads, size),
         pos_bias_v=random(heads, size),
+    )
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def inputs(
+    batch: int, heads: int, query_length: int, key_length: int, size: int, key_heads: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value."""
+    key_heads = heads if key_heads is None else key_heads
+    return (
+        random(batch, heads, query_length, size, seed=1),
+        random(batch, key_heads, key_length, size, seed=2),
+        random(batch, key_heads, key_length, size, seed=3),
     )
 
 

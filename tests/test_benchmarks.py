@@ -18,7 +18,7 @@ from benchmarks import measure, peers, render, report, speed, table1, trial
 from benchmarks.cases import OWN, SKEW, TORCH, attention
 from benchmarks.peers import PEERS, Problem
 from examples.chorales.storage import read_json, write_json
-from relattn import cpu
+from relattn.backends import cpu
 
 CLONE = Path(__file__).resolve().parents[1]
 

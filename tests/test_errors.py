@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import relattn
-from relattn import dispatch, relative_attention
-from relattn.dispatch import Backend
+from relattn import backends, relative_attention
+from relattn.backends import Backend
 from tests.oracles import USABLE
 
 BATCH, HEADS, LENGTH, SIZE = 2, 4, 5, 8  # all different, so that a message with two of them mixed up does not match
@@ -43,7 +43,7 @@ FLOATS = "torch.float32, torch.float64, torch.bfloat16, torch.float16"
 MASK = "a shape broadcastable to (2, 4, 5, 5)"
 CLIP = "an int or (left, right)"
 WINDOW = "(left, right), each a number or None"
-BACKENDS = f"None or one of {', '.join(map(repr, relattn.backends()))}"
+BACKENDS = f"None or one of {', '.join(map(repr, relattn.available_backends()))}"
 with warnings.catch_warnings():  # torch calls them a prototype
     warnings.simplefilter("ignore")
     nested = torch.nested.nested_tensor([f(HEADS, LENGTH, SIZE), f(HEADS, 3, SIZE)])
@@ -254,10 +254,10 @@ def fake_backend(monkeypatch: pytest.MonkeyPatch, unavailable: str | None = None
 
     def forward(tensors, settings, seed):
         done.append((tensors, settings))
-        return dispatch.BACKENDS["blocked"].forward(tensors, settings, seed)
+        return backends.BACKENDS["blocked"].forward(tensors, settings, seed)
 
-    fake = Backend(lambda: unavailable, lambda tensors, settings: unsupported, forward, dispatch.BACKENDS["blocked"].backward)
-    monkeypatch.setattr(dispatch, "BACKENDS", {"fake": fake} | dispatch.BACKENDS)
+    fake = Backend(lambda: unavailable, lambda tensors, settings: unsupported, forward, backends.BACKENDS["blocked"].backward)
+    monkeypatch.setattr(backends, "BACKENDS", {"fake": fake} | backends.BACKENDS)
     return done
 
 
@@ -288,13 +288,13 @@ def test_a_backend_that_cannot_is_passed_over_but_raises_when_named(monkeypatch:
         with pytest.raises(ValueError, match=re.escape(f"backend: 'fake' cannot take this call: {reason}")):
             function(**good(), backend="fake")
     assert done == []
-    assert relattn.backends()["fake"] == (reason if how == "unavailable" else None)
+    assert relattn.available_backends()["fake"] == (reason if how == "unavailable" else None)
 
 
-@pytest.mark.parametrize("backend", [name for name in relattn.backends() if name not in USABLE])
+@pytest.mark.parametrize("backend", [name for name in relattn.available_backends() if name not in USABLE])
 @pytest.mark.parametrize("function", [relative_attention, relattn.explain])
 def test_backends_that_this_machine_lacks_say_why(backend: str, function) -> None:
-    reason = relattn.backends()[backend]
+    reason = relattn.available_backends()[backend]
     assert len(reason) > 10
     with pytest.raises(ValueError, match=re.escape(f"backend: '{backend}' cannot take this call: {reason}")):
         function(**good(), backend=backend)
@@ -307,12 +307,12 @@ def test_explain_takes_what_the_function_takes() -> None:
     explanation = relattn.explain(**(arguments | good()))
     assert explanation == relattn.explain(**good())
     assert str(explanation).startswith(f"backend: {explanation.backend}")
-    assert set(explanation.reasons) | {explanation.backend} <= set(relattn.backends())
+    assert set(explanation.reasons) | {explanation.backend} <= set(relattn.available_backends())
 
 
 def test_bad_arguments_come_before_the_choice_of_a_backend() -> None:
     """A wrong shape is the caller's first problem, whatever backend was named."""
-    for backend in relattn.backends():
+    for backend in relattn.available_backends():
         with pytest.raises(ValueError, match=r"^rel_k: "):
             relative_attention(**(good() | dict(rel_k=f(3, 7))), backend=backend)
 

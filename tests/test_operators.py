@@ -13,12 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import relattn
-from relattn import RelativeAttentionFunction, gpu, relative_attention
+from relattn import RelativeAttentionFunction, relative_attention
 from relattn.arguments import Settings, Tensors
+from relattn.backends import triton
 
 # Of CPU tensors: Triton's kernels take them in its interpreter only.
-ELSEWHERE = ("reference",) if gpu.INTERPRETED else ("reference", "triton")
-BACKENDS = [name for name, reason in relattn.backends().items() if reason is None and name not in ELSEWHERE]
+ELSEWHERE = ("reference",) if triton.INTERPRETED else ("reference", "triton")
+BACKENDS = [name for name, reason in relattn.available_backends().items() if reason is None and name not in ELSEWHERE]
 SINGLE = ("cpu", "triton")  # no float64
 B, H, L, D = 2, 3, 9, 8
 

@@ -1,6 +1,6 @@
 """Bugs that relative attention is known for, each stated where it is tested (DESIGN.md, section 6). On every backend this machine has.
 
-Traps of the layer are in tests/test_module.py, those of transformers in tests/test_huggingface.py.
+Traps of the layer are in tests/test_module.py, those of transformers in tests/huggingface.
 """
 
 import math
@@ -17,10 +17,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.mark.parametrize("backend", [name for name in relattn.backends() if name not in USABLE])
+@pytest.mark.parametrize("backend", [name for name in relattn.available_backends() if name not in USABLE])
 def test_every_backend_is_tested(backend: str) -> None:
     """Not on this machine: the one place where the tests say so."""
-    pytest.skip(f"{backend}: {relattn.backends()[backend]}")
+    pytest.skip(f"{backend}: {relattn.available_backends()[backend]}")
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import relattn
-from relattn import blocked, relative_attention
+from relattn import relative_attention
+from relattn.backends import blocked
 from tests.fuzz import WITHOUT_MASK_GRADIENT, check, random_call, run
 
-# (Triton's are tests/test_gpu.py's: its interpreter is slow, and a GPU another device.)
-BACKENDS = [name for name, reason in relattn.backends().items() if reason is None and name not in ("reference", "triton")]
+# (Triton's are test_triton.py's: its interpreter is slow, and a GPU another device.)
+BACKENDS = [name for name, reason in relattn.available_backends().items() if reason is None and name not in ("reference", "triton")]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 IN_FLOAT64 = [name for name in BACKENDS if name != "cpu"]  # the native kernels compute in float32
 

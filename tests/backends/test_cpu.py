@@ -1,6 +1,6 @@
 """The native CPU backend: its instruction sets, the edges of what it takes, its memory, and what it says where it cannot run.
 
-Random calls in every dtype are in tests/test_backends.py, threads and processes in tests/test_cpu_threads.py.
+Random calls in every dtype are in test_backends.py, threads and processes in test_cpu_threads.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import relattn
-from relattn import cpu, relative_attention
+from relattn import relative_attention
+from relattn.backends import cpu
 from tests.edges import edges
 from tests.fuzz import check, decoding_call, native_variants, random_call, run
 
@@ -244,7 +245,8 @@ _MEMORY = textwrap.dedent("""
     import json, sys
     from pathlib import Path
     import torch
-    from relattn import cpu, relative_attention
+    from relattn import relative_attention
+    from relattn.backends import cpu
 
     def resident(field):
         lines = Path("/proc/self/status").read_text().splitlines()

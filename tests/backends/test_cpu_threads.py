@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import relattn
-from relattn import cpu
+from relattn.backends import cpu
 from tests.edges import call
 from tests.fuzz import Call, check, random_call, run
 
@@ -140,7 +140,7 @@ _FORK = textwrap.dedent("""
     import torch
     from torch.utils.data import DataLoader, Dataset
     import relattn
-    from relattn import cpu
+    from relattn.backends import cpu
 
     torch.set_num_threads(3)
     cpu._ALONE = 0

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import relattn
-from relattn import gpu
 from relattn.arguments import Settings, Tensors
+from relattn.backends import triton as gpu
 from tests.edges import edges
 from tests.fuzz import check, random_call
 
@@ -135,7 +135,7 @@ def test_autotuning_is_asked_for_and_remembered(monkeypatch, tmp_path):
     configuration = gpu._kernels().configs.Configuration
     monkeypatch.setattr(gpu._kernels().configs, "configurations", lambda *_: [configuration(32, 4, 1), configuration(16, 4, 1)])
     monkeypatch.setenv("RELATTN_CACHE", str(tmp_path / "new"))
-    monkeypatch.setattr("relattn.autotune._REPEATS", 1)
+    monkeypatch.setattr("relattn.backends.autotune._REPEATS", 1)
     tensors = inputs(rows=11, heads=1, queries=20, keys=20)
     expected = gradients(tensors, "triton", max_relative_position=5)
     assert not (tmp_path / "new").exists()
@@ -147,7 +147,7 @@ def test_autotuning_is_asked_for_and_remembered(monkeypatch, tmp_path):
     assert all(set(times) == {"(32, 4, 1)", "(16, 4, 1)"} and min(times.values()) > 0 for times in found.values())
     (tmp_path / "new" / "autotune.json").write_text("{ half a fi")  # killed while an older version wrote it
     close(gradients(tensors, "triton", max_relative_position=5), expected)
-    monkeypatch.setattr("relattn.autotune._measure", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr("relattn.backends.autotune._measure", lambda *_: pytest.fail("timed again"))
     close(gradients(tensors, "triton", max_relative_position=5), expected)
 
 
@@ -215,7 +215,7 @@ def test_reasons(monkeypatch):
 def test_interpreter_is_never_the_automatic_choice():
     tensor = torch.zeros(1, 1, 4, 16)
     assert relattn.explain(tensor, tensor, tensor).backend != "triton"
-    assert list(relattn.backends())[-1] == "triton"
+    assert list(relattn.available_backends())[-1] == "triton"
 
 
 @needs_kernels
@@ -277,7 +277,7 @@ def test_no_bank_conflicts_and_the_slide_is_what_it_says():
 
 
 def test_importing_relattn_imports_no_triton():
-    code = "import sys, relattn; relattn.backends(); sys.exit('triton' in sys.modules)"
+    code = "import sys, relattn; relattn.available_backends(); sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
