@@ -18,7 +18,7 @@ FOUND = {"triton": "torch sees no GPU", "cpu": "no C++ library", "blocked": None
 
 @pytest.fixture
 def fixed_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "backends", lambda: dict(FOUND))
+    monkeypatch.setattr(command, "available_backends", lambda: dict(FOUND))
 
 
 def test_json_and_table_say_the_same(fixed_backends: None, capsys: pytest.CaptureFixture[str]) -> None:
