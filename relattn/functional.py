@@ -174,32 +174,67 @@ def validated(
     key_lengths, is_causal, window, query_offset, dropout_p, scale, enable_gqa,
 ) -> tuple[Tensors, Settings]:  # fmt: skip
     """Check every argument, cast under autocast, and return what backends work on."""
+    _check_inputs(query, key, value, enable_gqa)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal: expected a bool, got {type(is_causal).__name__}")
+    batch, heads, query_length, head_size = query.shape
+    key_length, value_size = value.shape[2:]
+    tables = (("rel_k", rel_k, head_size), ("rel_q", rel_q, head_size), ("rel_v", rel_v, value_size))
+    left, right = _clip(max_relative_position, _check_tables(tables, rel_bias, heads))
+    for name, bias in (("pos_bias_u", pos_bias_u), ("pos_bias_v", pos_bias_v)):
+        if bias is not None:
+            _check_tensor(name, bias)
+            if bias.shape != (heads, head_size):
+                raise ValueError(f"{name}: expected ({heads}, {head_size}), got {shape_text(bias)}")
+    _check_masks((batch, heads, query_length, key_length), attn_mask, key_mask, key_lengths)
+    query_offset, query_offsets = _offsets(query_offset, batch, query_length, key_length, is_causal)
+    window_left, window_right = window_sides(window, is_causal)
+    _check_numbers(dropout_p, scale)
+    tensors = Tensors(
+        query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, attn_mask, key_mask, key_lengths,
+        query_offsets,
+    )  # fmt: skip
+    if autocast_enabled(query.device.type):
+        tensors = _autocast(tensors)
+    _check_dtypes(tensors)
+    if pos_bias_v is not None and rel_k is None:
+        raise ValueError("pos_bias_v: it stands in rel_k's product only, and rel_k is None")
+    settings = Settings(
+        left, right, is_causal, window_left, window_right, query_offset, float(dropout_p),
+        head_size**-0.5 if scale is None else float(scale),
+    )  # fmt: skip
+    return tensors, settings
+
+
+def _check_inputs(query, key, value, enable_gqa) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_tensor(name, tensor)
         if tensor.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions (batch, heads, length, head size), got shape {shape_text(tensor)}")
-    batch, heads, query_length, head_size = query.shape
-    key_heads, key_length, value_size = key.shape[1], key.shape[2], value.shape[3]
+            expected = "4 dimensions (batch, heads, length, head size)"
+            raise ValueError(f"{name}: expected {expected}, got shape {shape_text(tensor)}")
+    batch, heads, _, head_size = query.shape
+    key_heads, key_length = key.shape[1:3]
     if head_size == 0:
         raise ValueError(f"query: expected a head size of at least 1, got shape {shape_text(query)}")
-    if value_size == 0:
+    if value.shape[3] == 0:
         raise ValueError(f"value: expected a size of at least 1, got {shape_text(value)}")
     if key.shape[0] != batch or key.shape[3] != head_size:
-        raise ValueError(f"key: expected ({batch}, heads, length, {head_size}) as query is {shape_text(query)}, got {shape_text(key)}")
+        expected = f"({batch}, heads, length, {head_size}) as query is {shape_text(query)}"
+        raise ValueError(f"key: expected {expected}, got {shape_text(key)}")
     if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value: expected ({batch}, {key_heads}, {key_length}, size) as key is {shape_text(key)}, got {shape_text(value)}"
-        )
+        expected = f"({batch}, {key_heads}, {key_length}, size) as key is {shape_text(key)}"
+        raise ValueError(f"value: expected {expected}, got {shape_text(value)}")
     if heads != key_heads:
         if not enable_gqa:
             raise ValueError(f"key: expected {heads} heads as query has, got {key_heads} (enable_gqa=True allows fewer)")
         if key_heads == 0 or heads % key_heads != 0:
             raise ValueError(f"key: expected a number of heads that divides query's {heads}, got {key_heads}")
 
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal: expected a bool, got {type(is_causal).__name__}")
+
+def _check_tables(tables, rel_bias, heads) -> int | None:
+    """The number of rows that all have; None: there is no table. `tables`: (name, tensor or None, last size)."""
     rows = None
-    for name, table, size in (("rel_k", rel_k, head_size), ("rel_q", rel_q, head_size), ("rel_v", rel_v, value_size)):
+    for name, table, size in tables:
         if table is not None:
             _check_tensor(name, table)
             fits = table.dim() in (2, 3) and table.shape[-1] == size and (table.dim() == 2 or table.shape[0] == heads)
@@ -211,19 +246,18 @@ def validated(
         if not (rel_bias.dim() == 1 or (rel_bias.dim() == 2 and rel_bias.shape[0] == heads)):
             raise ValueError(f"rel_bias: expected (R,) or ({heads}, R), got {shape_text(rel_bias)}")
         rows = _check_rows("rel_bias", rel_bias.shape[-1], rows)
-    left, right = _clip(max_relative_position, rows)
-    for name, bias in (("pos_bias_u", pos_bias_u), ("pos_bias_v", pos_bias_v)):
-        if bias is not None:
-            _check_tensor(name, bias)
-            if bias.shape != (heads, head_size):
-                raise ValueError(f"{name}: expected ({heads}, {head_size}), got {shape_text(bias)}")
+    return rows
 
+
+def _check_masks(scores, attn_mask, key_mask, key_lengths) -> None:
+    """`scores`: their shape (B, Hq, Lq, Lk)."""
+    batch, _, _, key_length = scores
     if attn_mask is not None:
         _check_tensor("attn_mask", attn_mask)
-        target = (batch, heads, query_length, key_length)
         sizes = tuple(attn_mask.shape)
-        if len(sizes) > 4 or any(size not in (1, full) for size, full in zip(sizes[::-1], target[::-1], strict=False)):
-            raise ValueError(f"attn_mask: expected a shape broadcastable to {target}, got {shape_text(attn_mask)}")
+        pairs = zip(sizes[::-1], scores[::-1], strict=False)
+        if len(sizes) > 4 or any(size not in (1, full) for size, full in pairs):
+            raise ValueError(f"attn_mask: expected a shape broadcastable to {scores}, got {shape_text(attn_mask)}")
     if key_mask is not None:
         _check_tensor("key_mask", key_mask)
         if key_mask.dtype != torch.bool:
@@ -232,48 +266,43 @@ def validated(
             raise ValueError(f"key_mask: expected ({batch}, {key_length}), got {shape_text(key_mask)}")
     if key_lengths is not None:
         _check_integers("key_lengths", key_lengths, batch)
-    offsets = None
+
+
+def _offsets(query_offset, batch, query_length, key_length, is_causal):
+    """The offset of all sequences, and the tensor (B,) that is added to it, if one was given."""
     if query_offset is None:
         if is_causal and query_length != key_length:
             raise ValueError(
-                f"query_offset: is_causal with {query_length} queries and {key_length} keys needs it; give {key_length - query_length}"
-                " if the last query stands at the last key, 0 if the first stands at the first"
+                f"query_offset: is_causal with {query_length} queries and {key_length} keys needs it; "
+                f"give {key_length - query_length} if the last query stands at the last key, "
+                "0 if the first stands at the first"
             )
-        query_offset = 0
-    elif isinstance(query_offset, Tensor):
+        return 0, None
+    if isinstance(query_offset, Tensor):
         if query_offset.dim() == 0:
             query_offset = query_offset.expand(batch)
         _check_integers("query_offset", query_offset, batch)
-        query_offset, offsets = 0, query_offset
-    else:
-        if not _is_integer(query_offset):
-            raise TypeError(f"query_offset: expected an int or an integer tensor, got {type(query_offset).__name__}")
-        query_offset = _plain(query_offset)
-        if _too_large(query_offset):
-            raise ValueError(f"query_offset: expected at most 2**62, so that distances fit 64-bit numbers, got {query_offset}")
-    window_left, window_right = window_sides(window, is_causal)
+        return 0, query_offset
+    if not _is_integer(query_offset):
+        raise TypeError(f"query_offset: expected an int or an integer tensor, got {type(query_offset).__name__}")
+    query_offset = _plain(query_offset)
+    if _too_large(query_offset):
+        raise ValueError(
+            f"query_offset: expected at most 2**62, so that distances fit 64-bit numbers, got {query_offset}"
+        )
+    return query_offset, None
+
+
+def _check_numbers(dropout_p, scale) -> None:
     if not _is_number(dropout_p):
         raise TypeError(f"dropout_p: expected a probability in [0, 1], got {dropout_p!r}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
     if scale is not None and not _is_number(scale):
         raise TypeError(f"scale: expected None or a number, got {scale!r}")
-    if isinstance(scale, (int, float)) and not -sys.float_info.max <= scale <= sys.float_info.max:  # also false for NaN
+    # Also false for NaN.
+    if isinstance(scale, (int, float)) and not -sys.float_info.max <= scale <= sys.float_info.max:
         raise ValueError(f"scale: expected a finite number, got {scale if isinstance(scale, float) else 'a larger one'}")
-
-    tensors = Tensors(
-        query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, attn_mask, key_mask, key_lengths, offsets
-    )
-    if autocast_enabled(query.device.type):
-        tensors = _autocast(tensors)
-    _check_dtypes(tensors)
-    if pos_bias_v is not None and rel_k is None:
-        raise ValueError("pos_bias_v: it stands in rel_k's product only, and rel_k is None")
-    settings = Settings(
-        left, right, is_causal, window_left, window_right, query_offset, float(dropout_p),
-        head_size**-0.5 if scale is None else float(scale),
-    )  # fmt: skip
-    return tensors, settings
 
 
 def _is_integer(value) -> bool:

@@ -291,6 +291,7 @@ def test_every_architecture_is_registered() -> None:
         assert AutoConfig.for_model(config.model_type).__class__ is config
     assert build(BertForPreTraining).bert.__class__ is huggingface.RelativeBertModel
     assert issubclass(huggingface.RelativeRobertaConfig, RobertaConfig)
+    assert huggingface.RelativeTables is added.RelativeTables  # where pickles of whole models look for it
 
 
 def test_transformers_is_imported_only_when_asked_for_and_named_when_missing() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import logging
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from transformers.models.seamless_m4t_v2 import modeling_seamless_m4t_v2
 from transformers.models.vits import modeling_vits
 from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert
 
-from relattn.huggingface import convert, revert
+from relattn.huggingface import convert, families, revert
 from relattn.huggingface.conversion import is_bound
 from tests.huggingface.models import COMMON, HEADS, HIDDEN, built, close, every_case, given, gradients, seen
 
@@ -199,6 +201,20 @@ def test_nothing_to_convert(caplog) -> None:
             assert convert(model, strict=False) is model
         assert message in caplog.messages[-1]
         assert not any(is_bound(value) for module in model.modules() for value in vars(module).values())
+
+
+def test_every_plan_is_of_a_class_of_transformers() -> None:
+    """A name that is misspelt in a table would leave its models as they are, without a word."""
+    named: dict[str, set[str]] = {}  # by file: classes that transformers has
+    for folder, file in families.FAMILIES.items():
+        plans = importlib.import_module(f"{families.__name__}.{file}").PLANS
+        modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+        present = {name for name in plans if hasattr(modeling, name)}
+        assert present, folder
+        named.setdefault(file, set()).update(present)
+    for file in Path(families.__file__).parent.glob("[!_]*.py"):
+        plans = importlib.import_module(f"{families.__name__}.{file.stem}").PLANS
+        assert named[file.stem] == plans.keys()
 
 
 def _other_forward(self, hidden_states, attention_mask=None, relative_position_embeddings=None, tables=None, **kwargs):
