@@ -1,5 +1,6 @@
 """The layer against `torch.nn.MultiheadAttention` (equal with zero tables, errors included) and against the definition in loops."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -249,6 +250,74 @@ def test_raises_where_torch_raises(data) -> None:
         else:
             with pytest.raises((ValueError, TypeError), match=r"^(query|key|value|attn_mask|key_padding_mask): expected .*, got "):
                 ours(**arguments)
+
+
+MASK_DTYPES = (None, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+
+
+@pytest.mark.parametrize("padding_dtype", MASK_DTYPES)
+@pytest.mark.parametrize("attn_dtype", MASK_DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_takes_the_mask_dtypes_that_torch_takes(dtype, attn_dtype, padding_dtype) -> None:
+    """Two float masks of lower precision, alike, beside a float32 layer once passed; torch refuses the dtype of their sum.
+
+    Torch's two paths differ: with `need_weights` it wants a sum in the query's dtype, without it also takes float32. We
+    take what either does.
+    """
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(8, 2, dtype=dtype)
+    ours = RelativeMultiheadAttention.from_multihead_attention(theirs, max_relative_position=2, terms=())
+    inputs = torch.randn(3, 2, 8, dtype=dtype)
+
+    def mask(of: torch.dtype | None, hidden: torch.Tensor) -> torch.Tensor | None:
+        if of in (None, torch.bool):
+            return None if of is None else hidden
+        return torch.randn(hidden.shape).masked_fill(hidden, -torch.inf if of.is_floating_point else 0).to(of)
+
+    masks = dict(  # every query still sees a key
+        attn_mask=mask(attn_dtype, torch.tensor([[0, 1, 0], [0, 0, 1], [0, 0, 0]]).bool()),
+        key_padding_mask=mask(padding_dtype, torch.tensor([[0, 0, 0], [0, 0, 1]]).bool()),
+    )
+    expected = None
+    for need_weights in (True, False):
+        with warnings.catch_warnings(action="ignore", category=UserWarning), contextlib.suppress(RuntimeError, AssertionError):
+            expected, _ = theirs(inputs, inputs, inputs, need_weights=need_weights, **masks)
+    for need_weights in (True, False):
+        if expected is None:
+            with pytest.raises(TypeError, match=r"^(attn_mask|key_padding_mask): expected .*torch.bool.*, got torch\."):
+                ours(inputs, inputs, inputs, need_weights=need_weights, **masks)
+        else:
+            found, _ = ours(inputs, inputs, inputs, need_weights=need_weights, **masks)
+            coarsest = torch.float32 if torch.float32 in (attn_dtype, padding_dtype) else dtype  # torch adds two of them as such
+            precision = max(torch.finfo(dtype).eps, torch.finfo(coarsest).eps)
+            torch.testing.assert_close(found, expected, atol=4 * precision, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "attn_dtype", "padding_dtype"),
+    [
+        (torch.float32, torch.float32, torch.float16),
+        (torch.float32, torch.float16, torch.bfloat16),
+        (torch.float32, torch.float16, torch.bool),
+        (torch.bfloat16, torch.float32, torch.float16),
+        (torch.float64, torch.float32, None),
+    ],
+    ids=str,
+)
+def test_what_a_mask_of_lower_precision_hides_stays_hidden(dtype, attn_dtype, padding_dtype) -> None:
+    """float16's lowest number is no large one in float32, nor float32's in float64: added as such it would hide nothing."""
+    layer = RelativeMultiheadAttention(8, 2, max_relative_position=2, dtype=dtype)
+    inputs = torch.randn(3, 2, 8, dtype=dtype)
+    hide_a_row = torch.zeros(3, 3, dtype=attn_dtype)
+    hide_a_row[1] = torch.finfo(attn_dtype).min
+    hide_all = None
+    if padding_dtype is not None:
+        lowest = True if padding_dtype == torch.bool else torch.finfo(padding_dtype).min
+        hide_all = torch.zeros(2, 3, dtype=padding_dtype)
+        hide_all[1] = lowest
+    _, weights = layer(inputs, inputs, inputs, attn_mask=hide_a_row, key_padding_mask=hide_all)
+    visible = torch.tensor([[1, 0, 1], [1, 0, 1] if hide_all is None else [0, 0, 0]])
+    torch.testing.assert_close(weights.sum(-1), visible.to(dtype), atol=2 * torch.finfo(dtype).eps, rtol=0.0)
 
 
 @pytest.mark.parametrize(
