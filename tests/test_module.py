@@ -8,16 +8,16 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import nn
 
 import relattn
 from relattn import RelativeMultiheadAttention, module
+from tests import draws
 
 ALL_TERMS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias")
 RELATIVE = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v")
-generated = settings(max_examples=120, deadline=None)
 flag = st.booleans()
 
 
@@ -32,7 +32,6 @@ def randomise(layer: nn.Module, scale: float = 0.5) -> None:
             parameter.normal_(std=scale)
 
 
-@st.composite
 def calls(draw, same_lengths: bool = False):
     """Constructor arguments and a call that nn.MultiheadAttention takes, float64, with at least one key visible to each query."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
@@ -75,10 +74,11 @@ def calls(draw, same_lengths: bool = False):
     return embed, heads, options, (query, key, value), call
 
 
-@generated
-@given(calls(), flag, flag)
-def test_equals_torch_with_zero_tables(case, training: bool, per_head: bool) -> None:
-    embed, heads, options, inputs, call = case
+@settings(max_examples=120)
+@draws.given
+def test_equals_torch_with_zero_tables(draw) -> None:
+    embed, heads, options, inputs, call = calls(draw)
+    training, per_head = draw(flag), draw(flag)
     theirs = nn.MultiheadAttention(embed, heads, dtype=torch.float64, **options)
     randomise(theirs)
     ours = RelativeMultiheadAttention(
@@ -164,19 +164,19 @@ def by_loops(layer: RelativeMultiheadAttention, query, key, value, visible, addi
     return merged @ layer.out_proj.weight.T + (0.0 if layer.out_proj.bias is None else layer.out_proj.bias), all_weights
 
 
-@settings(max_examples=60, deadline=None)
-@given(calls(same_lengths=True), st.data())
+@settings(max_examples=60)
+@draws.given
 @torch.no_grad()
-def test_equals_the_definition(case, data) -> None:
-    embed, heads, options, inputs, call = case
+def test_equals_the_definition(draw) -> None:
+    embed, heads, options, inputs, call = calls(draw, same_lengths=True)
     ours = RelativeMultiheadAttention(
         embed, heads, dtype=torch.float64, **options,
-        max_relative_position=data.draw(st.sampled_from((0, 1, 6, (2, 0), (0, 3)))),
-        terms=data.draw(st.lists(st.sampled_from(ALL_TERMS))), per_head=data.draw(flag), is_causal=data.draw(flag),
-        window=data.draw(st.sampled_from((None, (1, 0), (None, 0), (2, None)))),
+        max_relative_position=draw(st.sampled_from((0, 1, 6, (2, 0), (0, 3)))),
+        terms=draw(st.lists(st.sampled_from(ALL_TERMS))), per_head=draw(flag), is_causal=draw(flag),
+        window=draw(st.sampled_from((None, (1, 0), (None, 0), (2, None)))),
     )  # fmt: skip
     randomise(ours)
-    offset = data.draw(st.sampled_from((None, 0, 1, -1)))
+    offset = draw(st.sampled_from((None, 0, 1, -1)))
     output, weights = ours(*inputs, **call, query_offset=offset)
     is_causal = ours.is_causal or call.get("is_causal", False)
     query, key, value = inputs if options["batch_first"] or inputs[0].dim() == 2 else (x.transpose(0, 1) for x in inputs)
@@ -202,13 +202,13 @@ def test_equals_the_definition(case, data) -> None:
             torch.testing.assert_close(found, expected_weights.mean(0) if call["average_attn_weights"] else expected_weights)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_raises_where_torch_raises(data) -> None:
+@settings(max_examples=200)
+@draws.given
+def test_raises_where_torch_raises(draw) -> None:
     """One valid call with up to two arguments spoilt: torch is the judge of what is wrong, we say it as Value- or TypeError."""
     torch.manual_seed(0)
-    batch_first, separate, batched, need_weights = (data.draw(flag) for _ in range(4))
-    options = dict(batch_first=batch_first, add_bias_kv=data.draw(flag), kdim=3 if separate else None)
+    batch_first, separate, batched, need_weights = (draw(flag) for _ in range(4))
+    options = dict(batch_first=batch_first, add_bias_kv=draw(flag), kdim=3 if separate else None)
     ours, theirs = RelativeMultiheadAttention(4, 2, max_relative_position=2, **options), nn.MultiheadAttention(4, 2, **options)
     shape = (lambda length, size: (2, length, size)) if batch_first else (lambda length, size: (length, 2, size))
     if not batched:
@@ -218,18 +218,18 @@ def test_raises_where_torch_raises(data) -> None:
         attn_mask=torch.zeros(3, 5), key_padding_mask=torch.zeros((2, 5) if batched else 5),
     )  # fmt: skip
     sizes = st.lists(st.sampled_from((1, 2, 3, 4, 5)), min_size=1, max_size=4)
-    for name in data.draw(st.lists(st.sampled_from(list(arguments)), max_size=2)):
-        spoilt = data.draw(st.sampled_from(("shape", "size", "dtype", "device", "type", "none")))
+    for name in draw(st.lists(st.sampled_from(list(arguments)), max_size=2)):
+        spoilt = draw(st.sampled_from(("shape", "size", "dtype", "device", "type", "none")))
         old = arguments[name]
         if not isinstance(old, torch.Tensor):
             continue
         if spoilt == "shape":
-            arguments[name] = torch.zeros(data.draw(sizes))
+            arguments[name] = torch.zeros(draw(sizes))
         elif spoilt == "size":
-            dim = data.draw(st.integers(0, old.dim() - 1))
+            dim = draw(st.integers(0, old.dim() - 1))
             arguments[name] = old.narrow(dim, 0, old.shape[dim] - 1)
         elif spoilt == "dtype":
-            arguments[name] = old.to(data.draw(st.sampled_from((torch.float64, torch.bfloat16, torch.int64, torch.bool))))
+            arguments[name] = old.to(draw(st.sampled_from((torch.float64, torch.bfloat16, torch.int64, torch.bool))))
         elif spoilt == "device":
             arguments[name] = old.to("meta")
         elif spoilt == "type":

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import relattn
 from relattn import philox, relative_attention
+from tests import draws
 from tests.oracles import FLOATS, attend, calls, close, definition, every_backend, everything, precision
-
-generated = settings(max_examples=150, deadline=None)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -35,9 +34,10 @@ def inputs(batch: int, heads: int, query_length: int, key_length: int, size: int
 # The definition
 
 
-@settings(max_examples=300, deadline=None)
-@given(calls())
-def test_equals_the_definition_in_loops(call) -> None:
+@settings(max_examples=300)
+@draws.given
+def test_equals_the_definition_in_loops(draw) -> None:
+    call = calls(draw)
     output, lse = relative_attention(**call, return_lse=True, backend="reference")
     expected, expected_lse = definition(**call)
     close(output, expected, 1e-12)
@@ -500,11 +500,12 @@ def test_a_weight_survives_by_its_seed_and_place(seed: int) -> None:
         assert kept[b, h, i, j] == (word >= round(0.4 * 2**32))
 
 
-@generated
-@given(st.integers(0, 37), st.integers(0, 37), st.integers(0, 2**63 - 2), st.sampled_from((0.1, 0.5)))
-def test_dropout_does_not_depend_on_how_keys_are_cut(first: int, second: int, seed: int, dropout_p: float) -> None:
+@settings(max_examples=150)
+@draws.given
+def test_dropout_does_not_depend_on_how_keys_are_cut(draw) -> None:
     """Ranges that start and end anywhere in a group of four."""
-    start, stop = min(first, second), max(first, second)
+    start, stop = sorted(draw(st.integers(0, 37)) for _ in range(2))
+    seed, dropout_p = draw(st.integers(0, 2**63 - 2)), draw(st.sampled_from((0.1, 0.5)))
     assert torch.equal(keep(seed, dropout_p, 2, 2, 3, start, stop), keep(seed, dropout_p, 2, 2, 3, 0, 37)[..., start:stop])
 
 
