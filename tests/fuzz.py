@@ -178,7 +178,7 @@ def call_of(seed: int, backend: str) -> Call:
     return decoding_call(seed) if backend == "cpu" and seed % 5 == 0 else random_call(seed)
 
 
-def found(backend: str) -> list[tuple[int, torch.dtype]]:
+def failed_once(backend: str) -> list[tuple[int, torch.dtype]]:
     """Seeds and dtypes of the calls that this backend once failed."""
     lines = [line.split() for line in FOUND.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     return [(int(seed), getattr(torch, dtype)) for name, dtype, seed in lines if name == backend]
