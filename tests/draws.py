@@ -13,6 +13,7 @@ printed as the explicit example that draws the same again, also with another hyp
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import math
@@ -22,9 +23,26 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 WIDTH = 120  # of the lines written
+
+# Neither the clock nor the machine's load decides over a test.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+_new = (Phase.explicit, Phase.generate, Phase.shrink)  # no database: what it would remember becomes an explicit example
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=_new, database=None)
+settings.load_profile("same")  # pytest --hypothesis-profile=explore loads the other one
+
+# One number in twenty would be a constant from the sources of the modules imported by then, which differ between runs.
+with contextlib.suppress(ImportError, AttributeError):  # not public; older hypothesis has none
+    from hypothesis.internal.conjecture import providers
+
+    providers.HypothesisProvider._local_constants = providers.Constants()  # type: ignore[assignment]
+
+
+def exploring() -> bool:
+    return settings.get_current_profile_name() == "explore"
 
 
 class Drawn:
