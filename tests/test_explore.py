@@ -17,8 +17,8 @@ def fails_from_60(draw) -> None:
 
 
 def test_examples_are_drawn_without_chance() -> None:
-    assert settings.default.derandomize != draws.exploring()
-    assert settings.default.deadline is None
+    assert settings().derandomize != draws.exploring()
+    assert settings().deadline is None
 
 
 def test_each_test_starts_from_the_same_seed() -> None:
@@ -75,7 +75,12 @@ def test_what_fuzz_finds_is_kept(status, printed, failed, tmp_path, monkeypatch)
 def test_failed_hypothesis_tests_are_named_once(monkeypatch) -> None:
     printed = "FAILED tests/test_a.py::test_b[1] - AssertionError: x\n1 failed\n"
     commands: list[tuple[str, ...]] = []
-    monkeypatch.setattr(explore, "run", lambda *command: commands.append(command) or (1, printed))
+
+    def run(*command: str) -> tuple[int, str]:
+        commands.append(command)
+        return 1, printed
+
+    monkeypatch.setattr(explore, "run", run)
     skipped: set[str] = set()
     assert explore.hypothesis(skipped) == ["python -m pytest tests/test_a.py::test_b[1]"]
     explore.hypothesis(skipped)

@@ -202,6 +202,9 @@ def test_equals_the_definition(draw) -> None:
             torch.testing.assert_close(found, expected_weights.mean(0) if call["average_attn_weights"] else expected_weights)
 
 
+@draws.example(
+    False, False, True, True, False, ["attn_mask", "key_padding_mask"], "dtype", torch.bfloat16, "dtype", torch.bfloat16
+)
 @settings(max_examples=200)
 @draws.given
 def test_raises_where_torch_raises(draw) -> None:
