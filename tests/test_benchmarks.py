@@ -111,7 +111,7 @@ def _ends(how):
     ],
 )
 def test_what_becomes_of_a_process_is_a_row(how, status, detail):
-    row = measure.attempt(_ends, {"how": how}, timeout=3 if how == "hang" else 600, threads=1)
+    row = measure.attempt(_ends, {"how": how}, timeout=3 if how == "hang" else 120, threads=1)
     assert row["status"] == status
     assert detail in row["detail"]
 
