@@ -50,16 +50,24 @@ class Drawn:
 
     def __init__(self, *values: Any, data: st.DataObject | None = None) -> None:
         self.values, self._data = list(values), data
+        self._left: list[Any] = []  # of an explicit example
 
     def __repr__(self) -> str:
         return f"Drawn({', '.join(map(_text, self.values))})"
 
     def drawer(self) -> Callable[[st.SearchStrategy], Any]:
         if self._data is None:
-            kept = iter(self.values)
-            return lambda strategy: next(kept)  # StopIteration: the test draws more than it did, so the example is out of date
+            self._left = list(self.values)
+            return self._repeat
         self.values.clear()
         return self._record
+
+    def _repeat(self, strategy: st.SearchStrategy) -> Any:
+        assert self._left, f"out of date: the test draws more than {self!r}"
+        return self._left.pop(0)
+
+    def check_used(self) -> None:
+        assert not self._left, f"out of date: the test draws less than {self!r}"
 
     def _record(self, strategy: st.SearchStrategy) -> Any:
         assert self._data is not None
@@ -78,6 +86,7 @@ def given(test: Callable) -> Callable:
     def noted(*args: Any, draw: Drawn, **kwargs: Any) -> None:
         try:
             test(*args, draw=draw.drawer(), **kwargs)
+            draw.check_used()
         except Exception:
             hypothesis.note(f"@draws.example({', '.join(map(_text, draw.values))})")
             raise

@@ -10,10 +10,15 @@ from hypothesis import strategies as st
 from tests import draws, explore, fuzz
 
 
-@draws.given
-def fails_from_60(draw) -> None:
-    number, _ = draw(st.integers(0, 100)), draw(st.sampled_from((-math.inf,)))
-    assert number < 60
+def fails_from_60(*decorators):
+    @draws.given
+    def fails_from_60(draw) -> None:
+        number, _ = draw(st.integers(0, 100)), draw(st.sampled_from((-math.inf,)))
+        assert number < 60
+
+    for decorator in decorators:
+        fails_from_60 = decorator(fails_from_60)
+    return fails_from_60
 
 
 def test_examples_are_drawn_without_chance() -> None:
@@ -27,12 +32,18 @@ def test_each_test_starts_from_the_same_seed() -> None:
 
 def test_a_failure_says_its_explicit_example_which_fails_again() -> None:
     with pytest.raises(AssertionError) as caught:
-        fails_from_60()
+        fails_from_60()()
     lines = [note for note in caught.value.__notes__ if note.startswith("@")]
     assert lines == ['@draws.example(60, float("-inf"))']
     with pytest.raises(AssertionError) as caught:
-        draws.example(61, -math.inf)(fails_from_60)()
+        fails_from_60(draws.example(61, -math.inf))()
     assert '@draws.example(61, float("-inf"))' in caught.value.__notes__
+
+
+@pytest.mark.parametrize("values", [(1,), (1, -math.inf, 2)])
+def test_an_example_that_the_test_has_outgrown_fails(values) -> None:
+    with pytest.raises(AssertionError, match="out of date"):
+        fails_from_60(draws.example(*values))()
 
 
 def test_kept_examples_stand_above_their_test(tmp_path, monkeypatch) -> None:
@@ -43,7 +54,7 @@ def test_kept_examples_stand_above_their_test(tmp_path, monkeypatch) -> None:
     error = AssertionError()
     error.__notes__ = ["Draw 1: 60", '@draws.example(60, float("-inf"))', f"@draws.example({', '.join(['torch.float32'] * 20)})"]
     for _ in range(2):  # once, however often they are found
-        assert list(draws.keep(fails_from_60, ExceptionGroup("", [error]))) == error.__notes__[1:]
+        assert list(draws.keep(fails_from_60(), ExceptionGroup("", [error]))) == error.__notes__[1:]
     kept = path.read_text()
     assert kept.count("@draws.example") == 2
     assert '    @draws.example(60, float("-inf"))\n    @draws.given\n' in kept
