@@ -7,6 +7,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_COUNT ?= 300
+MINUTES   ?= 10
 # Test processes: one per core, each with one thread (below); the cap keeps memory in bounds on large machines.
 JOBS      ?= auto
 
@@ -20,11 +21,11 @@ NATIVE    := kernels/cpu/build.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 # A waiting OpenMP thread sleeps instead of spinning: on busy cores, spinning made small steps a hundred times slower.
 # (Not for benchmarks, which want idle cores and what a user's program would get.)
-demo test sanitize: export OMP_WAIT_POLICY ?= PASSIVE
+demo test explore sanitize: export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing is fetched from a model hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test sanitize bench figures resources lint clean
+.PHONY: help demo test explore sanitize bench figures resources lint clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +38,9 @@ test: $(INSTALLED) ## ruff and the test suite (TEST_ARGS="-k name ...")
 	$(BIN)/python -m ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup $(TEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 tests/backends/test_triton.py $(TEST_ARGS) || [ $$? = 5 ] # 5: none selected
+
+explore: $(INSTALLED) ## examples that no run had before, for MINUTES=10; what fails is kept for `make test`
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.explore --minutes $(MINUTES)
 
 sanitize: $(INSTALLED) ## random calls of the native CPU kernels under GCC's sanitizers (FUZZ_COUNT=300)
 	$(BIN)/python -m tests.sanitize --count $(FUZZ_COUNT)
@@ -52,9 +56,10 @@ figures: $(INSTALLED) ## reports, pictures and the README's parts of the committ
 resources: $(INSTALLED) ## what the GPU kernels take of each chip, by compiling them
 	$(BIN)/python -m relattn.kernels.gpu.resources
 
-lint: $(INSTALLED) ## ruff and mypy
+lint: $(INSTALLED) ## ruff, mypy, and what clang-format would change
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+	$(BIN)/clang-format --dry-run kernels/cpu/*.h kernels/cpu/*.cpp
 
 clean: ## delete builds and caches (not .venv: remove it yourself to set up anew)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

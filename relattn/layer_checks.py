@@ -5,6 +5,7 @@ Each check raises ValueError or TypeError and names the argument, what was given
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -45,22 +46,39 @@ def chosen(terms) -> tuple[str, ...]:
     return tuple(dict.fromkeys(terms))
 
 
-def check_mask(name: str, mask, shapes: list[tuple[int, ...]], query: Tensor, paired: bool) -> Tensor:
-    """`mask`, checked. Beside another (`paired`) its precision may be lower than the query's, as in torch; it is raised."""
+def check_mask(name: str, mask, shapes: list[tuple[int, ...]], query: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(mask).__name__}")
     if tuple(mask.shape) not in shapes:
         raise ValueError(f"{name}: expected {' or '.join(map(str, shapes))}, got {shape_text(mask)}")
     if mask.device != query.device:
         raise ValueError(f"{name}: expected device {query.device} as query, got {mask.device}")
-    if mask.dtype in (torch.bool, query.dtype):
+
+
+def dtype_of_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor) -> torch.dtype:
+    """What float masks are to be added in.
+
+    As in torch, a boolean mask counts as one of the query's dtype, and the dtype of the sum decides: it must be the
+    query's or float32. So a mask of lower precision is taken beside another that brings the sum there, not alone.
+    """
+    masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+    dtypes = {name: mask.dtype for name, mask in masks.items() if mask is not None}
+    added = functools.reduce(torch.promote_types, (query.dtype if of == torch.bool else of for of in dtypes.values()))
+    casts = autocast_enabled(query.device.type) and query.dtype != torch.float64
+    accepted = list(dict.fromkeys((torch.bool, query.dtype, torch.float32)))
+    for name, of in dtypes.items():
+        allowed = of.is_floating_point and (casts or added in accepted)
+        if of != torch.bool and not allowed:
+            beside = "".join(f" beside {other} of {dtypes[other]}" for other in dtypes if other != name)
+            raise TypeError(f"{name}: expected {' or '.join(map(str, accepted))}, got {of}{beside}")
+    return torch.promote_types(added, query.dtype) if query.dtype == torch.float64 else added
+
+
+def raised(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float mask in `dtype`, of at least its precision. What its lowest numbers hide stays hidden: there they may be small."""
+    if mask.dtype == dtype:
         return mask
-    if paired and mask.is_floating_point():
-        mask = mask.to(torch.promote_types(mask.dtype, query.dtype))
-    accepted = (torch.bool, query.dtype) + (() if query.dtype in (torch.float32, torch.float64) else (torch.float32,))
-    if mask.dtype in accepted or (autocast_enabled(query.device.type) and mask.is_floating_point()):
-        return mask
-    raise TypeError(f"{name}: expected {' or '.join(map(str, accepted))}, got {mask.dtype}")
+    return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
 
 
 def check_cache(cache, is_causal: bool, query_offset, length: int, keys: int) -> None:

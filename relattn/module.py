@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from relattn import backends, functional
 from relattn.arguments import autocast_enabled, shape_text
 from relattn.cache import KeyValueCache
-from relattn.layer_checks import check_cache, check_mask, check_sizes, chosen
+from relattn.layer_checks import check_cache, check_mask, check_sizes, chosen, dtype_of_masks, raised
 
 _PARAMETERS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v")
 _TABLE_STD = 0.02  # small beside the content's scores: tables that start at N(0, 1) drown them
@@ -56,7 +56,8 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
     - Keys added by `add_bias_kv` and `add_zero_attn` have no position: always visible, no relative term, neither causal
       nor windowed (torch's `is_causal` hides them from all but the last query where it replaces the mask).
     - A float mask's entry at or below half of its dtype's lowest finite number hides the key, as -inf does.
-    - Boolean and float masks mix freely; float32 masks may stand beside half-precision inputs.
+    - Boolean and float masks mix freely; float32 masks may stand beside inputs of any precision, with and without
+      weights (torch: without).
     - Errors are ValueError or TypeError, never AssertionError.
     - Nested tensors (both layouts) are accepted also in training, with `batch_first` and without masks.
     - The fused inference paths of torch, which read the weights and would leave out the relative terms, are never
@@ -334,21 +335,23 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         keys: int,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The function's `attn_mask` and `key_mask`: True = may attend."""
-        paired = attn_mask is not None and key_padding_mask is not None
-        padding = None
         if attn_mask is not None:
-            accepted = [(length, keys), (batch * self.num_heads, length, keys)]
-            attn_mask = check_mask("attn_mask", attn_mask, accepted, query, paired)
+            check_mask("attn_mask", attn_mask, [(length, keys), (batch * self.num_heads, length, keys)], query)
+        if key_padding_mask is not None:
+            check_mask("key_padding_mask", key_padding_mask, [(batch, keys) if query.dim() == 3 else (keys,)], query)
+        if attn_mask is None and key_padding_mask is None:
+            return None, None
+        dtype = dtype_of_masks(attn_mask, key_padding_mask, query)
+        if attn_mask is not None:
+            attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else raised(attn_mask, dtype)
             if attn_mask.dim() == 3:
                 attn_mask = attn_mask.reshape(batch, self.num_heads, length, keys)
-            if attn_mask.dtype == torch.bool:
-                attn_mask = ~attn_mask
-        if key_padding_mask is not None:
-            accepted = [(batch, keys) if query.dim() == 3 else (keys,)]
-            padding = check_mask("key_padding_mask", key_padding_mask, accepted, query, paired).reshape(batch, keys)
-        if padding is None or padding.dtype == torch.bool:
-            return attn_mask, None if padding is None else ~padding
-        padding = padding[:, None, None, :]
+        if key_padding_mask is None:
+            return attn_mask, None
+        padding = key_padding_mask.reshape(batch, keys)
+        if padding.dtype == torch.bool:
+            return attn_mask, ~padding
+        padding = raised(padding, dtype)[:, None, None, :]
         if attn_mask is None:
             return padding, None
         if attn_mask.dtype == torch.bool:

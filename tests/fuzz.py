@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import math
 import random
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -27,6 +30,7 @@ HEAD_SIZES = (1, 3, 8, 16, 20, 33, 48, 64, 130)
 WITHOUT_MASK_GRADIENT = ("cpu", "triton")  # backends that leave calls whose attn_mask requires a gradient to the next one
 # Where calls run: on a GPU only for the backend that needs one (dropout's seed is drawn from the device's generator, so all run there).
 DEVICE = "cpu"
+FOUND = Path(__file__).with_name("found.txt")  # what `make explore` found
 
 
 @dataclass
@@ -169,6 +173,16 @@ def decoding_call(seed: int) -> Call:
     if rng.random() < 0.3:
         arguments["dropout_p"] = 0.3
     return Call(seed, tensors, arguments)
+
+
+def call_of(seed: int, backend: str) -> Call:
+    return decoding_call(seed) if backend == "cpu" and seed % 5 == 0 else random_call(seed)
+
+
+def failed_once(backend: str) -> list[tuple[int, torch.dtype]]:
+    """Seeds and dtypes of the calls that this backend once failed."""
+    lines = [line.split() for line in FOUND.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return [(int(seed), getattr(torch, dtype)) for name, dtype, seed in lines if name == backend]
 
 
 def run(call: Call, backend: str, dtype: torch.dtype, rounded_to: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -315,17 +329,29 @@ def check_all(calls: Iterable[tuple[str, Callable[[], Call]]], backend: str, dty
     raise SystemExit(failures > 0)
 
 
+def in_time(calls: Iterable[tuple[str, Callable[[], Call]]], seconds: float, trace: bool) -> Iterator[tuple[str, Callable[[], Call]]]:
+    """Calls that begin within so many seconds; with `trace` each is named before it runs, for those that end the process."""
+    end = time.monotonic() + seconds
+    for name, make in calls:
+        if time.monotonic() > end:
+            return
+        if trace:
+            print(f"{name} ...", flush=True)
+        yield name, make
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="blocked")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first call")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop before --count where that takes longer")
+    parser.add_argument("--trace", action="store_true", help="name each call before it runs")
     options = parser.parse_args()
     seeds = range(options.seed, options.seed + options.count)
-    kinds = {seed: decoding_call if options.backend == "cpu" and seed % 5 == 0 else random_call for seed in seeds}
-    calls = ((f"seed {seed}", functools.partial(kinds[seed], seed)) for seed in seeds)
-    check_all(calls, options.backend, options.dtype, f"from seed {options.seed}")
+    calls = ((f"seed {seed}", functools.partial(call_of, seed, options.backend)) for seed in seeds)
+    check_all(in_time(calls, options.seconds, options.trace), options.backend, options.dtype, f"from seed {options.seed}")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,6 @@ def definition(
 flag = st.booleans()
 
 
-@st.composite
 def calls(draw, dtype: torch.dtype = torch.float64) -> dict:
     """Arguments of `relative_attention` (without dropout, backend and return_lse): any terms, any settings, tiny sizes.
 

@@ -1,5 +1,6 @@
 """The layer against `torch.nn.MultiheadAttention` (equal with zero tables, errors included) and against the definition in loops."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -7,16 +8,16 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import nn
 
 import relattn
 from relattn import RelativeMultiheadAttention, module
+from tests import draws
 
 ALL_TERMS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias")
 RELATIVE = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v")
-generated = settings(max_examples=120, deadline=None)
 flag = st.booleans()
 
 
@@ -31,7 +32,6 @@ def randomise(layer: nn.Module, scale: float = 0.5) -> None:
             parameter.normal_(std=scale)
 
 
-@st.composite
 def calls(draw, same_lengths: bool = False):
     """Constructor arguments and a call that nn.MultiheadAttention takes, float64, with at least one key visible to each query."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
@@ -74,10 +74,11 @@ def calls(draw, same_lengths: bool = False):
     return embed, heads, options, (query, key, value), call
 
 
-@generated
-@given(calls(), flag, flag)
-def test_equals_torch_with_zero_tables(case, training: bool, per_head: bool) -> None:
-    embed, heads, options, inputs, call = case
+@settings(max_examples=120)
+@draws.given
+def test_equals_torch_with_zero_tables(draw) -> None:
+    embed, heads, options, inputs, call = calls(draw)
+    training, per_head = draw(flag), draw(flag)
     theirs = nn.MultiheadAttention(embed, heads, dtype=torch.float64, **options)
     randomise(theirs)
     ours = RelativeMultiheadAttention(
@@ -163,19 +164,19 @@ def by_loops(layer: RelativeMultiheadAttention, query, key, value, visible, addi
     return merged @ layer.out_proj.weight.T + (0.0 if layer.out_proj.bias is None else layer.out_proj.bias), all_weights
 
 
-@settings(max_examples=60, deadline=None)
-@given(calls(same_lengths=True), st.data())
+@settings(max_examples=60)
+@draws.given
 @torch.no_grad()
-def test_equals_the_definition(case, data) -> None:
-    embed, heads, options, inputs, call = case
+def test_equals_the_definition(draw) -> None:
+    embed, heads, options, inputs, call = calls(draw, same_lengths=True)
     ours = RelativeMultiheadAttention(
         embed, heads, dtype=torch.float64, **options,
-        max_relative_position=data.draw(st.sampled_from((0, 1, 6, (2, 0), (0, 3)))),
-        terms=data.draw(st.lists(st.sampled_from(ALL_TERMS))), per_head=data.draw(flag), is_causal=data.draw(flag),
-        window=data.draw(st.sampled_from((None, (1, 0), (None, 0), (2, None)))),
+        max_relative_position=draw(st.sampled_from((0, 1, 6, (2, 0), (0, 3)))),
+        terms=draw(st.lists(st.sampled_from(ALL_TERMS))), per_head=draw(flag), is_causal=draw(flag),
+        window=draw(st.sampled_from((None, (1, 0), (None, 0), (2, None)))),
     )  # fmt: skip
     randomise(ours)
-    offset = data.draw(st.sampled_from((None, 0, 1, -1)))
+    offset = draw(st.sampled_from((None, 0, 1, -1)))
     output, weights = ours(*inputs, **call, query_offset=offset)
     is_causal = ours.is_causal or call.get("is_causal", False)
     query, key, value = inputs if options["batch_first"] or inputs[0].dim() == 2 else (x.transpose(0, 1) for x in inputs)
@@ -201,13 +202,16 @@ def test_equals_the_definition(case, data) -> None:
             torch.testing.assert_close(found, expected_weights.mean(0) if call["average_attn_weights"] else expected_weights)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_raises_where_torch_raises(data) -> None:
+@draws.example(
+    False, False, True, True, False, ["attn_mask", "key_padding_mask"], "dtype", torch.bfloat16, "dtype", torch.bfloat16
+)
+@settings(max_examples=200)
+@draws.given
+def test_raises_where_torch_raises(draw) -> None:
     """One valid call with up to two arguments spoilt: torch is the judge of what is wrong, we say it as Value- or TypeError."""
     torch.manual_seed(0)
-    batch_first, separate, batched, need_weights = (data.draw(flag) for _ in range(4))
-    options = dict(batch_first=batch_first, add_bias_kv=data.draw(flag), kdim=3 if separate else None)
+    batch_first, separate, batched, need_weights = (draw(flag) for _ in range(4))
+    options = dict(batch_first=batch_first, add_bias_kv=draw(flag), kdim=3 if separate else None)
     ours, theirs = RelativeMultiheadAttention(4, 2, max_relative_position=2, **options), nn.MultiheadAttention(4, 2, **options)
     shape = (lambda length, size: (2, length, size)) if batch_first else (lambda length, size: (length, 2, size))
     if not batched:
@@ -217,18 +221,18 @@ def test_raises_where_torch_raises(data) -> None:
         attn_mask=torch.zeros(3, 5), key_padding_mask=torch.zeros((2, 5) if batched else 5),
     )  # fmt: skip
     sizes = st.lists(st.sampled_from((1, 2, 3, 4, 5)), min_size=1, max_size=4)
-    for name in data.draw(st.lists(st.sampled_from(list(arguments)), max_size=2)):
-        spoilt = data.draw(st.sampled_from(("shape", "size", "dtype", "device", "type", "none")))
+    for name in draw(st.lists(st.sampled_from(list(arguments)), max_size=2)):
+        spoilt = draw(st.sampled_from(("shape", "size", "dtype", "device", "type", "none")))
         old = arguments[name]
         if not isinstance(old, torch.Tensor):
             continue
         if spoilt == "shape":
-            arguments[name] = torch.zeros(data.draw(sizes))
+            arguments[name] = torch.zeros(draw(sizes))
         elif spoilt == "size":
-            dim = data.draw(st.integers(0, old.dim() - 1))
+            dim = draw(st.integers(0, old.dim() - 1))
             arguments[name] = old.narrow(dim, 0, old.shape[dim] - 1)
         elif spoilt == "dtype":
-            arguments[name] = old.to(data.draw(st.sampled_from((torch.float64, torch.bfloat16, torch.int64, torch.bool))))
+            arguments[name] = old.to(draw(st.sampled_from((torch.float64, torch.bfloat16, torch.int64, torch.bool))))
         elif spoilt == "device":
             arguments[name] = old.to("meta")
         elif spoilt == "type":
@@ -249,6 +253,74 @@ def test_raises_where_torch_raises(data) -> None:
         else:
             with pytest.raises((ValueError, TypeError), match=r"^(query|key|value|attn_mask|key_padding_mask): expected .*, got "):
                 ours(**arguments)
+
+
+MASK_DTYPES = (None, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+
+
+@pytest.mark.parametrize("padding_dtype", MASK_DTYPES)
+@pytest.mark.parametrize("attn_dtype", MASK_DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_takes_the_mask_dtypes_that_torch_takes(dtype, attn_dtype, padding_dtype) -> None:
+    """Two float masks of lower precision, alike, beside a float32 layer once passed; torch refuses the dtype of their sum.
+
+    Torch's two paths differ: with `need_weights` it wants a sum in the query's dtype, without it also takes float32. We
+    take what either does.
+    """
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(8, 2, dtype=dtype)
+    ours = RelativeMultiheadAttention.from_multihead_attention(theirs, max_relative_position=2, terms=())
+    inputs = torch.randn(3, 2, 8, dtype=dtype)
+
+    def mask(of: torch.dtype | None, hidden: torch.Tensor) -> torch.Tensor | None:
+        if of in (None, torch.bool):
+            return None if of is None else hidden
+        return torch.randn(hidden.shape).masked_fill(hidden, -torch.inf if of.is_floating_point else 0).to(of)
+
+    masks = dict(  # every query still sees a key
+        attn_mask=mask(attn_dtype, torch.tensor([[0, 1, 0], [0, 0, 1], [0, 0, 0]]).bool()),
+        key_padding_mask=mask(padding_dtype, torch.tensor([[0, 0, 0], [0, 0, 1]]).bool()),
+    )
+    expected = None
+    for need_weights in (True, False):
+        with warnings.catch_warnings(action="ignore", category=UserWarning), contextlib.suppress(RuntimeError, AssertionError):
+            expected, _ = theirs(inputs, inputs, inputs, need_weights=need_weights, **masks)
+    for need_weights in (True, False):
+        if expected is None:
+            with pytest.raises(TypeError, match=r"^(attn_mask|key_padding_mask): expected .*torch.bool.*, got torch\."):
+                ours(inputs, inputs, inputs, need_weights=need_weights, **masks)
+        else:
+            found, _ = ours(inputs, inputs, inputs, need_weights=need_weights, **masks)
+            coarsest = torch.float32 if torch.float32 in (attn_dtype, padding_dtype) else dtype  # torch adds two of them as such
+            precision = max(torch.finfo(dtype).eps, torch.finfo(coarsest).eps)
+            torch.testing.assert_close(found, expected, atol=4 * precision, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "attn_dtype", "padding_dtype"),
+    [
+        (torch.float32, torch.float32, torch.float16),
+        (torch.float32, torch.float16, torch.bfloat16),
+        (torch.float32, torch.float16, torch.bool),
+        (torch.bfloat16, torch.float32, torch.float16),
+        (torch.float64, torch.float32, None),
+    ],
+    ids=str,
+)
+def test_what_a_mask_of_lower_precision_hides_stays_hidden(dtype, attn_dtype, padding_dtype) -> None:
+    """float16's lowest number is no large one in float32, nor float32's in float64: added as such it would hide nothing."""
+    layer = RelativeMultiheadAttention(8, 2, max_relative_position=2, dtype=dtype)
+    inputs = torch.randn(3, 2, 8, dtype=dtype)
+    hide_a_row = torch.zeros(3, 3, dtype=attn_dtype)
+    hide_a_row[1] = torch.finfo(attn_dtype).min
+    hide_all = None
+    if padding_dtype is not None:
+        lowest = True if padding_dtype == torch.bool else torch.finfo(padding_dtype).min
+        hide_all = torch.zeros(2, 3, dtype=padding_dtype)
+        hide_all[1] = lowest
+    _, weights = layer(inputs, inputs, inputs, attn_mask=hide_a_row, key_padding_mask=hide_all)
+    visible = torch.tensor([[1, 0, 1], [1, 0, 1] if hide_all is None else [0, 0, 0]])
+    torch.testing.assert_close(weights.sum(-1), visible.to(dtype), atol=2 * torch.finfo(dtype).eps, rtol=0.0)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from relattn import KeyValueCache, RelativeMultiheadAttention
+from tests import draws
 from tests.test_module import ALL_TERMS, randomise
 
 flag = st.booleans()
@@ -143,23 +144,23 @@ def test_nested_tensors(layout: torch.layout) -> None:
 # ---- decoding ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_decoding_equals_the_causal_pass(data) -> None:
-    torch.manual_seed(data.draw(st.integers(0, 2**31)))
-    batch_first, batched, extra, autograd, need_weights = (data.draw(flag) for _ in range(5))
+@settings(max_examples=60)
+@draws.given
+def test_decoding_equals_the_causal_pass(draw) -> None:
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    batch_first, batched, extra, autograd, need_weights = (draw(flag) for _ in range(5))
     layer = new_layer(
-        batch_first=batch_first, add_bias_kv=extra, add_zero_attn=extra, per_head=data.draw(flag),
-        is_causal=data.draw(flag), max_relative_position=data.draw(st.sampled_from((0, 2, 40, (3, 0)))),
-        window=data.draw(st.sampled_from((None, (2, 0)))),
+        batch_first=batch_first, add_bias_kv=extra, add_zero_attn=extra, per_head=draw(flag),
+        is_causal=draw(flag), max_relative_position=draw(st.sampled_from((0, 2, 40, (3, 0)))),
+        window=draw(st.sampled_from((None, (2, 0)))),
     )  # fmt: skip
-    steps = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=5))
+    steps = draw(st.lists(st.integers(1, 20), min_size=1, max_size=5))
     length, batch = sum(steps), 2 if batched else 1
     time = 1 if batch_first and batched else 0
     shape = [length, 8] if not batched else [batch, length, 8] if batch_first else [length, batch, 8]
     inputs = random(*shape)
-    padding = torch.rand(batch, length) < 0.3 if data.draw(flag) else None
-    mask = torch.randn(length, length).double() if data.draw(flag) else None
+    padding = torch.rand(batch, length) < 0.3 if draw(flag) else None
+    mask = torch.randn(length, length).double() if draw(flag) else None
 
     def masks(start: int, stop: int) -> dict:
         return dict(

@@ -54,7 +54,7 @@ def run(python: Path | str, *arguments: str, cwd: Path, check: bool = True, **va
     environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"  # ninja
     environ.setdefault("RELATTN_BUILD_DIR", str(ROOT / "build" / "cpu"))
     environ |= variables
-    done = subprocess.run([str(python), *arguments], cwd=cwd, env=environ, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([str(python), *arguments], cwd=cwd, env=environ, capture_output=True, text=True, timeout=1200)
     if check and done.returncode:
         pytest.fail(f"{' '.join(arguments)}\n{done.stdout}{done.stderr}")
     return done

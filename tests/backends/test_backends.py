@@ -10,13 +10,14 @@ import textwrap
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 
 import relattn
 from relattn import relative_attention
 from relattn.backends import blocked
-from tests.fuzz import WITHOUT_MASK_GRADIENT, check, random_call, run
+from tests import draws
+from tests.fuzz import WITHOUT_MASK_GRADIENT, call_of, check, failed_once, random_call, run
 
 # (Triton's are test_triton.py's: its interpreter is slow, and a GPU another device.)
 BACKENDS = [name for name, reason in relattn.available_backends().items() if reason is None and name not in ("reference", "triton")]
@@ -34,10 +35,16 @@ def test_random_calls(backend, dtype, first):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(1000, 2**31))
-def test_unseen_random_calls(backend, seed):
-    check(random_call(seed), backend, torch.float32)
+@settings(max_examples=60)
+@draws.given
+def test_unseen_random_calls(backend, draw):
+    check(random_call(draw(st.integers(1000, 2**31))), backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["reference", *IN_FLOAT64])  # the native kernels': test_cpu.py
+def test_calls_that_failed_once(backend):
+    for seed, dtype in failed_once(backend):
+        check(call_of(seed, backend), backend, dtype)
 
 
 def test_the_bound_notices_an_error_of_one_row(monkeypatch):

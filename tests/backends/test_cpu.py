@@ -21,7 +21,7 @@ import relattn
 from relattn import relative_attention
 from relattn.backends import cpu
 from tests.edges import edges
-from tests.fuzz import check, decoding_call, native_variants, random_call, run
+from tests.fuzz import call_of, check, decoding_call, failed_once, native_variants, random_call, run
 
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no native library: {cpu.unavailable()}")
 
@@ -67,6 +67,12 @@ def test_another_variant_runs_other_code() -> None:
         cpu.use_variant(chosen)
     assert not torch.equal(*outputs)
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+@native
+def test_calls_that_failed_once(variant: str) -> None:
+    for seed, dtype in failed_once("cpu"):
+        check(call_of(seed, "cpu"), "cpu", dtype)
 
 
 @native

@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import settings
 from torch.autograd import gradcheck, gradgradcheck
 
 from relattn import relative_attention
+from tests import draws
 from tests.oracles import (
     FLOATS,
     attend,
@@ -26,9 +27,10 @@ from tests.oracles import (
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(calls())
-def test_equals_the_definition_in_loops(call) -> None:
+@settings(max_examples=300)
+@draws.given
+def test_equals_the_definition_in_loops(draw) -> None:
+    call = calls(draw)
     output, lse = relative_attention(**call, return_lse=True, backend="reference")
     expected, expected_lse = definition(**call)
     close(output, expected, 1e-12)

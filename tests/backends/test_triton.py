@@ -15,7 +15,7 @@ import relattn
 from relattn.arguments import Settings, Tensors
 from relattn.backends import triton as gpu
 from tests.edges import edges
-from tests.fuzz import check, random_call
+from tests.fuzz import call_of, check, failed_once, random_call
 
 DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
 needs_kernels = pytest.mark.skipif(gpu.unavailable() is not None, reason=str(gpu.unavailable()))
@@ -47,6 +47,12 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance=2e-5) -> None:
 def test_random_calls(seed):
     """A few; `TRITON_INTERPRET=1 python -m tests.fuzz --backend triton` runs as many as wanted."""
     check(random_call(seed), "triton", (torch.float32, torch.bfloat16, torch.float16)[seed % 3])
+
+
+@needs_kernels
+def test_calls_that_failed_once():
+    for seed, dtype in failed_once("triton"):
+        check(call_of(seed, "triton"), "triton", dtype)
 
 
 @needs_interpreter

@@ -149,6 +149,6 @@ def sanitized(sources: Path, tmp_path: Path) -> Path:
 )
 def test_the_sanitized_run_fails_on_a_finding(sanitized: Path, call: str, finding: str | None) -> None:
     script = f"import ctypes, os; ctypes.CDLL(os.environ['RELATTN_CPU_LIBRARY']).{call}"
-    done = sanitize.run(sanitized, "-c", script, capture_output=True, timeout=60)
+    done = sanitize.run(sanitized, "-c", script, capture_output=True, timeout=600)
     assert (done.returncode != 0) == (finding is not None), done.stderr
     assert finding is None or finding in done.stderr
