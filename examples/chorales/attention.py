@@ -9,21 +9,23 @@ the 16th before, 16 tokens back the beat before.
 """
 
 import argparse
-import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .files import VOICES
+from .command import prepare_process, require_packages
+from .data.files import VOICES
 from .generate import CHECKPOINT, load_model
-from .storage import atomic_write, write_json
+from .reporting import save_figure
+from .storage import write_json
 from .terminal import exit_code
 
 _VOICES, _BEAT = len(VOICES), 4 * len(VOICES)
 _SHOWN = 4 * _BEAT + 2  # distances in the picture of weights
 _SHOWN_ROWS = 8 * _BEAT + 2  # and in that of the tables
+_DPI = 80
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -63,7 +65,7 @@ def weight_by_distance(model, pieces: list[np.ndarray], length: int) -> np.ndarr
     Over the queries of the second half of each piece's first `length` tokens: all of them have keys at all these distances.
     """
     half = length // 2
-    sums, queries = 0.0, 0
+    sums, queries = np.zeros(()), 0
     for ids in pieces:
         weights = attention_weights(model, ids[:length])
         rows = np.arange(half, weights.shape[-1])
@@ -102,7 +104,8 @@ def draw_maps(path: Path, maps: dict[str, np.ndarray], piece: str) -> None:
     colours = colormaps["magma"].with_extremes(bad="#c8c8c8")
     hidden = np.triu(np.ones((length, length), dtype=bool), 1)
     every = 2 * _BEAT
-    *panels, scale = figure.subfigures(1, len(maps) + 1, wspace=0.02, width_ratios=[1] * len(maps) + [0.08])
+    subfigures: Any = figure.subfigures(1, len(maps) + 1, wspace=0.02, width_ratios=[1] * len(maps) + [0.08])
+    *panels, scale = subfigures
     for panel, (name, weights) in zip(panels, maps.items(), strict=True):
         panel.suptitle(f"{name} positions", fontweight="bold")
         grid = panel.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
@@ -122,7 +125,7 @@ def draw_maps(path: Path, maps: dict[str, np.ndarray], piece: str) -> None:
     bar.set_label("attention weight", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(f"Attention on the first {length} tokens of {piece}; grey: hidden by the causal mask", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def draw_distances(path: Path, means: dict[str, np.ndarray]) -> None:
@@ -152,7 +155,7 @@ def draw_distances(path: Path, means: dict[str, np.ndarray]) -> None:
         grid[-1, column].set_xlabel("tokens back from the predicted one (4: its voice a 16th ago; 16: a beat ago)", fontsize=9)
     handles = [Patch(color=colour, label=kind) for kind, colour in kinds.items()]
     figure.legend(handles=handles, fontsize="small", ncols=3, loc="outside lower center", frameon=False)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def draw_norms(path: Path, norms: np.ndarray) -> None:
@@ -175,20 +178,13 @@ def draw_norms(path: Path, norms: np.ndarray) -> None:
     grid[0].legend(fontsize="small", ncols=heads, loc="upper right")
     grid[-1].set_xlabel("tokens back from the predicted one (lines: its own voice, strong ones whole beats ago)")
     grid[0].set_title("Learned relative tables: length of each distance's vector", fontsize=10)
-    _save(figure, path)
-
-
-def _save(figure, path: Path) -> None:
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=80)
+    save_figure(figure, path, _DPI)
 
 
 def run(options: argparse.Namespace) -> dict:
     """Draw and write; returns the content of attention.json."""
-    missing = [name for name in ("transformers", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(f'the pictures need {", ".join(missing)}: pip install "relattn[music]"')
-    from .passages import load_chorales
+    require_packages("the pictures need", "music", "transformers", "matplotlib")
+    from .decoder.passages import load_chorales
 
     models = {}
     for name in ("absolute", "relative"):
@@ -199,7 +195,8 @@ def run(options: argparse.Namespace) -> dict:
             raise type(error)(str(error).replace("--checkpoint", f"--{name}")) from error
         if language.name != "chorale":
             raise ValueError(f"--{name} {folder}: expected a model of chorales, got one of {language.name}")
-    if models["relative"].layers[0].attention.rel_k is None:
+    layers: Any = models["relative"].layers
+    if layers[0].attention.rel_k is None:
         raise ValueError(f"--relative {options.relative}: expected a model with relative positions, got absolute ones")
     test = load_chorales(options.data).splits["test"]
     if options.piece >= len(test):
@@ -210,7 +207,7 @@ def run(options: argparse.Namespace) -> dict:
         raise ValueError(f"--data {options.data}: expected test pieces of at least {length} tokens, the training length")
     maps = {name: attention_weights(model, test[options.piece][: options.tokens]) for name, model in models.items()}
     means = {name: weight_by_distance(model, long_enough, length) for name, model in models.items()}
-    tables = np.stack([layer.attention.rel_k.detach().float().cpu().numpy() for layer in models["relative"].layers])
+    tables = np.stack([layer.attention.rel_k.detach().float().cpu().numpy() for layer in layers])
     norms = np.linalg.norm(tables[:, :, ::-1], axis=-1)  # (layers, heads, distances): the last row is the query's own
     draw_maps(options.out / "attention-maps.png", maps, test.names[options.piece])
     draw_distances(options.out / "attention-distance.png", means)
@@ -237,8 +234,7 @@ def run(options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    prepare_process()
     return exit_code(lambda: run(options))
 
 

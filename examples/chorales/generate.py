@@ -6,14 +6,19 @@ Writes --out DIR/sample-<n>.mid, .wav, .png and generated.json, which records ho
 
 import argparse
 import io
-import os
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .storage import atomic_write, write_json
+from .command import prepare_process, quiet_transformers, require_packages
+from .storage import atomic_write, read_json, write_json
 from .terminal import exit_code
+
+if TYPE_CHECKING:
+    from .decoder.languages import Language
+    from .decoder.model import MusicTransformer
+    from .decoder.passages import Music
 
 CHECKPOINT = Path(__file__).with_name("checkpoint") / "relative"
 
@@ -55,7 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def load_model(folder: Path):
+def load_model(folder: Path) -> "tuple[MusicTransformer, Language]":
     """A trained model in float32 and eval mode, and its language.
 
     Raises:
@@ -63,19 +68,16 @@ def load_model(folder: Path):
         ValueError: it is of another kind.
     """
     import torch
-    import transformers
 
-    from .decoder import MusicTransformer, MusicTransformerConfig
-    from .languages import load_language
-    from .storage import read_json
+    from .decoder.languages import load_language
+    from .decoder.model import MusicTransformer, MusicTransformerConfig
 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"--checkpoint {folder}: no config.json there; train_decoder writes <out>/<positions>/model")
     kind = read_json(folder / "config.json").get("model_type")
     if kind != MusicTransformerConfig.model_type:
         raise ValueError(f"--checkpoint {folder}: expected a {MusicTransformerConfig.model_type}, got model_type {kind!r}")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     model = MusicTransformer.from_pretrained(folder, dtype=torch.float32).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_language(model.config.language, folder)
 
@@ -83,12 +85,13 @@ def load_model(folder: Path):
 class Data:
     """The music a model was trained on, loaded when it is first needed."""
 
-    def __init__(self, language, options: argparse.Namespace):
-        self.language, self.options, self._music = language, options, None
+    def __init__(self, language: "Language", options: argparse.Namespace):
+        self.language, self.options = language, options
+        self._music: Music | None = None
 
-    def music(self):
+    def music(self) -> "Music":
         """Raises FileNotFoundError, ModuleNotFoundError or ValueError where it cannot be had."""
-        from .passages import load_music
+        from .decoder.passages import load_music
 
         if self._music is None:
             if self.language.name == "midi" and self.options.midi is None:
@@ -101,8 +104,8 @@ class Data:
 
 def prime_ids(given: str, language, data: Data) -> tuple:
     """Tokens of a prime, without START and END, and its name: `given` is split:index or a MIDI file."""
-    from .files import SPLITS
-    from .sound import read_chorale
+    from .data.files import SPLITS
+    from .decoder.sound import read_chorale
 
     split, _, index = given.partition(":")
     if split in SPLITS and index.isdecimal():
@@ -122,7 +125,7 @@ def decode(model, prompt, options: argparse.Namespace, tokens: int, samples: int
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    from .languages import PAD, START
+    from .decoder.languages import PAD, START
     from .terminal import progress_bar
 
     torch.manual_seed(options.seed)
@@ -154,14 +157,14 @@ def write_sample(ids, language, options: argparse.Namespace, name: str, title: s
     Args:
         prime, trained: tokens given, and the training length in tokens, START included.
     """
-    from . import sound
+    from .decoder import sound
 
     path = options.out / name
     if language.name == "chorale":
         midi = sound.chorale_midi(language.decode(ids), options.bpm)
-        content = io.BytesIO()
-        midi.write(content)
-        content = content.getvalue()
+        buffer = io.BytesIO()
+        midi.write(buffer)
+        content = buffer.getvalue()
 
         def seconds(count: int) -> float:
             return (count - 1) / language.unit * 60 / options.bpm / sound.STEPS_PER_QUARTER
@@ -174,8 +177,8 @@ def write_sample(ids, language, options: argparse.Namespace, name: str, title: s
 
     with atomic_write(path.with_suffix(".mid"), "wb") as file:
         file.write(content)
-    marks = {"prime": seconds(prime), "trained": seconds(trained) if len(ids) > trained else None}
-    sound.draw_piano_roll(path.with_suffix(".png"), midi, title, **marks)
+    end_of_training = seconds(trained) if len(ids) > trained else None
+    sound.draw_piano_roll(path.with_suffix(".png"), midi, title, prime=seconds(prime), trained=end_of_training)
     played = sound.write_sound(path.with_suffix(".wav"), midi, path.with_suffix(".mid"), options.soundfont)
     return {"files": [f"{name}{suffix}" for suffix in (".mid", ".png", ".wav")], "seconds": round(midi.get_end_time(), 2), "sound": played}
 
@@ -204,16 +207,13 @@ def benchmark(model, prompt, options: argparse.Namespace, tokens: int) -> dict:
 
 def run(options: argparse.Namespace) -> dict:
     """Generate and write; returns the content of generated.json."""
-    from .sound import require_music
-
-    if find_spec("transformers") is None:
-        raise ModuleNotFoundError('the decoder needs transformers: pip install "relattn[music]"')
-    require_music()
+    require_packages("the decoder needs", "music", "transformers")
+    require_packages("MIDI files and sound need", "music", "pretty_midi")
     if options.soundfont and not Path(options.soundfont).is_file():
         raise FileNotFoundError(f"--soundfont {options.soundfont}: no such file")
     import torch
 
-    from .languages import END, PAD, START
+    from .decoder.languages import END, PAD, START
 
     model, language = load_model(options.checkpoint)
     data = Data(language, options)
@@ -277,7 +277,7 @@ def check_copying(samples: list[dict], prime: int, data: Data) -> None:
     """Compare what was generated, beyond the prime, with the training set; add it to the samples and print it."""
     import numpy as np
 
-    from .copying import CopyCheck, describe
+    from .decoder.copying import CopyCheck, describe
 
     try:
         check = CopyCheck(data.music())
@@ -292,9 +292,7 @@ def check_copying(samples: list[dict], prime: int, data: Data) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one token at a time is too little work to share
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    prepare_process(threads=1)  # one token at a time is too little work to share
     return exit_code(lambda: run(options))
 
 

@@ -6,19 +6,13 @@ torchrun several processes share each batch. Results: --out DIR/results.json, lo
 
 import argparse
 import dataclasses
-import os
-import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-from .corpus import available_cores
+from ..command import prepare_folder, prepare_process, quiet_transformers, require_packages, training_threads
+from ..terminal import exit_code
 from .model import ARMS, NOTEBOOK_POSITIONS
 from .settings import PRESETS, Settings
-from .storage import read_json, write_json
-from .terminal import exit_code
-
-_TOKENS_PER_THREAD = 2048
 
 # Options that override the preset: flag, field of Settings, type, help.
 _OVERRIDES = (
@@ -72,63 +66,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def prepare_process(settings: Settings) -> None:
-    """Choose threads before torch is loaded. What the user has set stays.
-
-    One thread per 2048 tokens of a batch, as far as there are cores: below that a second one gains less than a fifth
-    on idle cores, and on busy ones it halves the speed, as threads wait for each other. Those that wait must not spin.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    threads = min(available_cores(), settings.batch * settings.window // _TOKENS_PER_THREAD) // processes
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
-
-
-def require_packages() -> None:
-    missing = [name for name in ("transformers", "accelerate", "matplotlib", "tqdm") if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(f'the comparison needs {", ".join(missing)}: pip install "relattn[chorales]"')
-
-
-def prepare_folder(out: Path, config: dict, overwrite: bool) -> None:
-    """Write config.json, or check that the one from an earlier run agrees.
-
-    Raises:
-        ValueError: the folder holds a run with another configuration.
-    """
-    path = out / "config.json"
-    if overwrite:
-        for name in ("config.json", "results.json", "loss.png"):
-            (out / name).unlink(missing_ok=True)
-        for arm in ARMS:
-            shutil.rmtree(out / arm, ignore_errors=True)
-    if path.is_file():
-        earlier = read_json(path)
-        changed = [f"{k} {earlier.get(k)!r} -> {config.get(k)!r}" for k in config if earlier.get(k) != config.get(k)]
-        if changed:
-            raise ValueError(
-                f"--out {out}: holds a run with other settings ({'; '.join(changed)}); choose another folder, "
-                "or --overwrite to delete it"
-            )
-    else:
-        write_json(path, config)
-
-
 def run(options: argparse.Namespace) -> dict:
     """Train the arms, score the baseline, write the files; returns the content of results.json."""
-    require_packages()
+    require_packages("the comparison needs", "chorales", "transformers", "accelerate", "matplotlib", "tqdm")
     import torch
-    import transformers
     from accelerate import PartialState
 
+    from ..data.tokens import Chorales
+    from ..reporting import environment
     from .baseline import score_baseline
-    from .data import Chorales
-    from .report import environment, table, write_results
+    from .report import table, write_results
     from .training import cut_windows, evaluation_collators, run_arm
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # its bars for saving a small model only break ours
+    quiet_transformers()
     settings: Settings = options.settings
     state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():  # the first process parses and caches, the others read the cache
@@ -140,7 +90,7 @@ def run(options: argparse.Namespace) -> dict:
         "data_fingerprint": chorales.fingerprint(),
     }
     if state.is_main_process:
-        prepare_folder(options.out, config, options.overwrite)
+        prepare_folder(options.out, config, ARMS, options.overwrite)
         if settings.window > NOTEBOOK_POSITIONS:
             print(f"window {settings.window} exceeds {NOTEBOOK_POSITIONS}: positions raised to {settings.window}")
     state.wait_for_everyone()
@@ -156,13 +106,12 @@ def run(options: argparse.Namespace) -> dict:
         name: score_baseline(collator, chorales.tokens["train"], chorales.vocabulary)
         for name, collator in collators.items()
     }
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     results = {
         "arms": arms,
         "baseline": baseline,
         "config": config,
         "windows": {name: len(split) for name, split in windows.items()},
-        "environment": environment(state.num_processes, device),
+        "environment": environment(state.num_processes),
     }
     write_results(options.out, results)
     print(f"\n{table(results)}\nWritten: {options.out}/results.json, loss.png, config.json", flush=True)
@@ -172,7 +121,7 @@ def run(options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    prepare_process(options.settings)
+    prepare_process(training_threads(options.settings.batch * options.settings.window))
     return exit_code(lambda: run(options), "the same command continues from the last checkpoint")
 
 

@@ -7,9 +7,9 @@ besides: which voice each token belongs to.
 
 import numpy as np
 
-from .data import END, MASK, START, Tokens, Vocabulary
-from .files import VOICES
-from .masking import IGNORED, Masked, MaskingCollator
+from ..data.files import VOICES
+from ..data.tokens import END, IGNORED, MASK, START, Tokens, Vocabulary
+from .masking import Masked, MaskingCollator
 
 
 def copy_neighbour(masked: Masked, fallback: np.ndarray) -> np.ndarray:
@@ -51,15 +51,15 @@ def score_baseline(collator: MaskingCollator, train: Tokens, vocabulary: Vocabul
     fallback = commonest_token(train)
     frequency = np.bincount(train.ids, minlength=len(vocabulary)) + 1.0
     frequency /= frequency.sum()
-    right, spread_of_target, spread_of_copy = [], [], []
+    hits, spread_of_target, spread_of_copy = [], [], []
     for first in range(0, len(collator.windows), batch_size):
         masked = collator.masked(np.arange(first, min(first + batch_size, len(collator.windows))))
         wanted = masked.labels != IGNORED
         target, copied = masked.labels[wanted], copy_neighbour(masked, fallback)[wanted]
-        right.append(target == copied)
+        hits.append(target == copied)
         spread_of_target.append(frequency[target])
         spread_of_copy.append(frequency[copied])
-    right = np.concatenate(right)
+    right = np.concatenate(hits)
     wrong_target = np.concatenate(spread_of_target)[~right] / (1 - np.concatenate(spread_of_copy)[~right])
     accuracy = float(right.mean())
     share = min(max(accuracy, 1e-9), 1 - 1e-9)

@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .data import MASK, NOWHERE, PAD, Batch, Windows
+from ..data.tokens import IGNORED, MASK, NOWHERE, PAD, Batch, Windows
 
 MASKED_SHARE = 0.15
 SPAN_STEPS = 8  # a half note on the 16th grid
-IGNORED = -100  # label of a token that is not to be predicted
 EVALUATION_SEED = 20_181_209  # validation and test masks do not depend on a run's seed
 
 

@@ -1,8 +1,8 @@
 """The three models that are compared: the notebook's BERT with absolute positions, relative ones, or both."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from .data import CLS, MASK, PAD, SEP
+from ..data.tokens import CLS, MASK, PAD, SEP
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
@@ -34,6 +34,8 @@ def build_model(
             f"got {max_relative_position}"
         )
     torch.manual_seed(seed)
+    # BertConfig keeps names that its signature lacks.
+    specials: dict[str, Any] = dict(pad_token_id=PAD, mask_token_id=MASK, cls_token_id=CLS, sep_token_id=SEP)
     config = BertConfig(
         vocab_size=vocabulary_size,
         hidden_size=128,
@@ -41,22 +43,15 @@ def build_model(
         num_attention_heads=4,
         intermediate_size=512,
         max_position_embeddings=max(NOTEBOOK_POSITIONS, window),
-        pad_token_id=PAD,
-        mask_token_id=MASK,
-        cls_token_id=CLS,
-        sep_token_id=SEP,
+        **specials,
     )
     model = BertForMaskedLM(config)
     if arm == "absolute":
         return model
     from relattn.huggingface import add_relative_positions
 
-    return add_relative_positions(model, max_relative_position=max_relative_position, keep_absolute=arm == "both")
-
-
-def parameter_count(model: "BertForMaskedLM") -> int:
-    """Number of trained numbers; tied weights count once."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    relative = add_relative_positions(model, max_relative_position=max_relative_position, keep_absolute=arm == "both")
+    return cast(BertForMaskedLM, relative)
 
 
 def dead_parameters(model: "BertForMaskedLM", batch: dict) -> list[str]:

@@ -1,34 +1,9 @@
 """What a comparison leaves behind: results.json, loss.png and a table."""
 
-import os
-import platform
 from pathlib import Path
 
-from .storage import atomic_write, write_json
-
-_COLOURS = {"absolute": "#1f77b4", "relative": "#d62728", "both": "#2ca02c"}
-
-
-def environment(processes: int, device: str) -> dict:
-    """Versions and resources that the figures depend on."""
-    import numpy
-    import torch
-    import transformers
-
-    from .corpus import available_cores
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": device,
-        "cores": available_cores(),
-        "threads": torch.get_num_threads(),
-        "processes": processes,
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
+from ..reporting import aligned, draw_curves, save_figure
+from ..storage import write_json
 
 
 def write_results(folder: Path, results: dict) -> None:
@@ -45,11 +20,7 @@ def plot_losses(path: Path, results: dict) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     baseline = results["baseline"]["valid"]["loss"]
-    for arm, result in results["arms"].items():
-        colour = _COLOURS[arm]
-        curve = result["training"]
-        axes.plot(*_points(_smooth(curve)), color=colour, linewidth=0.9, alpha=0.55, label=f"{arm}, train")
-        axes.plot(*_points(result["validation"]), color=colour, linewidth=2.2, marker="o", label=f"{arm}, valid")
+    draw_curves(axes, results["arms"])
     axes.axhline(baseline, color="black", linestyle="--", linewidth=1.2, label="copy baseline, valid")
     axes.set(xlabel="optimizer step", ylabel="loss on masked tokens (nats)", xlim=(0, None))
     # A logarithmic scale keeps apart the arms' last losses, which are what is compared, under the steep start.
@@ -61,21 +32,7 @@ def plot_losses(path: Path, results: dict) -> None:
     axes.set_title("Bach chorales: window {window}, stride {stride}, masking by {masking}".format(**config))
     axes.grid(alpha=0.3)
     axes.legend(ncols=2, fontsize="small")
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=130)
-
-
-def _points(curve: list[dict]) -> tuple[list, list]:
-    return [point["step"] for point in curve], [point["loss"] for point in curve]
-
-
-def _smooth(curve: list[dict], span: int = 3) -> list[dict]:
-    """Mean of each point and up to `span` - 1 before it: logged training losses are means over few batches."""
-    smoothed = []
-    for index, point in enumerate(curve):
-        nearby = [other["loss"] for other in curve[max(0, index - span + 1) : index + 1]]
-        smoothed.append({"step": point["step"], "loss": sum(nearby) / len(nearby)})
-    return smoothed
+    save_figure(figure, path, dpi=130)
 
 
 def table(results: dict) -> str:
@@ -97,13 +54,7 @@ def table(results: dict) -> str:
     copy = results["baseline"]
     test, valid = copy["test"], copy["valid"]
     rows.append(("copy neighbour", f"{test['loss']:.4f}", f"{test['accuracy']:.2%}", f"{valid['loss']:.4f}", "", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for name, *figures in rows:
-        cells = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *cells]).rstrip())
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, "", verdict(results)])
+    return "\n".join([*aligned(rows), "", verdict(results)])
 
 
 def verdict(results: dict) -> str:

@@ -1,18 +1,16 @@
 """What a comparison depends on, and the presets."""
 
-import dataclasses
-import math
 from dataclasses import dataclass
+
+from ..settings import TrainingSettings
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(TrainingSettings):
     """Settings of one comparison, the same for every arm. Two runs with equal settings and data give equal results.
 
-    batch is the number of windows per micro-batch over all processes together; evaluations is the number of times the
-    validation loss is taken, and a checkpoint written, at equal intervals; train_windows, valid_windows and
-    test_windows limit the windows used of a split (None: all); max_relative_position None means window - 1, the
-    largest that leaves no row unused.
+    train_windows, valid_windows and test_windows limit the windows used of a split (None: all); max_relative_position
+    None means window - 1, the largest that leaves no row unused.
     """
 
     window: int
@@ -32,28 +30,12 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("window", "stride", "batch", "accumulation", "evaluations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        self.check_at_least(1, "window", "stride", "batch", "accumulation", "evaluations")
         if self.window < 2:
             raise ValueError("window: expected at least 2 tokens, got 1")
-        for name in ("epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        self.check_positive("epochs", "learning_rate")
         if self.max_relative_position is None:
             object.__setattr__(self, "max_relative_position", self.window - 1)
-
-    def update_steps(self, windows: int) -> tuple[int, int]:
-        """(optimizer steps in all, steps between evaluations) for so many training windows.
-
-        The total is rounded up to a multiple of the interval, so that the last step is evaluated.
-        """
-        per_epoch = math.ceil(math.ceil(windows / self.batch) / self.accumulation)
-        interval = math.ceil(per_epoch * self.epochs / self.evaluations)
-        return interval * self.evaluations, interval
-
-    def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
 
 
 PRESETS = {

@@ -18,16 +18,17 @@ import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
+from ..command import available_cores, require_packages
+from ..storage import atomic_write
+from ..terminal import progress_bar
 from .files import SILENT, SPLITS, VOICES, Splits
-from .storage import atomic_write
-from .terminal import progress_bar
 
+SPLIT_FILE = Path(__file__).parents[1] / "split.csv"
 STEPS_PER_QUARTER = 4
 CACHE_FORMAT = 1  # raise it whenever parsing changes: caches of another format are rebuilt
 _GRID_TOLERANCE = 1e-3
@@ -35,7 +36,7 @@ _GRID_TOLERANCE = 1e-3
 
 def read_split() -> list[tuple[str, int, str, bool]]:
     """Rows (split, index in the classic files, file of music21's Bach corpus, play repeats) of the matched pieces."""
-    with open(Path(__file__).with_name("split.csv"), newline="", encoding="utf-8") as file:
+    with open(SPLIT_FILE, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     matched = [row for row in rows if row["music21_file"]]
     return [(row["split"], int(row["index"]), row["music21_file"], row["repeats"] == "1") for row in matched]
@@ -73,10 +74,9 @@ def _voice_parts(parts: list) -> list:
 
 def cache_path() -> Path:
     """The cache file: under RELATTN_CACHE, else XDG_CACHE_HOME/relattn, else ~/.cache/relattn."""
-    folder = os.environ.get("RELATTN_CACHE")
-    if not folder:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relattn"
-    return Path(folder) / "chorales-16th.bin"
+    chosen = os.environ.get("RELATTN_CACHE")
+    folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relattn"
+    return folder / "chorales-16th.bin"
 
 
 def load_corpus(workers: int | None = None) -> Splits:
@@ -102,12 +102,7 @@ def _recipe() -> str:
 
 
 def _parse_all(workers: int | None) -> Splits:
-    missing = [name for name in ("music21", "tqdm") if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f'the default chorales need {", ".join(missing)}: pip install "relattn[chorales]"; '
-            "or give the classic file: --data PATH"
-        )
+    require_packages("the default chorales need", "chorales", "music21", "tqdm", instead="or give the classic file: --data PATH")
     rows = read_split()
     # Processes are spawned, not forked: a fork after torch has started its threads can hang.
     with ProcessPoolExecutor(workers or available_cores(), mp_context=get_context("spawn")) as pool:
@@ -118,11 +113,6 @@ def _parse_all(workers: int | None) -> Splits:
     for (split, *_), grid in zip(rows, grids, strict=True):
         splits[split].append(grid)
     return splits
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_cache(path: Path, recipe: str, splits: Splits) -> None:

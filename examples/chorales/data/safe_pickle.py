@@ -9,7 +9,7 @@ import io
 import math
 import pickle
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,6 +42,9 @@ def _numbers(data: Any, dtype: _Dtype, shape: tuple | None, fortran: bool) -> np
 
 class _Array:
     """Stands for an array under construction; `_resolve` replaces it by the array."""
+
+    items: list | None  # of an object array; of any other, `array` holds the numbers
+    order: Literal["C", "F"]
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, data = state

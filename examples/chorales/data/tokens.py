@@ -2,15 +2,10 @@
 
 A piece is the sequence [start, notes step by step, end]; a window is `size` tokens of one piece from every `stride`-th
 token on, padded at the end. Nothing is copied per window: a window is an index, and `Windows.gather` cuts a batch.
-
-``python -m examples.chorales.data [--data PATH] --window 16 --stride 1 --summary`` prints what there is, as JSON.
 """
 
-import argparse
 import hashlib
-import json
 import os
-import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +17,7 @@ from .files import SILENT, SPLITS, Splits, load_file
 SPECIALS = ("<PAD>", "<MASK>", "<CLS>", "<SEP>", "<UNK>", "<start>", "<end>")
 PAD, MASK, CLS, SEP, UNK, START, END = range(len(SPECIALS))
 NOWHERE = -1  # step and voice of a token that is no note
+IGNORED = -100  # label of a token that is not to be predicted
 
 
 class Vocabulary:
@@ -86,6 +82,7 @@ class EpochItems:
     The epoch travels with the item so that masks and places can change every epoch in any worker process.
     """
 
+    size: int  # tokens of an item, padding among them
     epoch = 0
 
     def __len__(self) -> int:
@@ -186,23 +183,3 @@ class Chorales:
             "pitches": [int(self.vocabulary.pitches.min()), int(self.vocabulary.pitches.max())],
             "fingerprint": self.fingerprint(),
         }
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.chorales.data", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", metavar="PATH", help="classic JSON, npz or pickle file (default: music21's corpus)")
-    parser.add_argument("--window", type=int, default=16, metavar="N", help="tokens per window (default 16)")
-    parser.add_argument("--stride", type=int, default=1, metavar="N", help="tokens between window starts (default 1)")
-    parser.add_argument("--summary", action="store_true", help="print the facts as JSON (the default and only action)")
-    options = parser.parse_args(arguments)
-    try:
-        summary = Chorales.load(options.data).summary(options.window, options.stride)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(summary))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

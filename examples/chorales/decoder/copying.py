@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .files import SILENT
-from .languages import Language
+from ..data.files import SILENT
+from .languages import ChoraleLanguage, Language
 from .passages import Music, Pieces
 
 
@@ -63,12 +63,16 @@ def note_events(pitches: list[np.ndarray]) -> Events:
 
 def _joined(alone: list[np.ndarray], after: list[np.ndarray], pitch: list[np.ndarray]) -> Events:
     bounds = np.cumsum([0] + [len(part) for part in alone])
-    return Events(*(np.concatenate([*parts, np.zeros(0, np.int64)]) for parts in (alone, after, pitch)), bounds)
+    return Events(_concatenated(alone), _concatenated(after), _concatenated(pitch), bounds)
+
+
+def _concatenated(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([*parts, np.zeros(0, np.int64)])
 
 
 def events_of(language: Language, pieces: list[np.ndarray]) -> Events:
     """Events of token sequences."""
-    if language.name == "chorale":
+    if isinstance(language, ChoraleLanguage):
         return chord_events([language.decode(ids) for ids in pieces])
     table = language.pitches()
     return note_events([table[ids][table[ids] >= 0] for ids in pieces])

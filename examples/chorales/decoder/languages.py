@@ -6,10 +6,11 @@ tokens, so that absolute positions can tell the voices of a chorale apart.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .files import SILENT, VOICES
+from ..data.files import SILENT, VOICES
 
 PAD, START, END = range(3)
 TOKENIZER_FILE = "tokenizer.json"
@@ -130,21 +131,22 @@ def load_language(name: str, folder: str | os.PathLike) -> Language:
 _TICKS_PER_SECOND = 960  # 480 per beat at tempo 120
 
 
-def read_performance(path: str | os.PathLike):
+def read_performance(path: str | os.PathLike) -> Any:
     """A MIDI file as a symusic Score of one piano track at tempo 120, times as they were in seconds, pedalled notes held."""
     import symusic
 
     try:
-        score = symusic.Score(str(path)).to("second")
+        score: Any = symusic.Score(str(path))  # its type lacks most of its methods
+        score = score.to("second")
     except Exception as error:  # symusic raises whatever its parser met
         raise ValueError(f"{path}: cannot be read as MIDI ({error})") from error
     tracks = [track for track in score.tracks if not track.is_drum and len(track.notes)]
     if not tracks:
         raise ValueError(f"{path}: holds no notes (drums do not count)")
     notes = [note for track in tracks for note in _pedalled(track)]
-    performance = symusic.Score(_TICKS_PER_SECOND // 2)
+    performance: Any = symusic.Score(_TICKS_PER_SECOND // 2)
     performance.tempos.append(symusic.Tempo(0, 120))
-    piano = symusic.Track("piano", program=0)
+    piano: Any = symusic.Track("piano", program=0)
     for start, end, pitch, velocity in sorted(notes):
         tick = round(start * _TICKS_PER_SECOND)
         piano.notes.append(symusic.Note(tick, max(1, round(end * _TICKS_PER_SECOND) - tick), pitch, velocity))

@@ -4,6 +4,8 @@
 key/value cache. Distances have no longest one: those beyond `max_relative_position` share the table's last row.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from relattn import relative_attention
 from relattn.functional import attention_with_weights
 
-POSITIONS = ("relative", "absolute", "both")
+from .settings import POSITIONS
 
 
 class MusicTransformerConfig(Config):
@@ -26,7 +28,7 @@ class MusicTransformerConfig(Config):
         vocab_size: number of tokens.
         positions: "relative" (a table of distances in every layer), "absolute" (sinusoids added to the embeddings, as
             in Vaswani et al. 2017) or "both".
-        language: what the tokens mean, "chorale" or "midi" (see `examples.chorales.languages`).
+        language: what the tokens mean, "chorale" or "midi" (see languages.py).
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: width, layers, heads and width of the
             feed-forward layers.
         max_relative_position: distances beyond it share a row; the tables have one row more.
@@ -90,7 +92,7 @@ class Attention(nn.Module):
         query, key, value = (part.transpose(1, 2) for part in projected.unbind(2))  # (B, heads, L, head size)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
-        arguments = dict(
+        arguments: dict[str, Any] = dict(
             rel_k=self.rel_k,
             max_relative_position=None if self.rel_k is None else self.clip,
             key_mask=key_mask,
@@ -101,7 +103,7 @@ class Attention(nn.Module):
         if weights:
             output, _, shown = attention_with_weights(query, key, value, **arguments)
         else:
-            output, shown = relative_attention(query, key, value, **arguments), None
+            output, shown = cast(Tensor, relative_attention(query, key, value, **arguments)), None
         return self.project_out(output.transpose(1, 2).reshape(batch, length, size)), shown
 
 
@@ -129,8 +131,8 @@ class MusicTransformer(PreTrainedModel, GenerationMixin):
 
     config_class = MusicTransformerConfig
     base_model_prefix = "music"
-    _no_split_modules = ("Layer",)
-    _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012 (transformers wants a dict)
+    _no_split_modules = ["Layer"]  # noqa: RUF012 (transformers wants a list, and a dict)
+    _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: MusicTransformerConfig):
         super().__init__(config)

@@ -6,16 +6,16 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .corpus import cache_path, load_corpus, read_split
-from .data import EpochItems
-from .files import SPLITS, load_file
+from ..data.corpus import cache_path, load_corpus, read_split
+from ..data.files import SPLITS, load_file
+from ..data.tokens import IGNORED, EpochItems
+from ..storage import atomic_write
+from ..terminal import progress_bar
 from .languages import END, PAD, START, ChoraleLanguage, Language, MidiLanguage
-from .masking import IGNORED
-from .storage import atomic_write
-from .terminal import progress_bar
 
 _MAESTRO_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 _MIDI_CACHE_FORMAT = 1  # raise it whenever MIDI files become other tokens
@@ -34,7 +34,7 @@ class Pieces:
     def join(cls, pieces: list[np.ndarray], names: list[str]) -> "Pieces":
         framed = [np.concatenate([[START], piece, [END]]) for piece in pieces]
         bounds = np.cumsum([0] + [len(piece) for piece in framed])
-        return cls(np.concatenate(framed or [[]]).astype(np.int16), bounds, names)
+        return cls(np.concatenate([*framed, np.zeros(0, np.int16)]).astype(np.int16), bounds, names)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -120,7 +120,7 @@ def midi_splits(folder: Path) -> dict[str, list[Path]]:
 
 def _maestro_splits(table: Path) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {name: [] for name in SPLITS}
-    missing = []
+    missing: list[Path] = []
     with open(table, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             split = _MAESTRO_SPLITS.get(row.get("split", ""))
@@ -154,7 +154,7 @@ def load_midi_folder(folder: Path) -> Music:
     music = Music(language, _tokenize(language, splits, folder))
     try:
         with atomic_write(cache, "wb") as file:
-            arrays = {}
+            arrays: dict[str, Any] = {}
             for name, pieces in music.splits.items():
                 arrays |= {f"{name}_ids": pieces.ids, f"{name}_bounds": pieces.bounds, f"{name}_names": np.array(pieces.names, dtype=str)}
             np.savez_compressed(file, **arrays)
@@ -213,7 +213,7 @@ class TrainingWindows(EpochItems):
         return self.pieces.ids[start : min(end, start + self.size + 1)], rng
 
 
-class ScoredWindows:
+class ScoredWindows(EpochItems):
     """Windows that together predict every token of every piece once, from at least half a window of what precedes it."""
 
     def __init__(self, pieces: Pieces, size: int, unit: int):

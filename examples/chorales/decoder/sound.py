@@ -12,20 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .corpus import STEPS_PER_QUARTER
-from .files import SILENT, VOICES, fit_voices
-from .storage import atomic_write
+from ..data.corpus import STEPS_PER_QUARTER
+from ..data.files import SILENT, VOICES, fit_voices
+from ..reporting import save_figure
+from ..storage import atomic_write
 
 _CHURCH_ORGAN = 19
 _RATE = 44_100  # samples of sound per second
 _GRID_TOLERANCE = 1e-3
 _COLOURS = ("#d62728", "#ff7f0e", "#2ca02c", "#1f77b4")
-
-
-def require_music() -> None:
-    """Raise where the packages of the extra are missing."""
-    if find_spec("pretty_midi") is None:
-        raise ModuleNotFoundError('MIDI files and sound need pretty_midi: pip install "relattn[music]"')
 
 
 def chorale_midi(grid: np.ndarray, beats_per_minute: float):
@@ -138,8 +133,7 @@ def draw_piano_roll(path: Path, midi, title: str, prime: float = 0.0, trained: f
     axes.set(xlim=(0, end), ylim=(min(heights) - 2, max(heights) + 2), xlabel="seconds", title=title)
     axes.grid(axis="y", alpha=0.4)
     axes.legend(fontsize="small", ncols=len(midi.instruments) + 2, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def write_sound(path: Path, midi, midi_path: Path, soundfont: str | None = None) -> str:
@@ -165,11 +159,11 @@ def write_sound(path: Path, midi, midi_path: Path, soundfont: str | None = None)
                 return f"fluidsynth with {Path(font).name}"
     sound = midi.synthesize(fs=_RATE, wave=_organ)
     samples = (np.clip(0.9 * sound, -1, 1) * np.iinfo(np.int16).max).astype("<i2")
-    with atomic_write(path, "wb") as file, wave.open(file, "wb") as output:
-        output.setnchannels(1)
-        output.setsampwidth(2)
-        output.setframerate(_RATE)
-        output.writeframes(samples.tobytes())
+    with atomic_write(path, "wb") as file, wave.open(file, "wb") as recording:
+        recording.setnchannels(1)
+        recording.setsampwidth(2)
+        recording.setframerate(_RATE)
+        recording.writeframes(samples.tobytes())
     return "pretty_midi's sines"
 
 

@@ -2,11 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
-from .settings import PRESETS as COMPARE_PRESETS
-from .settings import Settings
-from .storage import read_json
+from ..compare.settings import PRESETS as COMPARE_PRESETS
+from ..compare.settings import Settings
 
 POSITIONS = ("none", "absolute", "relative", "both")
 SKEWS = ("correct", "published")
@@ -21,7 +19,8 @@ class Schedule:
 
     tokens: training budget, padding not counted; None where `epochs` counts passes over the windows instead.
     batch_tokens: tokens per micro-batch, padding counted. valid_tokens limits the tokens that choose the best weights
-    (None: all). dense: a window starts at every token, as in the notebook, not four times per window length.
+    (None: all). accumulation is always 1, and stays because the committed cells' configurations name it. dense: a window
+    starts at every token, as in the notebook, not four times per window length.
     extrapolate: (trained window, longer window that it is also tested on).
     """
 
@@ -38,13 +37,20 @@ class Schedule:
     dense: bool = False
     extrapolate: tuple[int, int] | None = None
 
+    def passes(self, real_tokens: float) -> float:
+        """Passes over windows that hold so many tokens in all."""
+        if self.tokens is not None:
+            return self.tokens / real_tokens
+        assert self.epochs is not None  # one of the two is given
+        return self.epochs
+
     def as_settings(self, cell: "Cell", real_tokens: int) -> Settings:
         """The settings of a cell whose training windows hold `real_tokens` tokens in all."""
         return Settings(
             window=cell.window,
             stride=cell.stride,
             masking=cell.masking,
-            epochs=self.epochs if self.tokens is None else self.tokens / real_tokens,
+            epochs=self.passes(real_tokens),
             batch=max(1, self.batch_tokens // cell.window),
             accumulation=self.accumulation,
             learning_rate=self.learning_rate,
@@ -166,33 +172,6 @@ class Cell:
         return cell | {"schedule": {"name": self.schedule} | dataclasses.asdict(self.settings) | {"stride": self.stride}}
 
 
-def read_result(path: Path, cell: Cell, fingerprint: str | None = None) -> dict:
-    """The content of a cell's file; raises ValueError where it is not there, and as `check_result`."""
-    if not path.is_file():
-        raise ValueError(f"--out: {path} is missing, so nobody knows what the checkpoints beside it are of; remove that folder")
-    result = read_json(path)
-    check_result(result, path, cell, fingerprint)
-    return result
-
-
-def check_result(result, path: Path, cell: Cell, fingerprint: str | None = None) -> None:
-    """Raise ValueError where `result`, read from `path`, is of a run with another configuration, or on other data."""
-    expected = cell.configuration()
-    found = result.get("configuration", {}) if isinstance(result, dict) else {}
-    changed = [f"{name} {found.get(name)!r} -> {expected[name]!r}" for name in expected if found.get(name) != _as_json(expected[name])]
-    if fingerprint is not None and not changed and result.get("data_fingerprint") != fingerprint:
-        changed = [f"data {result.get('data_fingerprint')} -> {fingerprint}"]
-    if changed:
-        raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}); remove it or choose another folder")
-
-
-def _as_json(value):
-    """What reading a written value gives back: tuples become lists."""
-    if isinstance(value, dict):
-        return {name: _as_json(item) for name, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 ABSOLUTE = dict(positions="absolute")
 NONE = dict(positions="none")
 RELATIVE = dict(positions="relative", skew="correct", tables="small")
@@ -243,7 +222,7 @@ def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     notebook = dict(window=16, masking="time", phase="any", schedule="notebook")
     tiny = dict(window=16, masking="step", phase="any", schedule="tiny")
-    groups = {
+    groups: dict[str, list[tuple[float, dict]]] = {
         "grid": _grid(),
         "seed": [(1, arm | notebook) for arm in (ABSOLUTE, AS_PUBLISHED, RELATIVE, BOTH)],
         "tiny": [(1, arm | tiny) for arm in (ABSOLUTE, RELATIVE, AS_PUBLISHED, NONE)],
@@ -261,6 +240,7 @@ def expected_seconds(cell: Cell, measured: dict[str, float]) -> float:
     if cell.group in measured:
         return measured[cell.group]
     schedule = cell.settings
-    tokens = schedule.tokens or int(schedule.epochs * 221_000 * cell.window / cell.stride)
+    real_tokens = 221_000 * cell.window / cell.stride
+    tokens = schedule.passes(real_tokens) * real_tokens
     per_second = 22_000 / (1 + cell.window / 600) / (2 if schedule.batch_tokens < 512 else 1)
     return tokens / per_second + (0 if schedule.tokens == 20_000 else 15)
