@@ -1,27 +1,27 @@
-"""The comparison end to end: models, settings, files, resuming after a kill, two processes."""
+"""The comparison end to end: files, resuming after a kill, two processes."""
 
-import json
-import math
-import os
-import signal
-import subprocess
+# ruff: noqa: E402 (what cannot be imported is skipped first)
+
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from examples.chorales.compare import parse_arguments, prepare_folder
-from examples.chorales.model import ARMS
-from examples.chorales.settings import PRESETS, Settings
+from tests.chorales.helpers import kill_after_first_checkpoint, module_command, read, require
 
-for package in ("transformers", "accelerate", "matplotlib", "tqdm"):
-    pytest.importorskip(package)
+require("transformers", "accelerate", "matplotlib", "tqdm")
+
+import torch
+from transformers import AutoModelForMaskedLM
+
+import relattn.huggingface  # noqa: F401  (makes the Auto classes know its models)
+from examples.chorales.compare.model import ARMS
+from examples.chorales.compare.settings import Settings
+from examples.chorales.compare.training import cut_windows, evaluation_collators
+from examples.chorales.data.tokens import IGNORED
 
 # The runs share costly fixtures and both cores.
 pytestmark = pytest.mark.xdist_group("chorales_compare")
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = [
     "--window=16",
     "--stride=4",
@@ -32,107 +32,8 @@ SMALL = [
     "--learning-rate=2e-3",
 ]
 
-
 def command(data, out, *options):
-    return [sys.executable, "-m", "examples.chorales.compare", "--data", str(data), "--out", str(out), *SMALL, *options]
-
-
-def read(path):
-    return json.loads(path.read_text())
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_last_step_is_evaluated(preset):
-    settings = PRESETS[preset]
-    for windows in (1, 100, 7123, 220959):
-        steps, interval = settings.update_steps(windows)
-        needed = math.ceil(math.ceil(windows / settings.batch) / settings.accumulation) * settings.epochs
-        assert steps % interval == 0
-        assert needed <= steps < needed + settings.evaluations
-
-
-def test_seed_preset_is_the_notebooks_schedule():
-    seed = PRESETS["seed"]
-    assert (seed.window, seed.stride, seed.masking) == (16, 1, "time")
-    assert (seed.epochs, seed.batch, seed.accumulation, seed.learning_rate, seed.warmup) == (10, 8, 4, 5e-4, 100)
-    assert seed.weight_decay == 0.01
-    assert seed.update_steps(220959) == (69050, 6905)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [["--arms", "relative,absurd"], ["--window", "1"], ["--stride", "0"], ["--epochs", "0"], ["--masking", "bars"]],
-)
-def test_impossible_settings_are_refused(options, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_arguments(options)
-    assert stop.value.code == 2
-    assert options[0].strip("-") in capsys.readouterr().err
-
-
-def test_options_override_the_preset():
-    options = parse_arguments(["--preset", "seed", "--window", "32", "--epochs", "2", "--arms", "both,absolute,both"])
-    assert options.settings.window == 32
-    assert options.settings.epochs == 2
-    assert options.settings.max_relative_position == 31
-    assert options.settings.masking == "time"
-    assert options.arms == ["both", "absolute"]
-    assert str(options.out) == os.path.join("runs", "chorales-seed")
-
-
-def test_absolute_arm_has_the_notebooks_size():
-    from examples.chorales.model import build_model, parameter_count
-
-    assert parameter_count(build_model("absolute", 53, 16, 15, seed=0)) == 437_045
-    longer = build_model("absolute", 53, 160, 15, seed=0)
-    assert parameter_count(longer) == 437_045 + 32 * 128  # 32 more positions
-
-
-def test_relative_positions_beyond_the_window_are_refused():
-    from examples.chorales.model import build_model
-
-    with pytest.raises(ValueError, match="max-relative-position: expected 1 to window - 1 = 15"):
-        build_model("relative", 53, 16, 16, seed=0)
-    with pytest.raises(ValueError, match="arms: expected"):
-        build_model("absurd", 53, 16, 15, seed=0)
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_no_arm_has_dead_parameters(arm, small_json):
-    """Every parameter, and every row of a relative table, takes part in a training step."""
-    from examples.chorales.data import Chorales
-    from examples.chorales.masking import MaskingCollator
-    from examples.chorales.model import build_model, dead_parameters
-
-    chorales = Chorales.load(small_json)
-    windows = chorales.windows(24, 5)["train"]
-    batch = MaskingCollator(windows, "step", len(chorales.vocabulary), 0)([windows[i] for i in range(64)])
-    model = build_model(arm, len(chorales.vocabulary), 24, 23, seed=0)
-    assert dead_parameters(model, batch) == []
-    names = {name for name, _ in model.named_parameters()}
-    absolute = {
-        name for name, _ in build_model("absolute", len(chorales.vocabulary), 24, 23, seed=0).named_parameters()
-    }
-    assert any("position_embeddings" in name for name in names) == (arm != "relative")
-    tables = names - absolute
-    assert bool(tables) == (arm != "absolute")
-    model(**batch).loss.backward()
-    for name, table in model.named_parameters():
-        if name in tables and 2 * 23 + 1 in table.shape:
-            rows = table.grad.abs().movedim(table.shape.index(2 * 23 + 1), 0).flatten(1).amax(1)
-            assert (rows > 0).all(), name
-
-
-def test_arms_start_from_the_same_weights():
-    from examples.chorales.model import build_model
-
-    models = [dict(build_model(arm, 53, 16, 15, seed=4).named_parameters()) for arm in ARMS]
-    shared = set.intersection(*map(set, models))
-    assert len(shared) > 30
-    for name in shared:
-        assert models[0][name].equal(models[1][name]), name
-        assert models[0][name].equal(models[2][name]), name
-
+    return module_command("compare", "--data", data, "--out", out, *SMALL, *options)
 
 @pytest.fixture(scope="module")
 def finished(small_json, tmp_path_factory, run_command):
@@ -172,20 +73,11 @@ def test_run_leaves_the_promised_files(finished):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_saved_model_is_the_tested_one(arm, finished, small_json):
+def test_saved_model_is_the_tested_one(arm, finished, chorales):
     """Loading an arm's `model/` and scoring it again gives the loss in results.json."""
-    import torch
-    from transformers import AutoModelForMaskedLM
-
-    import relattn.huggingface  # noqa: F401  (makes the Auto classes know its models)
-    from examples.chorales.data import Chorales
-    from examples.chorales.masking import IGNORED
-    from examples.chorales.training import cut_windows, evaluation_collators
-
     out, _ = finished
     config = read(out / "config.json")
     settings = Settings(**{name: config[name] for name in Settings.__dataclass_fields__})
-    chorales = Chorales.load(small_json)
     windows = cut_windows(chorales, settings)
     collator = evaluation_collators(windows, settings, len(chorales.vocabulary))["test"]
     batch = collator([windows["test"][index] for index in range(len(windows["test"]))])
@@ -211,18 +103,6 @@ def test_rerun_trains_nothing_and_other_settings_are_refused(finished, small_jso
     assert "epochs 2.0 -> 3.0" in other.stderr
     assert "Traceback" not in other.stderr
 
-
-def test_overwrite_removes_only_its_own_files(tmp_path):
-    prepare_folder(tmp_path, {"epochs": 1}, overwrite=False)
-    (tmp_path / "absolute").mkdir()
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="epochs 1 -> 2"):
-        prepare_folder(tmp_path, {"epochs": 2}, overwrite=False)
-    prepare_folder(tmp_path, {"epochs": 2}, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
-    assert read(tmp_path / "config.json") == {"epochs": 2}
-
-
 LONGER = ["--preset", "tiny", "--arms", "absolute", "--epochs", "4", "--evaluations", "6", "--train-windows", "800"]
 
 
@@ -236,17 +116,9 @@ def uninterrupted(small_json, tmp_path_factory, run_command):
 
 def test_killed_run_continues_to_the_same_result(small_json, tmp_path, uninterrupted, run_command):
     tmp_path, moved = tmp_path / "run", tmp_path / "moved"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(small_json, tmp_path, *LONGER), cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL, text=True
-    )
-    folder, deadline = tmp_path / "absolute" / "checkpoints", time.monotonic() + 120
-    while not any(folder.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after_first_checkpoint(command(small_json, tmp_path, *LONGER))
+    folder = tmp_path / "absolute" / "checkpoints"
+    assert any(folder.glob("checkpoint-*/trainer_state.json"))
     assert not (tmp_path / "absolute" / "result.json").exists()
     # As if the kill had come while the next checkpoint was being written.
     (folder / "checkpoint-99999").mkdir()
@@ -280,57 +152,3 @@ def test_two_processes_measure_every_window_once(small_json, tmp_path, uninterru
     assert two["steps"] == one["steps"]
     # The same global batches; dropout and the weighting of the halves differ.
     assert two["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=0.1)
-
-
-def test_masks_follow_the_epoch_also_when_continuing_within_one():
-    from types import SimpleNamespace
-
-    from examples.chorales.training import EpochSetter
-
-    windows = SimpleNamespace(set_epoch=lambda epoch: seen.append(epoch))
-    seen = []
-    for epoch in (None, 0, 0.67, 1.0, 2 - 1e-12, 2.9):
-        EpochSetter(windows).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
-    assert seen == [0, 0, 0, 1, 2, 2]
-
-
-def test_moved_run_still_finds_its_best_checkpoint(tmp_path):
-    from examples.chorales.training import adopt_checkpoint
-
-    newest = tmp_path / "checkpoint-20"
-    newest.mkdir()
-    state = {"best_model_checkpoint": "elsewhere/checkpoint-10", "global_step": 20}
-    (newest / "trainer_state.json").write_text(json.dumps(state))
-    adopt_checkpoint(newest)
-    expected = {"best_model_checkpoint": str(tmp_path / "checkpoint-10"), "global_step": 20}
-    assert read(newest / "trainer_state.json") == expected
-
-
-def test_batch_must_split_over_the_processes(tmp_path):
-    from examples.chorales.training import training_arguments
-
-    with pytest.raises(ValueError, match="batch: expected a multiple of the 3 processes, got 16"):
-        training_arguments(PRESETS["tiny"], tmp_path, 100, processes=3, workers=0)
-
-
-def test_workers_are_spawned(small_json, tmp_path):
-    """Forked from a process with gloo's threads, a worker once inherited a held lock, and both processes waited for it for ever."""
-    from examples.chorales.data import Chorales
-    from examples.chorales.masking import MaskingCollator
-    from examples.chorales.model import build_model
-    from examples.chorales.settings import PRESETS
-    from examples.chorales.training import ChoraleTrainer, cut_windows, training_arguments
-
-    settings, chorales = PRESETS["tiny"], Chorales.load(str(small_json))
-    windows, size = cut_windows(chorales, settings), len(chorales.vocabulary)
-    trainer = ChoraleTrainer(
-        model=build_model("absolute", size, settings.window, settings.max_relative_position, 0),
-        args=training_arguments(settings, tmp_path, len(windows["train"]), 1, 1),
-        train_dataset=windows["train"],
-        data_collator=MaskingCollator(windows["train"], settings.masking, size, 0),
-        eval_dataset=windows["valid"],
-        evaluation={},
-    )
-    loader = trainer.get_train_dataloader()
-    assert loader.base_dataloader.multiprocessing_context.get_start_method() == "spawn"
-    assert next(iter(loader))["input_ids"].shape == (settings.batch, settings.window)

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from examples.chorales import corpus
-from examples.chorales.files import SILENT, load_file
+from examples.chorales.data import corpus
+from examples.chorales.data.files import SILENT, load_file
 
 SMALL = {
     "train": [np.array([[72, 65, 60, 48], [72, SILENT, 60, 48]], dtype=np.int16)],
@@ -40,7 +40,7 @@ def assert_small(splits):
 
 
 def test_split_states_what_is_unmatched():
-    with open(corpus.Path(corpus.__file__).with_name("split.csv"), newline="") as file:
+    with open(corpus.SPLIT_FILE, newline="") as file:
         rows = list(csv.DictReader(file))
     assert collections.Counter(row["split"] for row in rows) == {"train": 229, "valid": 76, "test": 77}
     unmatched = [(row["split"], row["index"]) for row in rows if not row["music21_file"]]
@@ -115,7 +115,7 @@ def test_missing_music21_names_the_extra(run_command, tmp_path):
     code = (
         "import sys, importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'music21' else find(name, *rest)\n"
-        "from examples.chorales.data import main; sys.exit(main(['--summary']))"
+        "from examples.chorales.data.__main__ import main; sys.exit(main(['--summary']))"
     )
     done = run_command(sys.executable, "-c", code, RELATTN_CACHE=str(tmp_path))
     assert done.returncode == 2
@@ -125,8 +125,8 @@ def test_missing_music21_names_the_extra(run_command, tmp_path):
 
 def test_data_module_needs_no_optional_package(run_command):
     code = (
-        "import sys, json, examples.chorales.data, examples.chorales.masking, examples.chorales.corpus\n"
-        "import examples.chorales.compare\n"
+        "import sys, json, examples.chorales.data.__main__, examples.chorales.compare.masking\n"
+        "import examples.chorales.data.corpus, examples.chorales.compare.__main__\n"
         "print(json.dumps([m for m in ('torch', 'music21', 'transformers', 'matplotlib', 'tqdm') if m in sys.modules]))"
     )
     done = run_command(sys.executable, "-c", code)

@@ -9,8 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from examples.chorales.files import load_file
-from examples.chorales.safe_pickle import load_pickle
+from examples.chorales.data.files import load_file
+from examples.chorales.data.safe_pickle import load_pickle
 
 PIECE = [[72, 65, 60, 48], [72, 65, 60, 48], [71, 65], [71, 64, 59, 47]]
 SPLITS = {"train": [PIECE, PIECE[::-1]], "valid": [PIECE], "test": [PIECE]}

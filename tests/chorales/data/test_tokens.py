@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from examples.chorales.data import END, NOWHERE, PAD, SPECIALS, START, UNK, Chorales, Vocabulary, Windows
-from examples.chorales.files import load_file
+from examples.chorales.data.files import load_file
+from examples.chorales.data.tokens import END, NOWHERE, PAD, SPECIALS, START, UNK, Chorales, Vocabulary, Windows
 
 
 def notebook_windowize(ids_1d, seq_len, pad_id, stride):
