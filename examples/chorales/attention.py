@@ -1,11 +1,11 @@
 """Pictures of what a chorale decoder attends to: absolute positions beside relative ones.
 
-Writes --out DIR/attention-maps.png (weights of every layer and head on the beginning of a chorale), attention-distance.png
-(mean weight against the distance looked back), table-norms.png (how long the learned vectors of each distance are) and
-attention.json with the figures.
+Writes --out DIR/attention-maps.png (weights of every layer and head on the beginning of a chorale),
+attention-distance.png (mean weight against the distance looked back), table-norms.png (how long the learned vectors of
+each distance are) and attention.json with the figures.
 
-Distances are counted from the token that is predicted, which stands one behind the query: 4 tokens back its own voice sang
-the 16th before, 16 tokens back the beat before.
+Distances are counted from the token that is predicted, which stands one behind the query: 4 tokens back its own voice
+sang the 16th before, 16 tokens back the beat before.
 """
 
 import argparse
@@ -35,13 +35,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     absolute = CHECKPOINT.with_name("absolute")
-    parser.add_argument("--absolute", metavar="DIR", type=Path, default=absolute, help="default: the committed checkpoint")
-    parser.add_argument("--relative", metavar="DIR", type=Path, default=CHECKPOINT, help="default: the committed checkpoint")
-    parser.add_argument("--data", metavar="FILE", help="classic chorales (default: music21's corpus)")
-    parser.add_argument("--piece", type=int, default=0, help="of the test set, for the maps (default 0)")
-    parser.add_argument("--tokens", type=int, default=96, help="of the piece, in the maps (default 96: six beats)")
-    parser.add_argument("--pieces", type=int, default=20, help="of the test set, for the means (default 20)")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/attention"), help="default: runs/attention")
+    add = parser.add_argument
+    add("--absolute", metavar="DIR", type=Path, default=absolute, help="default: the committed checkpoint")
+    add("--relative", metavar="DIR", type=Path, default=CHECKPOINT, help="default: the committed checkpoint")
+    add("--data", metavar="FILE", help="classic chorales (default: music21's corpus)")
+    add("--piece", type=int, default=0, help="of the test set, for the maps (default 0)")
+    add("--tokens", type=int, default=96, help="of the piece, in the maps (default 96: six beats)")
+    add("--pieces", type=int, default=20, help="of the test set, for the means (default 20)")
+    add("--out", metavar="DIR", type=Path, default=Path("runs/attention"), help="default: runs/attention")
     options = parser.parse_args(arguments)
     for name, least in (("piece", 0), ("tokens", _BEAT), ("pieces", 1)):
         if getattr(options, name) < least:
@@ -62,7 +63,8 @@ def attention_weights(model, ids: np.ndarray) -> np.ndarray:
 def weight_by_distance(model, pieces: list[np.ndarray], length: int) -> np.ndarray:
     """Mean weight (layers, heads, distances) at each distance from the predicted token, 1 to length / 2.
 
-    Over the queries of the second half of each piece's first `length` tokens: all of them have keys at all these distances.
+    Over the queries of the second half of each piece's first `length` tokens: all of them have keys at all these
+    distances.
     """
     half = length // 2
     sums, queries = np.zeros(()), 0
@@ -76,8 +78,9 @@ def weight_by_distance(model, pieces: list[np.ndarray], length: int) -> np.ndarr
 
 
 def shares(mean: np.ndarray) -> dict:
-    """What part of the weight falls on the predicted voice (distances 4, 8, ...) and on whole beats (16, 32, ...), and what an
-    even spread would give; of all heads together and of the head with the largest part; and the mean distance."""
+    """What part of the weight falls on the predicted voice (distances 4, 8, ...) and on whole beats (16, 32, ...), and
+    what an even spread would give; of all heads together and of the head with the largest part; and the mean
+    distance."""
     distance = np.arange(1, mean.shape[-1] + 1)
     found = {}
     for name, every in (("same_voice", _VOICES), ("whole_beats", _BEAT)):
@@ -152,14 +155,15 @@ def draw_distances(path: Path, means: dict[str, np.ndarray]) -> None:
             if not column:
                 axes.set_ylabel(f"layer {layer + 1}\nmean weight", fontsize=8)
         grid[0, column].set_title(f"{name} positions", fontweight="bold", fontsize=10)
-        grid[-1, column].set_xlabel("tokens back from the predicted one (4: its voice a 16th ago; 16: a beat ago)", fontsize=9)
+        text = "tokens back from the predicted one (4: its voice a 16th ago; 16: a beat ago)"
+        grid[-1, column].set_xlabel(text, fontsize=9)
     handles = [Patch(color=colour, label=kind) for kind, colour in kinds.items()]
     figure.legend(handles=handles, fontsize="small", ncols=3, loc="outside lower center", frameon=False)
     save_figure(figure, path, _DPI)
 
 
 def draw_norms(path: Path, norms: np.ndarray) -> None:
-    """Lengths of the table's vectors (layers, heads, distances from the predicted token), a panel per layer, a line per head."""
+    """Lengths of the table's vectors (layers, heads, distances from the predicted token), a panel per layer."""
     from matplotlib.figure import Figure
 
     layers, heads, rows = norms.shape
@@ -170,7 +174,8 @@ def draw_norms(path: Path, norms: np.ndarray) -> None:
         for back in range(_VOICES, len(distance) + 1, _VOICES):
             axes.axvline(back, color="black", linewidth=0.6, alpha=0.45 if back % _BEAT == 0 else 0.1)
         for head in range(heads):
-            axes.plot(distance, norms[layer, head, : len(distance)], linewidth=1.2, marker=".", markersize=3, label=f"head {head + 1}")
+            lengths = norms[layer, head, : len(distance)]
+            axes.plot(distance, lengths, linewidth=1.2, marker=".", markersize=3, label=f"head {head + 1}")
         axes.set_ylabel(f"layer {layer + 1}\nlength of row", fontsize=8)
         axes.set_xlim(0, len(distance) + 1)
         axes.set_ylim(0, 1.05 * norms[..., : len(distance)].max())
@@ -204,7 +209,9 @@ def run(options: argparse.Namespace) -> dict:
     length = min(model.config.training_length for model in models.values())
     long_enough = [test[index] for index in range(len(test)) if len(test[index]) >= length][: options.pieces]
     if not long_enough:
-        raise ValueError(f"--data {options.data}: expected test pieces of at least {length} tokens, the training length")
+        raise ValueError(
+            f"--data {options.data}: expected test pieces of at least {length} tokens, the training length"
+        )
     maps = {name: attention_weights(model, test[options.piece][: options.tokens]) for name, model in models.items()}
     means = {name: weight_by_distance(model, long_enough, length) for name, model in models.items()}
     tables = np.stack([layer.attention.rel_k.detach().float().cpu().numpy() for layer in layers])

@@ -1,8 +1,9 @@
 """Trains Music Transformers (Huang et al. 2018) with relative attention, and with absolute positions beside them.
 
-On Bach chorales (music21's corpus, or --data FILE), or on any folder of MIDI files (--midi DIR; MAESTRO's table of splits
-is followed). Interrupted or killed, the same command continues where it was. Under torchrun several processes share each
-batch. Results: --out DIR/results.json, loss.png, and a model per kind of positions, for examples.chorales.generate.
+On Bach chorales (music21's corpus, or --data FILE), or on any folder of MIDI files (--midi DIR; MAESTRO's table of
+splits is followed). Interrupted or killed, the same command continues where it was. Under torchrun several processes
+share each batch. Results: --out DIR/results.json, loss.png, and a model per kind of positions, for
+examples.chorales.generate.
 """
 
 import argparse
@@ -50,16 +51,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", metavar="FILE", help="classic chorales, JSON, npz or pickle (default: music21's corpus)")
-    parser.add_argument("--midi", metavar="DIR", help="train on the MIDI files in a folder instead, MAESTRO's for instance")
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="default: small")
-    parser.add_argument("--positions", default="relative,absolute", help="some of relative, absolute, both; default: relative,absolute")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="default: runs/decoder-<preset>")
-    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
-    parser.add_argument("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
+    add = parser.add_argument
+    add("--data", metavar="FILE", help="classic chorales, JSON, npz or pickle (default: music21's corpus)")
+    add("--midi", metavar="DIR", help="train on the MIDI files in a folder instead, MAESTRO's for instance")
+    add("--preset", choices=PRESETS, default="small", help="default: small")
+    add("--positions", default="relative,absolute", help="some of relative, absolute, both; default: relative,absolute")
+    add("--out", metavar="DIR", type=Path, help="default: runs/decoder-<preset>")
+    add("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
+    add("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
     for field, kind, text in _OVERRIDES:
         choices = PRECISIONS if field.endswith("precision") else None
-        parser.add_argument(f"--{field.replace('_', '-')}", dest=field, type=kind, choices=choices, help=text)
+        add(f"--{field.replace('_', '-')}", dest=field, type=kind, choices=choices, help=text)
     options = parser.parse_args(arguments)
     options.out = options.out or Path("runs") / f"decoder-{options.preset}"
     options.positions = list(dict.fromkeys(options.positions.split(",")))

@@ -1,4 +1,4 @@
-"""Training with transformers' Trainer, as all commands do it: progress, checkpoints, resuming, one process or several."""
+"""Training with transformers' Trainer, as all commands do it: progress, checkpoints, one process or several."""
 
 import json
 import shutil
@@ -139,7 +139,9 @@ class Progress(TrainerCallback):
             self.bar = None
 
 
-def training_arguments(settings: TrainingSettings, folder: Path, train_windows: int, processes: int, workers: int, **more):
+def training_arguments(
+    settings: TrainingSettings, folder: Path, train_windows: int, processes: int, workers: int, **more
+):
     """The settings in the Trainer's terms, and `more` of its arguments; nothing is reported or uploaded anywhere."""
     if settings.batch % processes:
         raise ValueError(f"batch: expected a multiple of the {processes} processes, got {settings.batch}")
@@ -248,7 +250,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def record(trainer: ChoraleTrainer, clock: Clock) -> dict[str, Any]:
-    """Training and validation curves and the best step, from the Trainer's log (it travels in checkpoints); and the speed."""
+    """Curves and the best step, from the Trainer's log (it travels in checkpoints), and the training's speed."""
     log, seconds = trainer.state.log_history, clock.seconds
     tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens_seen, device=trainer.args.device), "sum")
     return {

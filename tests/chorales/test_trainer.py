@@ -42,7 +42,7 @@ def test_batch_must_split_over_the_processes(tmp_path):
 
 
 def test_workers_are_spawned(chorales, tmp_path):
-    """Forked from a process with gloo's threads, a worker once inherited a held lock, and both processes waited for it for ever."""
+    """Forked from a process with gloo's threads, a worker once inherited a held lock: both waited for it for ever."""
     settings = PRESETS["tiny"]
     windows, size = cut_windows(chorales, settings), len(chorales.vocabulary)
     trainer = ChoraleTrainer(

@@ -18,7 +18,12 @@ from .settings import PRESETS, Settings
 _OVERRIDES = (
     ("--window", "window", int, "tokens per window; beyond 128 the model gets more positions and parameters"),
     ("--stride", "stride", int, "tokens between the starts of windows"),
-    ("--masking", "masking", str, "hidden together: token, time (four tokens), step (a time step of the music), span (a voice)"),
+    (
+        "--masking",
+        "masking",
+        str,
+        "hidden together: token, time (four tokens), step (a time step of the music), span (a voice)",
+    ),
     ("--epochs", "epochs", float, "passes over the training windows"),
     ("--batch", "batch", int, "windows per micro-batch, over all processes"),
     ("--accumulation", "accumulation", int, "micro-batches per optimizer step"),
@@ -40,15 +45,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", metavar="PATH", help="classic JSON, npz or pickle file (default: music21's corpus)")
-    parser.add_argument("--preset", choices=PRESETS, default="quick", help="default: quick")
-    parser.add_argument("--arms", default=",".join(ARMS), help=f"default: {','.join(ARMS)}")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="default: runs/chorales-<preset>")
-    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
-    parser.add_argument("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
+    add = parser.add_argument
+    add("--data", metavar="PATH", help="classic JSON, npz or pickle file (default: music21's corpus)")
+    add("--preset", choices=PRESETS, default="quick", help="default: quick")
+    add("--arms", default=",".join(ARMS), help=f"default: {','.join(ARMS)}")
+    add("--out", metavar="DIR", type=Path, help="default: runs/chorales-<preset>")
+    add("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
+    add("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
     for flag, field, kind, text in _OVERRIDES:
         choices = ("token", "time", "step", "span") if field == "masking" else None
-        parser.add_argument(flag, dest=field, type=kind, choices=choices, help=text)
+        add(flag, dest=field, type=kind, choices=choices, help=text)
     options = parser.parse_args(arguments)
     options.out = options.out or Path("runs") / f"chorales-{options.preset}"
     options.arms = list(dict.fromkeys(options.arms.split(",")))

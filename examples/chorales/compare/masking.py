@@ -43,7 +43,7 @@ def _group_steps(batch: Batch) -> np.ndarray:
 
 
 def _group_spans(batch: Batch) -> np.ndarray:
-    """One voice over SPAN_STEPS time steps, counted from the piece's start: copying its last note helps at most once."""
+    """One voice over SPAN_STEPS time steps from the piece's start on: copying its last note helps at most once."""
     note = batch.step != NOWHERE
     key = np.where(note, batch.step // SPAN_STEPS * 4 + batch.voice, NOWHERE)
     first = (key[:, :, None] == key[:, None, :]).argmax(axis=2)  # a span is named after the first place it has

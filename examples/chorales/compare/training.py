@@ -8,7 +8,16 @@ from transformers import BertForMaskedLM
 
 from ..data.tokens import Chorales, Windows
 from ..storage import read_json, write_json
-from ..trainer import ChoraleTrainer, Clock, EpochSetter, Progress, parameter_count, record, train_on, training_arguments
+from ..trainer import (
+    ChoraleTrainer,
+    Clock,
+    EpochSetter,
+    Progress,
+    parameter_count,
+    record,
+    train_on,
+    training_arguments,
+)
 from .masking import EVALUATION_SEED, MaskingCollator
 from .model import build_model
 from .settings import Settings
@@ -45,7 +54,7 @@ def train_model(
     name: str | None,
     workers: int = 0,
 ) -> tuple[ChoraleTrainer, Clock]:
-    """Train `model`, or continue from the last of its `checkpoints`; the best validation loss chooses the final weights.
+    """Train `model`, or continue from the last of its `checkpoints`; the best validation loss chooses the weights.
 
     Args:
         collator: of the training windows; `evaluation` holds those of "valid" and perhaps others.

@@ -10,7 +10,8 @@ from .tokens import Chorales
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.chorales.data", description="Chorales as tokens and windows, as in the seed notebook, in flat arrays."
+        prog="python -m examples.chorales.data",
+        description="Chorales as tokens and windows, as in the seed notebook, in flat arrays.",
     )
     parser.add_argument("--data", metavar="PATH", help="classic JSON, npz or pickle file (default: music21's corpus)")
     parser.add_argument("--window", type=int, default=16, metavar="N", help="tokens per window (default 16)")

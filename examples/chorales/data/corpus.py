@@ -102,7 +102,9 @@ def _recipe() -> str:
 
 
 def _parse_all(workers: int | None) -> Splits:
-    require_packages("the default chorales need", "chorales", "music21", "tqdm", instead="or give the classic file: --data PATH")
+    require_packages(
+        "the default chorales need", "chorales", "music21", "tqdm", instead="or give the classic file: --data PATH"
+    )
     rows = read_split()
     # Processes are spawned, not forked: a fork after torch has started its threads can hang.
     with ProcessPoolExecutor(workers or available_cores(), mp_context=get_context("spawn")) as pool:

@@ -111,7 +111,7 @@ def _piece_to_grid(piece: Any, where: str) -> np.ndarray:
 
 
 def fit_voices(steps: list[list[int]]) -> np.ndarray:
-    """Array (T, 4) of steps of at most four pitches each, from high to low; where some lack, the nearest voices sing."""
+    """Array (T, 4) of steps of up to four pitches each, from high to low; where some lack, the nearest voices sing."""
     grid = np.full((len(steps), len(VOICES)), SILENT, dtype=np.int16)
     full = [time for time, step in enumerate(steps) if len(step) == len(VOICES)]
     grid[full] = [steps[time] for time in full] if full else grid[full]

@@ -16,9 +16,9 @@ from .passages import Music, Pieces
 
 @dataclass
 class Events:
-    """Pieces as sequences of events, all (N,): `alone`, what an event is, and `after`, what it is and how it follows from
-    the one before, both numbers that transposition does not change; `pitch`, some pitch to tell transpositions by; piece p
-    being events bounds[p] to bounds[p + 1]."""
+    """Pieces as sequences of events, all (N,): `alone`, what an event is, and `after`, what it is and how it follows
+    from the one before, both numbers that transposition does not change; `pitch`, some pitch to tell transpositions by;
+    piece p being events bounds[p] to bounds[p + 1]."""
 
     alone: np.ndarray
     after: np.ndarray
@@ -28,7 +28,8 @@ class Events:
 
 class Passage(NamedTuple):
     """A passage that two pieces share: events, where it begins in the sample, which piece of the other music has it and
-    where it begins there, by how many semitones the sample is higher, and at how many of its events anything changes."""
+    where it begins there, by how many semitones the sample is higher, and at how many of its events anything
+    changes."""
 
     events: int
     start: int
@@ -45,7 +46,9 @@ def chord_events(grids: list[np.ndarray]) -> Events:
         grid = grid.astype(np.int64)
         sounding = grid != SILENT
         # The highest sounding pitch; while all are silent, the last one.
-        top = np.where(sounding.any(axis=1), np.take_along_axis(grid, sounding.argmax(axis=1)[:, None], axis=1)[:, 0], SILENT)
+        top = np.where(
+            sounding.any(axis=1), np.take_along_axis(grid, sounding.argmax(axis=1)[:, None], axis=1)[:, 0], SILENT
+        )
         known = np.maximum.accumulate(np.where(top != SILENT, np.arange(len(top)), 0))
         top = top[known]
         chord = np.where(sounding, grid - top[:, None] + 128, 0) @ (256 ** np.arange(grid.shape[1]))
@@ -58,7 +61,9 @@ def chord_events(grids: list[np.ndarray]) -> Events:
 def note_events(pitches: list[np.ndarray]) -> Events:
     """Events of sequences of pitches: one per note."""
     pitches = [pitch.astype(np.int64) for pitch in pitches]
-    return _joined([np.zeros_like(pitch) for pitch in pitches], [np.diff(p, prepend=p[:1]) + 128 for p in pitches], pitches)
+    return _joined(
+        [np.zeros_like(pitch) for pitch in pitches], [np.diff(p, prepend=p[:1]) + 128 for p in pitches], pitches
+    )
 
 
 def _joined(alone: list[np.ndarray], after: list[np.ndarray], pitch: list[np.ndarray]) -> Events:
@@ -79,7 +84,7 @@ def events_of(language: Language, pieces: list[np.ndarray]) -> Events:
 
 
 def longest_common_passage(sample: Events, music: Events) -> Passage | None:
-    """The longest passage of `sample`, one piece, that is also in one of the pieces of `music`; None if they share nothing.
+    """The longest passage of `sample`, one piece, that is also in a piece of `music`; None if they share nothing.
 
     Passages of growing length are compared by 64-bit hashes, each length among the places where the one before agreed.
     """
@@ -90,13 +95,23 @@ def longest_common_passage(sample: Events, music: Events) -> Passage | None:
     while True:
         common = np.intersect1d(hash_here, hash_there)
         keep_here, keep_there = np.isin(hash_here, common), np.isin(hash_there, common)
-        here, hash_here, there, hash_there = here[keep_here], hash_here[keep_here], there[keep_there], hash_there[keep_there]
+        here, hash_here, there, hash_there = (
+            here[keep_here],
+            hash_here[keep_here],
+            there[keep_there],
+            hash_there[keep_there],
+        )
         if not len(here):
             break
         length += 1
         found = (here[0], there[np.flatnonzero(hash_there == hash_here[0])[0]])
         more_here, more_there = here + length < len(sample.alone), there + length < ends[there]
-        here, hash_here, there, hash_there = here[more_here], hash_here[more_here], there[more_there], hash_there[more_there]
+        here, hash_here, there, hash_there = (
+            here[more_here],
+            hash_here[more_here],
+            there[more_there],
+            hash_there[more_there],
+        )
         hash_here = hash_here * _FACTOR + _hash(sample.after[here + length])
         hash_there = hash_there * _FACTOR + _hash(music.after[there + length])
     if found is None:
@@ -126,7 +141,7 @@ def _hash(numbers: np.ndarray) -> np.ndarray:
 
 
 class CopyCheck:
-    """Compares generated pieces with a training set, and the test set's pieces too: what pieces share without copying."""
+    """Compares generated pieces with a training set, and the test set's too: what pieces share without copying."""
 
     def __init__(self, music: Music):
         self.language, self.pieces = music.language, music.splits["train"]
@@ -141,7 +156,9 @@ class CopyCheck:
         return {
             "unit": self.unit,
             "generated": len(sample.alone),
-            "longest_common_passage": passage._asdict() | {"piece": self.pieces.names[passage.piece]} if passage else None,
+            "longest_common_passage": passage._asdict() | {"piece": self.pieces.names[passage.piece]}
+            if passage
+            else None,
         }
 
     def of_test_pieces(self, length: int) -> dict:
@@ -167,6 +184,7 @@ def describe(report: dict, test: dict) -> str:
         return "nothing in common with the training set"
     return (
         f"longest passage shared with the training set: {passage['events']} of {report['generated']} {unit} "
-        f"({passage['changes']} changes), from {passage['start']} on = {passage['piece']} from {passage['piece_start']} on, "
-        f"transposed by {passage['semitones']:+d}; in test pieces of this length: median {test['median']:g}, longest {test['longest']}"
+        f"({passage['changes']} changes), from {passage['start']} on = {passage['piece']} from "
+        f"{passage['piece_start']} on, transposed by {passage['semitones']:+d}; "
+        f"in test pieces of this length: median {test['median']:g}, longest {test['longest']}"
     )

@@ -43,7 +43,9 @@ class ChoraleLanguage:
         """(size,): the id that each token becomes, -1 where that is no MIDI pitch."""
         table = np.arange(self.size)
         moved = table + semitones
-        table[self.first_pitch :] = np.where((moved >= self.first_pitch) & (moved < self.size), moved, -1)[self.first_pitch :]
+        table[self.first_pitch :] = np.where((moved >= self.first_pitch) & (moved < self.size), moved, -1)[
+            self.first_pitch :
+        ]
         return table
 
     def save(self, folder: Path) -> None:
@@ -51,10 +53,10 @@ class ChoraleLanguage:
 
 
 class MidiLanguage:
-    """Piano performances as events in time, as in Music Transformer: note on, note off, velocity, time shift of 10 ms to 1 s.
+    """Piano performances as events in time, as in Music Transformer: note on, note off, velocity, time shift.
 
-    By miditok's MIDILike tokenizer. All instruments but drums are played by one piano, the sustain pedal by holding
-    notes longer; tempo is in the time shifts.
+    By miditok's MIDILike tokenizer, time shifts from 10 ms to 1 s. All instruments but drums are played by one piano,
+    the sustain pedal by holding notes longer; tempo is in the time shifts.
     """
 
     name = "midi"
@@ -132,7 +134,7 @@ _TICKS_PER_SECOND = 960  # 480 per beat at tempo 120
 
 
 def read_performance(path: str | os.PathLike) -> Any:
-    """A MIDI file as a symusic Score of one piano track at tempo 120, times as they were in seconds, pedalled notes held."""
+    """A MIDI file as a symusic Score of one piano track at tempo 120, times as they were, pedalled notes held."""
     import symusic
 
     try:

@@ -58,7 +58,9 @@ class MusicTransformerConfig(Config):
         if self.positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
         if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(f"width: expected a multiple of twice the {self.num_attention_heads} heads, got {self.hidden_size}")
+            raise ValueError(
+                f"width: expected a multiple of twice the {self.num_attention_heads} heads, got {self.hidden_size}"
+            )
         if self.max_relative_position < 1:
             raise ValueError(f"max-relative-position: expected at least 1, got {self.max_relative_position}")
         super().__post_init__(**kwargs)
@@ -180,7 +182,8 @@ class MusicTransformer(PreTrainedModel, GenerationMixin):
             `logits` (B, L, vocabulary); `loss`, the mean over the labels in nats; `past_key_values`; `attentions`.
 
         Raises:
-            TypeError: a cache that is no DynamicCache: distances are counted from its last key, which must be the newest.
+            TypeError: a cache that is no DynamicCache: distances are counted from its last key, which must be the
+                newest.
             ValueError: `attention_mask` or `logits_to_keep` does not fit; the message says what is accepted.
         """
         if not isinstance(past_key_values, DynamicCache | None):
@@ -191,7 +194,9 @@ class MusicTransformer(PreTrainedModel, GenerationMixin):
         batch, length = input_ids.shape
         keys = past + length
         if attention_mask is not None and attention_mask.shape != (batch, keys):
-            raise ValueError(f"attention_mask: expected {(batch, keys)}, the tokens so far, got {tuple(attention_mask.shape)}")
+            raise ValueError(
+                f"attention_mask: expected {(batch, keys)}, the tokens so far, got {tuple(attention_mask.shape)}"
+            )
         hidden = self.embedding(input_ids) * self.config.hidden_size**0.5
         if self.config.positions != "relative":
             if attention_mask is None:

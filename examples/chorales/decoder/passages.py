@@ -90,8 +90,9 @@ def load_chorales(path: str | os.PathLike | None = None) -> Music:
 
 
 def midi_splits(folder: Path) -> dict[str, list[Path]]:
-    """The MIDI files below `folder`, by split: as a MAESTRO table (maestro-*.csv) in it says; else as its subfolders train,
-    valid (or validation) and test do; else a tenth for validation and a tenth for the test, by a hash of the names.
+    """The MIDI files below `folder`, by split: as a MAESTRO table (maestro-*.csv) in it says; else as its subfolders
+    train, valid (or validation) and test do; else a tenth for validation and a tenth for the test, by a hash of the
+    names.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -115,7 +116,11 @@ def midi_splits(folder: Path) -> dict[str, list[Path]]:
         return by_folder
     order = sorted(found, key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest())
     tenth = max(1, len(found) // 10)
-    return {"valid": sorted(order[:tenth]), "test": sorted(order[tenth : 2 * tenth]), "train": sorted(order[2 * tenth :])}
+    return {
+        "valid": sorted(order[:tenth]),
+        "test": sorted(order[tenth : 2 * tenth]),
+        "train": sorted(order[2 * tenth :]),
+    }
 
 
 def _maestro_splits(table: Path) -> dict[str, list[Path]]:
@@ -125,7 +130,9 @@ def _maestro_splits(table: Path) -> dict[str, list[Path]]:
         for row in csv.DictReader(file):
             split = _MAESTRO_SPLITS.get(row.get("split", ""))
             if split is None or not row.get("midi_filename"):
-                raise ValueError(f"--midi {table}: expected columns split (train, validation, test) and midi_filename, got {row}")
+                raise ValueError(
+                    f"--midi {table}: expected columns split (train, validation, test) and midi_filename, got {row}"
+                )
             path = table.parent / row["midi_filename"]
             (splits[split] if path.is_file() else missing).append(path)
     if missing:
@@ -145,7 +152,10 @@ def load_midi_folder(folder: Path) -> Music:
     cache = cache_path().with_name(f"midi-{digest.hexdigest()[:16]}.npz")
     try:
         with np.load(cache, allow_pickle=False) as stored:
-            read = {name: Pieces(stored[f"{name}_ids"], stored[f"{name}_bounds"], stored[f"{name}_names"].tolist()) for name in SPLITS}
+            read = {
+                name: Pieces(stored[f"{name}_ids"], stored[f"{name}_bounds"], stored[f"{name}_names"].tolist())
+                for name in SPLITS
+            }
         return Music(language, read)
     except FileNotFoundError:
         pass
@@ -156,10 +166,16 @@ def load_midi_folder(folder: Path) -> Music:
         with atomic_write(cache, "wb") as file:
             arrays: dict[str, Any] = {}
             for name, pieces in music.splits.items():
-                arrays |= {f"{name}_ids": pieces.ids, f"{name}_bounds": pieces.bounds, f"{name}_names": np.array(pieces.names, dtype=str)}
+                arrays |= {
+                    f"{name}_ids": pieces.ids,
+                    f"{name}_bounds": pieces.bounds,
+                    f"{name}_names": np.array(pieces.names, dtype=str),
+                }
             np.savez_compressed(file, **arrays)
     except OSError as error:
-        print(f"music: the tokens could not be cached ({error}); the files will be read again next time", file=sys.stderr)
+        print(
+            f"music: the tokens could not be cached ({error}); the files will be read again next time", file=sys.stderr
+        )
     return music
 
 
@@ -214,7 +230,7 @@ class TrainingWindows(EpochItems):
 
 
 class ScoredWindows(EpochItems):
-    """Windows that together predict every token of every piece once, from at least half a window of what precedes it."""
+    """Windows that together predict every token of every piece once, from at least half a window before it."""
 
     def __init__(self, pieces: Pieces, size: int, unit: int):
         self.pieces, self.size = pieces, size

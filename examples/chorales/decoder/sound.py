@@ -41,7 +41,7 @@ def chorale_midi(grid: np.ndarray, beats_per_minute: float):
 
 
 def read_chorale(path: str | os.PathLike) -> np.ndarray:
-    """The grid (T, 4) of a MIDI file: four tracks are the voices from soprano to bass, anything else is dealt out by height.
+    """The grid (T, 4) of a MIDI file: four tracks are the voices, soprano to bass; else notes are dealt out by height.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -132,7 +132,13 @@ def draw_piano_roll(path: Path, midi, title: str, prime: float = 0.0, trained: f
     heights = [note.pitch for instrument in midi.instruments for note in instrument.notes] or [60]
     axes.set(xlim=(0, end), ylim=(min(heights) - 2, max(heights) + 2), xlabel="seconds", title=title)
     axes.grid(axis="y", alpha=0.4)
-    axes.legend(fontsize="small", ncols=len(midi.instruments) + 2, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    axes.legend(
+        fontsize="small",
+        ncols=len(midi.instruments) + 2,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+        frameon=False,
+    )
     save_figure(figure, path, dpi=110)
 
 

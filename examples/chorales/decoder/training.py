@@ -6,7 +6,16 @@ from pathlib import Path
 import torch
 
 from ..storage import read_json, write_json
-from ..trainer import ChoraleTrainer, Clock, EpochSetter, Progress, parameter_count, record, train_on, training_arguments
+from ..trainer import (
+    ChoraleTrainer,
+    Clock,
+    EpochSetter,
+    Progress,
+    parameter_count,
+    record,
+    train_on,
+    training_arguments,
+)
 from .model import MusicTransformer, MusicTransformerConfig
 from .passages import Music, ScoredCollator, ScoredWindows, TrainingCollator, TrainingWindows
 from .settings import DecoderSettings
@@ -33,14 +42,17 @@ def build_model(positions: str, settings: DecoderSettings, music: Music) -> Musi
 def train_one(positions: str, music: Music, settings: DecoderSettings, folder: Path, state, workers: int = 0) -> dict:
     """Train and test one model in `folder`, or continue, or return the result that is already there.
 
-    `folder` gets the checkpoints while training, then `model/` (the one with the best validation loss) and `result.json`.
+    `folder` gets the checkpoints while training, then `model/` (the one with the best validation loss) and
+    `result.json`.
     """
     finished = folder / "result.json"
     if finished.is_file():
         return read_json(finished)
     unit, checkpoints = music.language.unit, folder / "checkpoints"
     windows = TrainingWindows(music.splits["train"], settings.window, unit, settings.seed)
-    scored = {name: ScoredCollator(ScoredWindows(music.splits[name], settings.window, unit)) for name in ("valid", "test")}
+    scored = {
+        name: ScoredCollator(ScoredWindows(music.splits[name], settings.window, unit)) for name in ("valid", "test")
+    }
     model = build_model(positions, settings, music)
     parameters = parameter_count(model)
     if state.is_main_process:

@@ -5,9 +5,9 @@
     python -m examples.chorales.study --list                   # what would run, in which order, and what it costs
     python -m examples.chorales.study report --results DIR     # tables and figures, from the JSON files alone
 
-A cell is one training run; its result is one JSON file in --out. Finished cells are skipped, a killed one continues from
-its checkpoint. Any number of processes, started by --jobs or by hand, may share a folder: a lock file keeps a cell to
-one of them, and the system releases it when its process ends, however it ends.
+A cell is one training run; its result is one JSON file in --out. Finished cells are skipped, a killed one continues
+from its checkpoint. Any number of processes, started by --jobs or by hand, may share a folder: a lock file keeps a cell
+to one of them, and the system releases it when its process ends, however it ends.
 """
 
 import argparse
@@ -23,19 +23,22 @@ from .work import CONTINUES, run
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.chorales.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m examples.chorales.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", nargs="?", choices=("run", "report"), default="run", help="default: run")
-    parser.add_argument("--preset", choices=("grid", "seed", "tiny"), default="grid", help="which cells (default: grid)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions of every cell (default 3)")
-    parser.add_argument("--only", metavar="PATTERN", help="cells whose name matches, as w016-*-s0 (see --list)")
-    parser.add_argument("--list", action="store_true", help="print the cells and their cost, run nothing")
-    parser.add_argument("--data", metavar="PATH", help="classic JSON, npz or pickle file (default: music21's corpus)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="gets the JSON files (default: runs/study-<preset>)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each (default 1)")
-    parser.add_argument("--hours", type=float, metavar="H", help="start no cell after so many hours")
-    parser.add_argument("--results", metavar="DIR", type=Path, default=COMMITTED, help="report: on these (default: the committed)")
-    parser.add_argument("--readme", metavar="FILE", type=Path, help="report: the file whose marked part is written anew")
+    add = parser.add_argument
+    add("action", nargs="?", choices=("run", "report"), default="run", help="default: run")
+    add("--preset", choices=("grid", "seed", "tiny"), default="grid", help="which cells (default: grid)")
+    add("--seeds", type=int, default=3, metavar="N", help="repetitions of every cell (default 3)")
+    add("--only", metavar="PATTERN", help="cells whose name matches, as w016-*-s0 (see --list)")
+    add("--list", action="store_true", help="print the cells and their cost, run nothing")
+    add("--data", metavar="PATH", help="classic JSON, npz or pickle file (default: music21's corpus)")
+    add("--out", metavar="DIR", type=Path, help="gets the JSON files (default: runs/study-<preset>)")
+    add("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each (default 1)")
+    add("--hours", type=float, metavar="H", help="start no cell after so many hours")
+    add("--results", metavar="DIR", type=Path, default=COMMITTED, help="report: on these (default: the committed)")
+    add("--readme", metavar="FILE", type=Path, help="report: the file whose marked part is written anew")
     options = parser.parse_args(arguments)
     for name, least in (("jobs", 1), ("seeds", 1)):
         if getattr(options, name) < least:
@@ -49,12 +52,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.only:
         options.cells = [cell for cell in options.cells if fnmatch.fnmatchcase(cell.name, options.only)]
         if not options.cells:
-            parser.error(f"--only: no cell of preset {options.preset} matches {options.only!r}; --list shows their names")
+            parser.error(
+                f"--only: no cell of preset {options.preset} matches {options.only!r}; --list shows their names"
+            )
     return options
 
 
 def measured_seconds(folder: Path, cells: list[Cell]) -> dict[str, float]:
-    """The most seconds that a finished cell of each group took: one that continued after a kill knows its last part alone."""
+    """The most seconds that a finished cell of each group took: one that was killed knows its last part alone."""
     found: dict[str, list[float]] = {}
     for cell in cells:
         path = folder / f"{cell.name}.json"

@@ -19,9 +19,9 @@ class Schedule:
 
     tokens: training budget, padding not counted; None where `epochs` counts passes over the windows instead.
     batch_tokens: tokens per micro-batch, padding counted. valid_tokens limits the tokens that choose the best weights
-    (None: all). accumulation is always 1, and stays because the committed cells' configurations name it. dense: a window
-    starts at every token, as in the notebook, not four times per window length.
-    extrapolate: (trained window, longer window that it is also tested on).
+    (None: all). dense: a window starts at every token, as in the notebook, not four times per window length.
+    extrapolate: (trained window, longer window that it is also tested on). accumulation is always 1; it stays because
+    the committed cells' configurations name it.
     """
 
     tokens: int | None
@@ -78,14 +78,20 @@ SCHEDULES = {
         valid_tokens=None,
         dense=True,
     ),
-    # The same number of tokens for every cell of the grid. Arms of a setting also share the number of updates, windows do
-    # not: batches count padding, which long windows have more of (1,970 updates at window 16, 2,650 at 512).
+    # The same number of tokens for every cell of the grid. Arms of a setting also share the number of updates, windows
+    # do not: batches count padding, which long windows have more of (1,970 updates at window 16, 2,650 at 512).
     "short": Schedule(tokens=2_000_000, batch_tokens=1024, learning_rate=2e-3, extrapolate=(128, 512)),
     # Does more training change the order?
     "long": Schedule(tokens=8_000_000, batch_tokens=1024, learning_rate=2e-3, extrapolate=(128, 512)),
     # Proves that everything runs.
     "tiny": Schedule(
-        tokens=20_000, batch_tokens=512, learning_rate=2e-3, warmup=5, evaluations=2, valid_tokens=2_000, extrapolate=(16, 32)
+        tokens=20_000,
+        batch_tokens=512,
+        learning_rate=2e-3,
+        warmup=5,
+        evaluations=2,
+        valid_tokens=2_000,
+        extrapolate=(16, 32),
     ),
 }
 
@@ -169,7 +175,8 @@ class Cell:
     def configuration(self) -> dict:
         """Everything that decides the cell's result but the data: two cells with equal configurations are the same."""
         cell = dataclasses.asdict(self)
-        return cell | {"schedule": {"name": self.schedule} | dataclasses.asdict(self.settings) | {"stride": self.stride}}
+        schedule = {"name": self.schedule, **dataclasses.asdict(self.settings), "stride": self.stride}
+        return cell | {"schedule": schedule}
 
 
 ABSOLUTE = dict(positions="absolute")
@@ -236,7 +243,7 @@ def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
 
 
 def expected_seconds(cell: Cell, measured: dict[str, float]) -> float:
-    """Seconds of one core for a cell: those that a finished one of its group took, else by a rough tokens per second."""
+    """Seconds of one core for a cell: what a finished one of its group took, else by a rough tokens per second."""
     if cell.group in measured:
         return measured[cell.group]
     schedule = cell.settings

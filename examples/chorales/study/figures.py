@@ -75,7 +75,8 @@ def plot_differences(path: Path, results: Results) -> None:
     axes.set_yticks(range(len(rows)), [text for text, _ in rows])
     axes.margins(x=0.1)
     axes.set_xscale("symlog", linthresh=0.2)  # where absolute positions have not begun to learn they are far behind
-    axes.set_xticks([-2, -1, -0.5, -0.2, -0.1, 0, 0.1, 0.2], labels=["-2", "-1", "-0.5", "-0.2", "-0.1", "0", "0.1", "0.2"])
+    ticks = (-2, -1, -0.5, -0.2, -0.1, 0, 0.1, 0.2)
+    axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("difference of test loss (nats), logarithmic beyond 0.2\nleft: better than absolute")
     axes.grid(axis="x", alpha=0.3)
@@ -88,7 +89,8 @@ def plot_windows(path: Path, results: Results) -> None:
     setting = {name: LONGER[name] for name in ("masking", "phase", "voice", "schedule")}
     figure, panels = _figure(10, 4, 2)
     windows = sorted({cell.window for cell in results.having(**setting)})
-    for axes, metric, label in zip(panels, ("loss", "change_accuracy"), ("test loss (nats)", "accuracy at pitch changes"), strict=True):
+    shown = (("loss", "test loss (nats)"), ("change_accuracy", "accuracy at pitch changes"))
+    for axes, (metric, label) in zip(panels, shown, strict=True):
         for arm in ("absolute", "relative", "both"):
             found = [(w, results.values(arm, metric, window=w, **setting)) for w in windows]
             points = [(w, Estimate.over(values)) for w, values in found if values]

@@ -58,10 +58,12 @@ def resize_positions(model: BertForMaskedLM, length: int) -> None:
     old = embeddings.position_embeddings.weight
     new = nn.Embedding(length, old.shape[1], device=old.device)
     with torch.no_grad():
-        new.weight.normal_(std=model.config.initializer_range, generator=torch.Generator().manual_seed(0)).mul_(float(old.any()))
+        new.weight.normal_(std=model.config.initializer_range, generator=torch.Generator().manual_seed(0))
+        new.weight.mul_(float(old.any()))
         new.weight[: len(old)] = old[:length]
     new.weight.requires_grad_(old.requires_grad)
     embeddings.position_embeddings = new
     embeddings.register_buffer("position_ids", torch.arange(length, device=old.device)[None], persistent=False)
-    embeddings.register_buffer("token_type_ids", torch.zeros(1, length, dtype=torch.long, device=old.device), persistent=False)
+    no_types = torch.zeros(1, length, dtype=torch.long, device=old.device)
+    embeddings.register_buffer("token_type_ids", no_types, persistent=False)
     model.config.max_position_embeddings = length

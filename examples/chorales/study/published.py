@@ -24,7 +24,14 @@ def published_skew(relative: Tensor) -> Tensor:
 
 
 def published_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout=0.0, scaling=None, **_
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout=0.0,
+    scaling=None,
+    **_,
 ) -> tuple[Tensor, Tensor]:
     """The notebook's relative attention as a function for transformers' `AttentionInterface`.
 

@@ -1,7 +1,7 @@
 """The study's report: tables (markdown) and figures from the cells' JSON files, and from nothing else.
 
-Differences are paired: two arms of one seed start from the same weights, see the same batches in the same order with the
-same masks, and are tested on the same tokens. Intervals are 95 % t-intervals over seeds.
+Differences are paired: two arms of one seed start from the same weights, see the same batches in the same order with
+the same masks, and are tested on the same tokens. Intervals are 95 % t-intervals over seeds.
 """
 
 from collections.abc import Callable
@@ -32,13 +32,15 @@ def section_arms(results: Results, setting: Setting) -> str:
     for arm, text in ARM_TEXT.items():
         loss = estimate(results.values(arm, **setting))
         if loss is not None:
-            accuracy, change = (estimate(results.values(arm, metric, **setting)) for metric in ("accuracy", "change_accuracy"))
-            rows.append(
-                [text, _cell(loss), _cell(accuracy, ".1%"), _cell(change, ".1%"), f"{results.parameters(arm, **setting):,}"]
-                + [f"{loss.mean - PUBLISHED_LOSS[arm]:+.3f}" if arm in PUBLISHED_LOSS else ""] * (setting["schedule"] == "notebook")
-            )
+            accuracy = estimate(results.values(arm, "accuracy", **setting))
+            change = estimate(results.values(arm, "change_accuracy", **setting))
+            parameters = f"{results.parameters(arm, **setting):,}"
+            rows.append([text, _cell(loss), _cell(accuracy, ".1%"), _cell(change, ".1%"), parameters])
+            if setting["schedule"] == "notebook":
+                rows[-1].append(f"{loss.mean - PUBLISHED_LOSS[arm]:+.3f}" if arm in PUBLISHED_LOSS else "")
     copy = next(iter(results.having(**setting).values()))["test"]
-    rows.append(["copying the neighbour", "", f"{copy['copy_accuracy']:.1%}", f"{copy['change_copy_accuracy']:.1%}", ""])
+    copied = [f"{copy[name]:.1%}" for name in ("copy_accuracy", "change_copy_accuracy")]
+    rows.append(["copying the neighbour", "", *copied, ""])
     header = ["", "test loss", "accuracy", "at pitch changes", "parameters"]
     if setting["schedule"] == "notebook":
         header.append("loss against the published")
@@ -66,9 +68,12 @@ def section_effects(results: Results, setting: Setting) -> str:
     """Paired differences of loss between arms of one setting; negative: the first is better."""
     rows = []
     for text, one, other in _EFFECTS:
-        metrics = [difference(results.values(one, m, **setting), results.values(other, m, **setting)) for m in ("loss", "change_accuracy")]
-        if metrics[0] is not None:
-            rows.append([text, _cell(metrics[0], "+.3f"), _cell(metrics[1], "+.1%")])
+        loss, change = (
+            difference(results.values(one, metric, **setting), results.values(other, metric, **setting))
+            for metric in ("loss", "change_accuracy")
+        )
+        if loss is not None:
+            rows.append([text, _cell(loss, "+.3f"), _cell(change, "+.1%")])
     return markdown_table(["", "difference of loss", "of accuracy at pitch changes"], rows) if rows else ""
 
 
@@ -78,9 +83,11 @@ def section_settings(results: Results) -> str:
     for setting in results.settings():
         values = {arm: results.values(arm, **setting) for arm in ("absolute", "relative", "both")}
         if values["absolute"] and values["relative"]:
-            gains = [difference(values[arm], values["absolute"]) for arm in ("relative", "both")]
-            rows.append([setting_text(setting), *(_cell(estimate(v)) for v in values.values()), *(_cell(g, "+.3f") for g in gains)])
-    return markdown_table(["test loss", "absolute", "relative", "both", "relative - absolute", "both - absolute"], rows) if rows else ""
+            losses = [_cell(estimate(v)) for v in values.values()]
+            gains = [_cell(difference(values[arm], values["absolute"]), "+.3f") for arm in ("relative", "both")]
+            rows.append([setting_text(setting), *losses, *gains])
+    header = ["test loss", "absolute", "relative", "both", "relative - absolute", "both - absolute"]
+    return markdown_table(header, rows) if rows else ""
 
 
 def section_changes(results: Results) -> str:
@@ -113,7 +120,7 @@ _PLAIN = {"voice": "not given", "schedule": "short"}
 
 
 def section_factors(results: Results) -> str:
-    """One factor changed, the rest kept: what it does to each arm, and to the distance between them (both paired by seed)."""
+    """One factor changed, the rest kept: what it does to each arm, and to the distance between them; paired by seed."""
     rows = []
     settings = results.settings()
     for field, before, after in _CHANGES:
@@ -121,17 +128,16 @@ def section_factors(results: Results) -> str:
             changed = setting | {field: after}
             if setting[field] != before or changed not in settings:
                 continue
-            absolute, relative = (
-                {seed: to[seed] - of[seed] for seed in sorted(to.keys() & of.keys())}
-                for of, to in ((results.values(arm, **setting), results.values(arm, **changed)) for arm in ("absolute", "relative"))
-            )
-            gap = difference(relative, absolute)
+            changes = {}
+            for arm in ("absolute", "relative"):
+                of, to = results.values(arm, **setting), results.values(arm, **changed)
+                changes[arm] = {seed: to[seed] - of[seed] for seed in sorted(to.keys() & of.keys())}
+            gap = difference(changes["relative"], changes["absolute"])
             if gap is not None:
                 words = [factor_text(field, value) or f"{field} {_PLAIN[field]}" for value in (before, after)]
                 kept = setting_text(setting, leave_out=field)
-                rows.append(
-                    [f"{words[0]} → {words[1]}; {kept}", *(_cell(estimate(v), "+.3f") for v in (absolute, relative)), _cell(gap, "+.3f")]
-                )
+                cells = [_cell(estimate(values), "+.3f") for values in changes.values()]
+                rows.append([f"{words[0]} → {words[1]}; {kept}", *cells, _cell(gap, "+.3f")])
     return markdown_table(["change of loss", "absolute", "relative", "relative - absolute"], rows) if rows else ""
 
 
@@ -150,8 +156,9 @@ def section_longer(results: Results) -> str:
     if not rows:
         return ""
     note = (
-        "\\* Absolute positions end with the training window. The longer test gives these models as many positions as it needs; "
-        "those beyond the training window are fresh N(0, 0.02), as in a model built with all of them and trained on short windows only."
+        "\\* Absolute positions end with the training window. The longer test gives these models as many positions as "
+        "it needs; those beyond the training window are fresh N(0, 0.02), as in a model built with all of them and "
+        "trained on short windows only."
     )
     return markdown_table(["", "trained window", "longer window", "difference"], rows) + "\n\n" + note
 
@@ -172,7 +179,8 @@ def section_verdicts(results: Results) -> str:
     lines = []
     for one, other in (("relative", "absolute"), ("both", "absolute"), ("both", "relative")):
         lines.append(f"**{one} against {other}**, difference of loss:")
-        lines += [f"- {kind}: {'; '.join(settings)}" for kind, settings in verdicts(results, one, other).items() if settings]
+        found = verdicts(results, one, other)
+        lines += [f"- {kind}: {'; '.join(settings)}" for kind, settings in found.items() if settings]
         lines.append("")
     return "\n".join(lines).strip()
 
@@ -191,7 +199,8 @@ def section_reversal(results: Results, setting: Setting) -> str:
             share = ""
             if published.mean > 0 and other == "relative.published.normal":
                 percent = f"{abs(gap.mean) / published.mean:.0%}"
-                share = f", which closes {percent} of the gap" if gap.mean < 0 else f", which widens the gap by {percent}"
+                effect = f"closes {percent} of the gap" if gap.mean < 0 else f"widens the gap by {percent}"
+                share = f", which {effect}"
             lines.append(f"{text}: {gap.text('+.3f')}{share}.")
 
     add("The same arm against a model with no positions at all", "relative.published.normal", "none")
@@ -212,8 +221,8 @@ def render(results: Results) -> str:
         f"Written by `python -m examples.chorales.study report` from {len(results.cells)} finished cells, "
         f"seeds {', '.join(map(str, seeds))}. Numbers are mean ± half the 95 % t-interval over seeds (n); "
         "a number with (1) has one seed and no interval. Loss is in nats per "
-        "masked token of the test set; differences are paired by seed, negative where the first is better. Intervals are not "
-        "widened for the number of comparisons. Data fingerprint "
+        "masked token of the test set; differences are paired by seed, negative where the first is better. Intervals "
+        "are not widened for the number of comparisons. Data fingerprint "
         f"{one['data_fingerprint']}; {versions}.",
     ]
 
@@ -246,8 +255,8 @@ def render(results: Results) -> str:
         add(
             "One factor at a time",
             factors
-            and "A negative number in the last column: the change favours relative positions. Changes of masks, windows and "
-            "phase change the task too, so read that column, not the first two.",
+            and "A negative number in the last column: the change favours relative positions. Changes of masks, "
+            "windows and phase change the task too, so read that column, not the first two.",
             factors,
         )
         add("Where relative attention wins, and where it does not", section_verdicts(results))
@@ -263,14 +272,18 @@ def readme_part(results: Results) -> str:
     if OWN_SCHEDULE in results.settings():
         parts += ["The notebook's schedule:", section_arms(results, OWN_SCHEDULE)]
     if NOTEBOOK in results.settings():
-        parts += ["The same window and masks, two million tokens:", section_arms(results, NOTEBOOK), section_reversal(results, NOTEBOOK)]
+        parts += [
+            "The same window and masks, two million tokens:",
+            section_arms(results, NOTEBOOK),
+            section_reversal(results, NOTEBOOK),
+        ]
     if table := section_settings(results):
         parts += ["Every setting:", table]
     return "\n\n".join(parts) + "\n"
 
 
 def write_report(folder: Path, readme: Path | None = None) -> None:
-    """report.md and its figures beside the JSON files in `folder`; in `readme`, the part between `<!-- study -->` and `<!-- /study -->`."""
+    """report.md and its figures beside the JSON files in `folder`; in `readme`, the part that is marked "study"."""
     results = Results(folder)
     if readme:
         write_part(readme, "study", readme_part(results))

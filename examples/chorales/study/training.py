@@ -65,7 +65,8 @@ def score(model: BertForMaskedLM, collator: StudyCollator, train: Tokens) -> dic
     """
     model.eval()
     windows = collator.windows
-    flags = Windows(dataclasses.replace(windows.tokens, ids=pitch_changes(windows.tokens)), windows.size, windows.stride)
+    flagged = dataclasses.replace(windows.tokens, ids=pitch_changes(windows.tokens))
+    flags = Windows(flagged, windows.size, windows.stride)
     fallback = commonest_token(train)
     sums = np.zeros((2, 4))  # all masked tokens, those at a change: loss, right, right by copying, count
     size = max(1, _TOKENS_PER_BATCH // windows.size)
@@ -74,7 +75,8 @@ def score(model: BertForMaskedLM, collator: StudyCollator, train: Tokens) -> dic
         batch = collator([(0, int(index)) for index in indices])
         labels = batch.pop("labels")
         wanted = labels != IGNORED
-        logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits[wanted.to(model.device)]
+        logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+        logits = logits[wanted.to(model.device)]
         target = labels[wanted]
         loss = F.cross_entropy(logits.float().cpu(), target, reduction="none").double().numpy()
         right = (logits.argmax(-1).cpu() == target).numpy()

@@ -23,12 +23,13 @@ ARM_TEXT = {
 
 def factor_text(field: str, value: str | int | bool) -> str:
     """A level of a factor in a few words; "" for what goes without saying."""
+    budgets = {"short": "", "long": "4x budget", "notebook": "notebook's schedule", "tiny": "tiny"}
     return {
         "window": f"window {value}",
         "masking": f"{value} masks",
         "phase": "any start" if value == "any" else "starts at 4n",
         "voice": "voice given" if value else "",
-        "schedule": {"short": "", "long": "4x budget", "notebook": "notebook's schedule", "tiny": "tiny"}.get(str(value), ""),
+        "schedule": budgets.get(str(value), ""),
     }[field]
 
 

@@ -79,7 +79,8 @@ def work(options: argparse.Namespace) -> None:
             write_json(path, described | {"environment": versions, **result})
             shutil.rmtree(scratch, ignore_errors=True)
         test = result["test"]
-        print(f"{cell.name}: test loss {test['loss']:.4f}, accuracy {test['accuracy']:.2%}, {result['cpu_seconds']:.0f} s", flush=True)
+        figures = f"test loss {test['loss']:.4f}, accuracy {test['accuracy']:.2%}, {result['cpu_seconds']:.0f} s"
+        print(f"{cell.name}: {figures}", flush=True)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -32,8 +32,10 @@ SMALL = [
     "--learning-rate=2e-3",
 ]
 
+
 def command(data, out, *options):
     return module_command("compare", "--data", data, "--out", out, *SMALL, *options)
+
 
 @pytest.fixture(scope="module")
 def finished(small_json, tmp_path_factory, run_command):
@@ -102,6 +104,7 @@ def test_rerun_trains_nothing_and_other_settings_are_refused(finished, small_jso
     assert other.returncode == 2
     assert "epochs 2.0 -> 3.0" in other.stderr
     assert "Traceback" not in other.stderr
+
 
 LONGER = ["--preset", "tiny", "--arms", "absolute", "--epochs", "4", "--evaluations", "6", "--train-windows", "800"]
 

@@ -37,7 +37,7 @@ def test_attention_pictures(trained, small_json, tmp_path, capsys):
 
 
 def test_weight_is_counted_by_distance_from_the_predicted_token():
-    """A stand-in model whose first head attends to the token three before the query, which is four before the predicted one."""
+    """A stand-in model whose first head attends to the token three before the query, four before the predicted one."""
 
     class Model:
         device = "cpu"

@@ -126,7 +126,7 @@ def test_other_caches_are_refused(model, tokens):
 
 @torch.no_grad()
 def test_tables_are_read_by_distance_back(tokens):
-    """A row of the table that outweighs the content draws all attention to its distance, and the first row to all beyond the clip."""
+    """A row that outweighs the content draws all attention to its distance, the first row to all beyond the clip."""
     config = MusicTransformerConfig(
         vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_relative_position=CLIP
     )

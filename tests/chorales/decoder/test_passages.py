@@ -29,7 +29,7 @@ def test_chorale_tokens_and_back():
 
 @pytest.mark.parametrize("size", [32, 100, 4096])
 def test_every_note_is_scored_once_from_enough_context(music, size):
-    """Over all windows together the labels are the pieces' notes, and those of later windows have half a window before them."""
+    """All windows' labels together are the pieces' notes, and those of later windows have half a window before them."""
     windows = ScoredWindows(music.splits["test"], size, music.language.unit)
     collator = ScoredCollator(windows)
     found = []

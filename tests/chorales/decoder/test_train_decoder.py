@@ -20,7 +20,8 @@ import torch
 from examples.chorales import generate, train_decoder
 from examples.chorales.data.files import load_file
 from examples.chorales.data.tokens import IGNORED
-from examples.chorales.decoder.passages import ScoredCollator, ScoredWindows, load_chorales, load_midi_folder, load_music
+from examples.chorales.decoder import passages
+from examples.chorales.decoder.passages import load_chorales, load_midi_folder, load_music
 
 pytestmark = pytest.mark.xdist_group("chorales_decoder")  # a costly fixture is shared
 
@@ -51,7 +52,7 @@ def test_reported_nll_is_that_of_the_saved_model(trained, small_json):
 def check_nll(run: Path, test) -> None:
     """The reported one, computed once more, one window at a time, without the Trainer."""
     model, language = generate.load_model(run / "model")
-    collator = ScoredCollator(ScoredWindows(test, 64, language.unit))
+    collator = passages.ScoredCollator(passages.ScoredWindows(test, 64, language.unit))
     total = count = 0
     with torch.no_grad():
         for index in range(len(collator.windows)):
@@ -158,7 +159,7 @@ def test_errors_name_the_argument(options, message, small_json, tmp_path, monkey
 
 
 def test_committed_checkpoints_are_small_and_know_bach(classic_path):
-    """Nats per note of the classic test set's first pieces, far below what copying the previous note can reach (about 1.3)."""
+    """Nats per note of the classic test set's first pieces, far below what copying the previous note reaches, 1.3."""
     pieces = load_chorales(classic_path).splits["test"]
     few = type(pieces)(pieces.ids[: pieces.bounds[5]], pieces.bounds[:6], pieces.names[:5])
     for positions, bound in (("relative", 0.7), ("absolute", 1.2)):
@@ -166,7 +167,7 @@ def test_committed_checkpoints_are_small_and_know_bach(classic_path):
         assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
         model, language = generate.load_model(folder)
         assert model.config.positions == positions
-        collator = ScoredCollator(ScoredWindows(few, 512, language.unit))
+        collator = passages.ScoredCollator(passages.ScoredWindows(few, 512, language.unit))
         total = count = 0
         with torch.no_grad():
             for index in range(len(collator.windows)):

@@ -58,11 +58,15 @@ def test_published_attention_is_the_notebooks_forward():
     mask = torch.ones_like(ids)
     mask[1, 10:] = 0
     module, seen = model.bert.encoder.layer[0].attention.self, {}
-    hook = lambda m, args, kwargs, out: seen.update(x=args[0] if args else kwargs["hidden_states"], out=out[0])  # noqa: E731
+
+    def hook(_, args, kwargs, out):
+        seen.update(x=args[0] if args else kwargs["hidden_states"], out=out[0])
+
     module.register_forward_hook(hook, with_kwargs=True)
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask)
-        query, key, value = (part(seen["x"]).view(3, 16, 4, 32).permute(0, 2, 1, 3) for part in (module.query, module.key, module.value))
+        projections = (module.query, module.key, module.value)
+        query, key, value = (part(seen["x"]).view(3, 16, 4, 32).permute(0, 2, 1, 3) for part in projections)
         relative = (query.reshape(12, 16, 32) @ module.published_table.T).reshape(3, 4, 16, 31)
         scores = (query @ key.transpose(-2, -1) + notebook_skewing(relative)) / 32**0.5
         scores = scores + (1.0 - mask[:, None, None].float()) * torch.finfo(torch.float32).min
@@ -71,11 +75,13 @@ def test_published_attention_is_the_notebooks_forward():
 
 
 def test_the_skew_is_all_that_separates_the_published_arm(monkeypatch):
-    """With the right skew in its place, the study's function and relattn give equal models, tables beyond the clip included."""
+    """With the right skew in its place, the study's function and relattn give equal models, also beyond the clip."""
     torch.manual_seed(0)
     ids = torch.randint(7, 53, (2, 24))
     for length in (16, 24):  # 24 tokens reach beyond the tables of a window of 16
-        models = [build_cell_model(cell(AS_PUBLISHED | dict(skew=skew)), 53).eval() for skew in ("published", "correct")]
+        models = [
+            build_cell_model(cell(AS_PUBLISHED | dict(skew=skew)), 53).eval() for skew in ("published", "correct")
+        ]
         resize_positions(models[0], length)
         with torch.no_grad():
             logits = [model(input_ids=ids[:, :length]).logits for model in models]

@@ -78,7 +78,8 @@ def test_report_from_files_alone(tmp_path):
     assert "| both against absolute | -0.050 (1) |" in text
     # From window 16 to 128 with other masks is no change of one factor; a voice label is.
     assert "window 16 → window 128" not in text
-    assert "voice not given → voice given; window 128, step masks, any start | -0.300 ± 0.000 (3) | -0.100 ± 0.000 (3) | +0.200" in text
+    change = "voice not given → voice given; window 128, step masks, any start"
+    assert f"{change} | -0.300 ± 0.000 (3) | -0.100 ± 0.000 (3) | +0.200" in text
     assert "512: 2.010 ± 0.025 (3) | +1.600 ± 0.000 (3) |" in text
     assert "32: 3.500 (1) | +0.500 (1) |" in text
     results = Results(tmp_path)
