@@ -67,7 +67,8 @@ def weight_by_distance(model, pieces: list[np.ndarray], length: int) -> np.ndarr
     distances.
     """
     half = length // 2
-    sums, queries = np.zeros(()), 0
+    sums: Any = 0.0  # an array, once a piece is added
+    queries = 0
     for ids in pieces:
         weights = attention_weights(model, ids[:length])
         rows = np.arange(half, weights.shape[-1])
