@@ -1,7 +1,7 @@
-"""Masked language modelling of Bach chorales: absolute against relative attention.
+"""Bach chorales: absolute against relative attention, and a decoder that sings. README.md draws the rooms.
 
-``python -m examples.chorales.compare`` runs the comparison, ``python -m examples.chorales.data`` describes the data.
-Nothing of weight is imported here, so that the commands can choose thread settings before torch is loaded.
+Nothing of weight is imported here or by the rooms' own `__init__`, so that the commands can choose thread settings
+before torch is loaded.
 """
 
 from importlib.util import find_spec

@@ -1,29 +1,31 @@
 """Pictures of what a chorale decoder attends to: absolute positions beside relative ones.
 
-Writes --out DIR/attention-maps.png (weights of every layer and head on the beginning of a chorale), attention-distance.png
-(mean weight against the distance looked back), table-norms.png (how long the learned vectors of each distance are) and
-attention.json with the figures.
+Writes --out DIR/attention-maps.png (weights of every layer and head on the beginning of a chorale),
+attention-distance.png (mean weight against the distance looked back), table-norms.png (how long the learned vectors of
+each distance are) and attention.json with the figures.
 
-Distances are counted from the token that is predicted, which stands one behind the query: 4 tokens back its own voice sang
-the 16th before, 16 tokens back the beat before.
+Distances are counted from the token that is predicted, which stands one behind the query: 4 tokens back its own voice
+sang the 16th before, 16 tokens back the beat before.
 """
 
 import argparse
-import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .files import VOICES
+from .command import prepare_process, require_packages
+from .data.files import VOICES
 from .generate import CHECKPOINT, load_model
-from .storage import atomic_write, write_json
+from .reporting import save_figure
+from .storage import write_json
 from .terminal import exit_code
 
 _VOICES, _BEAT = len(VOICES), 4 * len(VOICES)
 _SHOWN = 4 * _BEAT + 2  # distances in the picture of weights
 _SHOWN_ROWS = 8 * _BEAT + 2  # and in that of the tables
+_DPI = 80
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,13 +35,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     absolute = CHECKPOINT.with_name("absolute")
-    parser.add_argument("--absolute", metavar="DIR", type=Path, default=absolute, help="default: the committed checkpoint")
-    parser.add_argument("--relative", metavar="DIR", type=Path, default=CHECKPOINT, help="default: the committed checkpoint")
-    parser.add_argument("--data", metavar="FILE", help="classic chorales (default: music21's corpus)")
-    parser.add_argument("--piece", type=int, default=0, help="of the test set, for the maps (default 0)")
-    parser.add_argument("--tokens", type=int, default=96, help="of the piece, in the maps (default 96: six beats)")
-    parser.add_argument("--pieces", type=int, default=20, help="of the test set, for the means (default 20)")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/attention"), help="default: runs/attention")
+    add = parser.add_argument
+    add("--absolute", metavar="DIR", type=Path, default=absolute, help="default: the committed checkpoint")
+    add("--relative", metavar="DIR", type=Path, default=CHECKPOINT, help="default: the committed checkpoint")
+    add("--data", metavar="FILE", help="classic chorales (default: music21's corpus)")
+    add("--piece", type=int, default=0, help="of the test set, for the maps (default 0)")
+    add("--tokens", type=int, default=96, help="of the piece, in the maps (default 96: six beats)")
+    add("--pieces", type=int, default=20, help="of the test set, for the means (default 20)")
+    add("--out", metavar="DIR", type=Path, default=Path("runs/attention"), help="default: runs/attention")
     options = parser.parse_args(arguments)
     for name, least in (("piece", 0), ("tokens", _BEAT), ("pieces", 1)):
         if getattr(options, name) < least:
@@ -60,10 +63,12 @@ def attention_weights(model, ids: np.ndarray) -> np.ndarray:
 def weight_by_distance(model, pieces: list[np.ndarray], length: int) -> np.ndarray:
     """Mean weight (layers, heads, distances) at each distance from the predicted token, 1 to length / 2.
 
-    Over the queries of the second half of each piece's first `length` tokens: all of them have keys at all these distances.
+    Over the queries of the second half of each piece's first `length` tokens: all of them have keys at all these
+    distances.
     """
     half = length // 2
-    sums, queries = 0.0, 0
+    sums: Any = 0.0  # an array, once a piece is added
+    queries = 0
     for ids in pieces:
         weights = attention_weights(model, ids[:length])
         rows = np.arange(half, weights.shape[-1])
@@ -74,8 +79,9 @@ def weight_by_distance(model, pieces: list[np.ndarray], length: int) -> np.ndarr
 
 
 def shares(mean: np.ndarray) -> dict:
-    """What part of the weight falls on the predicted voice (distances 4, 8, ...) and on whole beats (16, 32, ...), and what an
-    even spread would give; of all heads together and of the head with the largest part; and the mean distance."""
+    """What part of the weight falls on the predicted voice (distances 4, 8, ...) and on whole beats (16, 32, ...), and
+    what an even spread would give; of all heads together and of the head with the largest part; and the mean
+    distance."""
     distance = np.arange(1, mean.shape[-1] + 1)
     found = {}
     for name, every in (("same_voice", _VOICES), ("whole_beats", _BEAT)):
@@ -102,7 +108,8 @@ def draw_maps(path: Path, maps: dict[str, np.ndarray], piece: str) -> None:
     colours = colormaps["magma"].with_extremes(bad="#c8c8c8")
     hidden = np.triu(np.ones((length, length), dtype=bool), 1)
     every = 2 * _BEAT
-    *panels, scale = figure.subfigures(1, len(maps) + 1, wspace=0.02, width_ratios=[1] * len(maps) + [0.08])
+    subfigures: Any = figure.subfigures(1, len(maps) + 1, wspace=0.02, width_ratios=[1] * len(maps) + [0.08])
+    *panels, scale = subfigures
     for panel, (name, weights) in zip(panels, maps.items(), strict=True):
         panel.suptitle(f"{name} positions", fontweight="bold")
         grid = panel.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
@@ -122,7 +129,7 @@ def draw_maps(path: Path, maps: dict[str, np.ndarray], piece: str) -> None:
     bar.set_label("attention weight", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(f"Attention on the first {length} tokens of {piece}; grey: hidden by the causal mask", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def draw_distances(path: Path, means: dict[str, np.ndarray]) -> None:
@@ -149,14 +156,15 @@ def draw_distances(path: Path, means: dict[str, np.ndarray]) -> None:
             if not column:
                 axes.set_ylabel(f"layer {layer + 1}\nmean weight", fontsize=8)
         grid[0, column].set_title(f"{name} positions", fontweight="bold", fontsize=10)
-        grid[-1, column].set_xlabel("tokens back from the predicted one (4: its voice a 16th ago; 16: a beat ago)", fontsize=9)
+        text = "tokens back from the predicted one (4: its voice a 16th ago; 16: a beat ago)"
+        grid[-1, column].set_xlabel(text, fontsize=9)
     handles = [Patch(color=colour, label=kind) for kind, colour in kinds.items()]
     figure.legend(handles=handles, fontsize="small", ncols=3, loc="outside lower center", frameon=False)
-    _save(figure, path)
+    save_figure(figure, path, _DPI)
 
 
 def draw_norms(path: Path, norms: np.ndarray) -> None:
-    """Lengths of the table's vectors (layers, heads, distances from the predicted token), a panel per layer, a line per head."""
+    """Lengths of the table's vectors (layers, heads, distances from the predicted token), a panel per layer."""
     from matplotlib.figure import Figure
 
     layers, heads, rows = norms.shape
@@ -167,7 +175,8 @@ def draw_norms(path: Path, norms: np.ndarray) -> None:
         for back in range(_VOICES, len(distance) + 1, _VOICES):
             axes.axvline(back, color="black", linewidth=0.6, alpha=0.45 if back % _BEAT == 0 else 0.1)
         for head in range(heads):
-            axes.plot(distance, norms[layer, head, : len(distance)], linewidth=1.2, marker=".", markersize=3, label=f"head {head + 1}")
+            lengths = norms[layer, head, : len(distance)]
+            axes.plot(distance, lengths, linewidth=1.2, marker=".", markersize=3, label=f"head {head + 1}")
         axes.set_ylabel(f"layer {layer + 1}\nlength of row", fontsize=8)
         axes.set_xlim(0, len(distance) + 1)
         axes.set_ylim(0, 1.05 * norms[..., : len(distance)].max())
@@ -175,20 +184,13 @@ def draw_norms(path: Path, norms: np.ndarray) -> None:
     grid[0].legend(fontsize="small", ncols=heads, loc="upper right")
     grid[-1].set_xlabel("tokens back from the predicted one (lines: its own voice, strong ones whole beats ago)")
     grid[0].set_title("Learned relative tables: length of each distance's vector", fontsize=10)
-    _save(figure, path)
-
-
-def _save(figure, path: Path) -> None:
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=80)
+    save_figure(figure, path, _DPI)
 
 
 def run(options: argparse.Namespace) -> dict:
     """Draw and write; returns the content of attention.json."""
-    missing = [name for name in ("transformers", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(f'the pictures need {", ".join(missing)}: pip install "relattn[music]"')
-    from .passages import load_chorales
+    require_packages("the pictures need", "music", "transformers", "matplotlib")
+    from .decoder.passages import load_chorales
 
     models = {}
     for name in ("absolute", "relative"):
@@ -199,7 +201,8 @@ def run(options: argparse.Namespace) -> dict:
             raise type(error)(str(error).replace("--checkpoint", f"--{name}")) from error
         if language.name != "chorale":
             raise ValueError(f"--{name} {folder}: expected a model of chorales, got one of {language.name}")
-    if models["relative"].layers[0].attention.rel_k is None:
+    layers: Any = models["relative"].layers
+    if layers[0].attention.rel_k is None:
         raise ValueError(f"--relative {options.relative}: expected a model with relative positions, got absolute ones")
     test = load_chorales(options.data).splits["test"]
     if options.piece >= len(test):
@@ -207,10 +210,12 @@ def run(options: argparse.Namespace) -> dict:
     length = min(model.config.training_length for model in models.values())
     long_enough = [test[index] for index in range(len(test)) if len(test[index]) >= length][: options.pieces]
     if not long_enough:
-        raise ValueError(f"--data {options.data}: expected test pieces of at least {length} tokens, the training length")
+        raise ValueError(
+            f"--data {options.data}: expected test pieces of at least {length} tokens, the training length"
+        )
     maps = {name: attention_weights(model, test[options.piece][: options.tokens]) for name, model in models.items()}
     means = {name: weight_by_distance(model, long_enough, length) for name, model in models.items()}
-    tables = np.stack([layer.attention.rel_k.detach().float().cpu().numpy() for layer in models["relative"].layers])
+    tables = np.stack([layer.attention.rel_k.detach().float().cpu().numpy() for layer in layers])
     norms = np.linalg.norm(tables[:, :, ::-1], axis=-1)  # (layers, heads, distances): the last row is the query's own
     draw_maps(options.out / "attention-maps.png", maps, test.names[options.piece])
     draw_distances(options.out / "attention-distance.png", means)
@@ -237,8 +242,7 @@ def run(options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    prepare_process()
     return exit_code(lambda: run(options))
 
 

@@ -6,14 +6,19 @@ Writes --out DIR/sample-<n>.mid, .wav, .png and generated.json, which records ho
 
 import argparse
 import io
-import os
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .storage import atomic_write, write_json
+from .command import prepare_process, quiet_transformers, require_packages
+from .storage import atomic_write, read_json, write_json
 from .terminal import exit_code
+
+if TYPE_CHECKING:
+    from .decoder.languages import Language
+    from .decoder.model import MusicTransformer
+    from .decoder.passages import Music
 
 CHECKPOINT = Path(__file__).with_name("checkpoint") / "relative"
 
@@ -24,24 +29,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", metavar="DIR", type=Path, default=CHECKPOINT, help="a model/ folder of train_decoder")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/generated"), help="default: runs/generated")
-    parser.add_argument("--samples", type=int, default=1, help="how many (default 1)")
-    parser.add_argument("--tokens", type=int, help="at most so many, the prime's included; default: twice the training length")
-    parser.add_argument("--min-tokens", type=int, default=0, help="the piece may not end before (default 0)")
-    parser.add_argument("--prime", metavar="PIECE", help="begin with a piece of the data (test:3, valid:0) or a MIDI file")
-    parser.add_argument("--prime-tokens", type=int, default=128, help="so much of it; 16 per beat of a chorale (default 128)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="default 1")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0: from all (default)")
-    parser.add_argument("--top-p", type=float, default=0.98, help="draw from the likeliest tokens of this total (default 0.98)")
-    parser.add_argument("--beams", type=int, default=1, help="more than 1: beam search instead of sampling")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--bpm", type=float, default=80, help="beats per minute of chorales (default 80)")
-    parser.add_argument("--soundfont", metavar="FILE", help=".sf2 for fluidsynth; default: the system's, else pretty_midi's")
-    parser.add_argument("--data", metavar="FILE", help="classic chorales, for --prime and the check (default: music21's corpus)")
-    parser.add_argument("--midi", metavar="DIR", help="the MIDI folder a MIDI model was trained on, for --prime and the check")
-    parser.add_argument("--no-check", action="store_true", help="do not compare with the training set")
-    parser.add_argument("--benchmark", action="store_true", help="also time decoding with the cache against recomputation")
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", type=Path, default=CHECKPOINT, help="a model/ folder of train_decoder")
+    add("--out", metavar="DIR", type=Path, default=Path("runs/generated"), help="default: runs/generated")
+    add("--samples", type=int, default=1, help="how many (default 1)")
+    add("--tokens", type=int, help="at most so many, the prime's included; default: twice the training length")
+    add("--min-tokens", type=int, default=0, help="the piece may not end before (default 0)")
+    add("--prime", metavar="PIECE", help="begin with a piece of the data (test:3, valid:0) or a MIDI file")
+    add("--prime-tokens", type=int, default=128, help="so much of it; 16 per beat of a chorale (default 128)")
+    add("--temperature", type=float, default=1.0, help="default 1")
+    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0: from all (default)")
+    add("--top-p", type=float, default=0.98, help="draw from the likeliest tokens of this total (default 0.98)")
+    add("--beams", type=int, default=1, help="more than 1: beam search instead of sampling")
+    add("--seed", type=int, default=0, help="default 0")
+    add("--bpm", type=float, default=80, help="beats per minute of chorales (default 80)")
+    add("--soundfont", metavar="FILE", help=".sf2 for fluidsynth; default: the system's, else pretty_midi's")
+    add("--data", metavar="FILE", help="classic chorales, for --prime and the check (default: music21's corpus)")
+    add("--midi", metavar="DIR", help="the MIDI folder a MIDI model was trained on, for --prime and the check")
+    add("--no-check", action="store_true", help="do not compare with the training set")
+    add("--benchmark", action="store_true", help="also time decoding with the cache against recomputation")
     options = parser.parse_args(arguments)
     for name, least in (("samples", 1), ("prime_tokens", 1), ("beams", 1), ("top_k", 0), ("min_tokens", 0)):
         if getattr(options, name) < least:
@@ -55,7 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def load_model(folder: Path):
+def load_model(folder: Path) -> "tuple[MusicTransformer, Language]":
     """A trained model in float32 and eval mode, and its language.
 
     Raises:
@@ -63,19 +69,20 @@ def load_model(folder: Path):
         ValueError: it is of another kind.
     """
     import torch
-    import transformers
 
-    from .decoder import MusicTransformer, MusicTransformerConfig
-    from .languages import load_language
-    from .storage import read_json
+    from .decoder.languages import load_language
+    from .decoder.model import MusicTransformer, MusicTransformerConfig
 
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"--checkpoint {folder}: no config.json there; train_decoder writes <out>/<positions>/model")
+        raise FileNotFoundError(
+            f"--checkpoint {folder}: no config.json there; train_decoder writes <out>/<positions>/model"
+        )
     kind = read_json(folder / "config.json").get("model_type")
     if kind != MusicTransformerConfig.model_type:
-        raise ValueError(f"--checkpoint {folder}: expected a {MusicTransformerConfig.model_type}, got model_type {kind!r}")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+        raise ValueError(
+            f"--checkpoint {folder}: expected a {MusicTransformerConfig.model_type}, got model_type {kind!r}"
+        )
+    quiet_transformers()
     model = MusicTransformer.from_pretrained(folder, dtype=torch.float32).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_language(model.config.language, folder)
 
@@ -83,12 +90,13 @@ def load_model(folder: Path):
 class Data:
     """The music a model was trained on, loaded when it is first needed."""
 
-    def __init__(self, language, options: argparse.Namespace):
-        self.language, self.options, self._music = language, options, None
+    def __init__(self, language: "Language", options: argparse.Namespace):
+        self.language, self.options = language, options
+        self._music: Music | None = None
 
-    def music(self):
+    def music(self) -> "Music":
         """Raises FileNotFoundError, ModuleNotFoundError or ValueError where it cannot be had."""
-        from .passages import load_music
+        from .decoder.passages import load_music
 
         if self._music is None:
             if self.language.name == "midi" and self.options.midi is None:
@@ -101,8 +109,8 @@ class Data:
 
 def prime_ids(given: str, language, data: Data) -> tuple:
     """Tokens of a prime, without START and END, and its name: `given` is split:index or a MIDI file."""
-    from .files import SPLITS
-    from .sound import read_chorale
+    from .data.files import SPLITS
+    from .decoder.sound import read_chorale
 
     split, _, index = given.partition(":")
     if split in SPLITS and index.isdecimal():
@@ -111,18 +119,28 @@ def prime_ids(given: str, language, data: Data) -> tuple:
             raise ValueError(f"--prime {given}: expected {split}:0 to {split}:{len(pieces) - 1}")
         return pieces[int(index)][1:-1], pieces.names[int(index)]
     if not Path(given).is_file():
-        raise FileNotFoundError(f"--prime {given}: neither a piece of the data (test:0, valid:0, train:0, ...) nor a MIDI file")
+        raise FileNotFoundError(
+            f"--prime {given}: neither a piece of the data (test:0, valid:0, train:0, ...) nor a MIDI file"
+        )
     if language.name == "chorale":
         return language.encode(read_chorale(given)), Path(given).name
     return language.encode(given), Path(given).name
 
 
-def decode(model, prompt, options: argparse.Namespace, tokens: int, samples: int, use_cache: bool = True, title: str = "composing"):
+def decode(
+    model,
+    prompt,
+    options: argparse.Namespace,
+    tokens: int,
+    samples: int,
+    use_cache: bool = True,
+    title: str = "composing",
+):
     """Token ids (samples, at most `tokens`) that begin with `prompt` (1, n); the same ones for the same seed."""
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    from .languages import PAD, START
+    from .decoder.languages import PAD, START
     from .terminal import progress_bar
 
     torch.manual_seed(options.seed)
@@ -154,14 +172,14 @@ def write_sample(ids, language, options: argparse.Namespace, name: str, title: s
     Args:
         prime, trained: tokens given, and the training length in tokens, START included.
     """
-    from . import sound
+    from .decoder import sound
 
     path = options.out / name
     if language.name == "chorale":
         midi = sound.chorale_midi(language.decode(ids), options.bpm)
-        content = io.BytesIO()
-        midi.write(content)
-        content = content.getvalue()
+        buffer = io.BytesIO()
+        midi.write(buffer)
+        content = buffer.getvalue()
 
         def seconds(count: int) -> float:
             return (count - 1) / language.unit * 60 / options.bpm / sound.STEPS_PER_QUARTER
@@ -174,10 +192,14 @@ def write_sample(ids, language, options: argparse.Namespace, name: str, title: s
 
     with atomic_write(path.with_suffix(".mid"), "wb") as file:
         file.write(content)
-    marks = {"prime": seconds(prime), "trained": seconds(trained) if len(ids) > trained else None}
-    sound.draw_piano_roll(path.with_suffix(".png"), midi, title, **marks)
+    end_of_training = seconds(trained) if len(ids) > trained else None
+    sound.draw_piano_roll(path.with_suffix(".png"), midi, title, prime=seconds(prime), trained=end_of_training)
     played = sound.write_sound(path.with_suffix(".wav"), midi, path.with_suffix(".mid"), options.soundfont)
-    return {"files": [f"{name}{suffix}" for suffix in (".mid", ".png", ".wav")], "seconds": round(midi.get_end_time(), 2), "sound": played}
+    return {
+        "files": [f"{name}{suffix}" for suffix in (".mid", ".png", ".wav")],
+        "seconds": round(midi.get_end_time(), 2),
+        "sound": played,
+    }
 
 
 def benchmark(model, prompt, options: argparse.Namespace, tokens: int) -> dict:
@@ -204,16 +226,13 @@ def benchmark(model, prompt, options: argparse.Namespace, tokens: int) -> dict:
 
 def run(options: argparse.Namespace) -> dict:
     """Generate and write; returns the content of generated.json."""
-    from .sound import require_music
-
-    if find_spec("transformers") is None:
-        raise ModuleNotFoundError('the decoder needs transformers: pip install "relattn[music]"')
-    require_music()
+    require_packages("the decoder needs", "music", "transformers")
+    require_packages("MIDI files and sound need", "music", "pretty_midi")
     if options.soundfont and not Path(options.soundfont).is_file():
         raise FileNotFoundError(f"--soundfont {options.soundfont}: no such file")
     import torch
 
-    from .languages import END, PAD, START
+    from .decoder.languages import END, PAD, START
 
     model, language = load_model(options.checkpoint)
     data = Data(language, options)
@@ -228,17 +247,23 @@ def run(options: argparse.Namespace) -> dict:
             raise ValueError(f"--prime-tokens: expected at least {language.unit}, got {options.prime_tokens}")
         ids += given[: options.prime_tokens // language.unit * language.unit].tolist()
     if tokens < len(ids) + language.unit:
-        raise ValueError(f"--tokens: expected at least {len(ids) + language.unit}, with the {len(ids)} given, got {tokens}")
+        raise ValueError(
+            f"--tokens: expected at least {len(ids) + language.unit}, with the {len(ids)} given, got {tokens}"
+        )
     prompt = torch.tensor([ids], device=model.device)
     start = time.perf_counter()
     drawn = decode(model, prompt, options, tokens, options.samples).tolist()
     took = time.perf_counter() - start
 
-    how = f"beam search, {options.beams} beams" if options.beams > 1 else f"temperature {options.temperature:g}, top-p {options.top_p:g}"
-    how += f", top-k {options.top_k}" if options.beams == 1 and options.top_k else ""
+    if options.beams > 1:
+        how = f"beam search, {options.beams} beams"
+    else:
+        how = f"temperature {options.temperature:g}, top-p {options.top_p:g}"
+        how += f", top-k {options.top_k}" if options.top_k else ""
     samples = []
     for index, row in enumerate(drawn):
-        row = row[: row.index(END, len(ids)) + 1] if END in row[len(ids) :] else [token for token in row if token != PAD]
+        ended = END in row[len(ids) :]
+        row = row[: row.index(END, len(ids)) + 1] if ended else [token for token in row if token != PAD]
         title = f"{model.config.positions} positions, {how}, seed {options.seed}"
         title += f", continues {prime_name}" if prime_name else ""
         sample = write_sample(row, language, options, f"sample-{index}", title, len(ids), trained)
@@ -277,7 +302,7 @@ def check_copying(samples: list[dict], prime: int, data: Data) -> None:
     """Compare what was generated, beyond the prime, with the training set; add it to the samples and print it."""
     import numpy as np
 
-    from .copying import CopyCheck, describe
+    from .decoder.copying import CopyCheck, describe
 
     try:
         check = CopyCheck(data.music())
@@ -292,9 +317,7 @@ def check_copying(samples: list[dict], prime: int, data: Data) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one token at a time is too little work to share
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    prepare_process(threads=1)  # one token at a time is too little work to share
     return exit_code(lambda: run(options))
 
 

@@ -1,47 +1,38 @@
-"""What a comparison depends on, and the presets."""
+"""What every training here depends on, whatever is trained."""
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from typing import Any
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of one comparison, the same for every arm. Two runs with equal settings and data give equal results.
+class TrainingSettings:
+    """Base of the commands' frozen dataclasses of settings, which declare these fields, each with its own defaults.
 
-    batch is the number of windows per micro-batch over all processes together; evaluations is the number of times the
-    validation loss is taken, and a checkpoint written, at equal intervals; train_windows, valid_windows and
-    test_windows limit the windows used of a split (None: all); max_relative_position None means window - 1, the
-    largest that leaves no row unused.
+    batch is the number of windows per micro-batch over all processes together, and accumulation the number of those per
+    optimizer step; evaluations is the number of times the validation loss is taken, and a checkpoint written, at equal
+    intervals.
     """
 
-    window: int
-    stride: int
-    masking: str = "step"
-    epochs: float = 1.0
-    batch: int = 16
-    accumulation: int = 1
-    learning_rate: float = 5e-4
-    warmup: int = 100
-    weight_decay: float = 0.01
-    evaluations: int = 10
-    train_windows: int | None = None
-    valid_windows: int | None = None
-    test_windows: int | None = None
-    max_relative_position: int | None = None
-    seed: int = 0
+    epochs: float
+    batch: int
+    accumulation: int
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+    evaluations: int
+    seed: int
 
-    def __post_init__(self):
-        for name in ("window", "stride", "batch", "accumulation", "evaluations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.window < 2:
-            raise ValueError("window: expected at least 2 tokens, got 1")
-        for name in ("epochs", "learning_rate"):
+    def check_at_least(self, least: float, *names: str) -> None:
+        """Raise ValueError unless every one of these settings is that large."""
+        for name in names:
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+    def check_positive(self, *names: str) -> None:
+        """Raise ValueError unless every one of these settings is more than 0."""
+        for name in names:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        if self.max_relative_position is None:
-            object.__setattr__(self, "max_relative_position", self.window - 1)
 
     def update_steps(self, windows: int) -> tuple[int, int]:
         """(optimizer steps in all, steps between evaluations) for so many training windows.
@@ -52,26 +43,5 @@ class Settings:
         interval = math.ceil(per_epoch * self.epochs / self.evaluations)
         return interval * self.evaluations, interval
 
-    def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
-
-
-PRESETS = {
-    # A few minutes on two cores. An odd stride lets windows start in any voice, so that absolute positions do not
-    # tell the voice.
-    "quick": Settings(window=64, stride=31, epochs=2, batch=16, learning_rate=2e-3, evaluations=5, valid_windows=600),
-    # The seed notebook's schedule.
-    "seed": Settings(window=16, stride=1, masking="time", epochs=10, batch=8, accumulation=4, evaluations=10),
-    # Proves that everything runs, in half a minute.
-    "tiny": Settings(
-        window=32,
-        stride=31,
-        epochs=4,
-        learning_rate=2e-3,
-        warmup=20,
-        evaluations=4,
-        train_windows=800,
-        valid_windows=200,
-        test_windows=400,
-    ),
-}
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass

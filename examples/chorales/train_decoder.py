@@ -1,99 +1,26 @@
 """Trains Music Transformers (Huang et al. 2018) with relative attention, and with absolute positions beside them.
 
-On Bach chorales (music21's corpus, or --data FILE), or on any folder of MIDI files (--midi DIR; MAESTRO's table of splits
-is followed). Interrupted or killed, the same command continues where it was. Under torchrun several processes share each
-batch. Results: --out DIR/results.json, loss.png, and a model per kind of positions, for examples.chorales.generate.
+On Bach chorales (music21's corpus, or --data FILE), or on any folder of MIDI files (--midi DIR; MAESTRO's table of
+splits is followed). Interrupted or killed, the same command continues where it was. Under torchrun several processes
+share each batch. Results: --out DIR/results.json, loss.png, and a model per kind of positions, for
+examples.chorales.generate.
 """
 
 import argparse
 import dataclasses
-import shutil
 import sys
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-from .compare import prepare_folder, prepare_process
-from .settings import Settings
-from .storage import atomic_write, read_json, write_json
+from .command import prepare_folder, prepare_process, quiet_transformers, require_packages, training_threads
+from .decoder.settings import POSITIONS, PRECISIONS, PRESETS, DecoderSettings
+from .reporting import aligned, draw_curves, environment, save_figure
+from .storage import write_json
 from .terminal import exit_code
-
-POSITIONS = ("relative", "absolute", "both")
-PRECISIONS = ("fp32", "bf16", "fp16")
 
 # Music Transformer, Table 2: validation, nats per note token. From memory and secondary sources, not checked against
 # the paper, and the chorales there come from another edition of the data.
 PUBLISHED = {"absolute": 0.417, "relative": 0.357}
 
-
-@dataclass(frozen=True)
-class DecoderSettings:
-    """Settings of one training, the same for every kind of positions.
-
-    Sizes are those of `decoder.MusicTransformerConfig`; window is counted in tokens, four per 16th of a chorale;
-    transpose is the largest transposition in training, in semitones; batch is the number of windows per micro-batch over
-    all processes; evaluations is the number of validations and checkpoints.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    feed_forward: int
-    window: int
-    max_relative_position: int
-    dropout: float = 0.1
-    transpose: int = 6
-    epochs: float = 100.0
-    batch: int = 8
-    accumulation: int = 1
-    learning_rate: float = 1e-3
-    warmup: int = 200
-    weight_decay: float = 0.01
-    evaluations: int = 10
-    precision: str = "fp32"
-    saved_precision: str = "fp32"
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("layers", "width", "heads", "feed_forward", "max_relative_position", "batch", "accumulation", "evaluations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.window < 8:
-            raise ValueError(f"window: expected at least 8 tokens, got {self.window}")
-        for name in ("epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        if not 0 <= self.transpose <= 127:
-            raise ValueError(f"transpose: expected 0 to 127 semitones, got {self.transpose}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {self.dropout}")
-        for name in ("precision", "saved_precision"):
-            if getattr(self, name) not in PRECISIONS:
-                raise ValueError(f"{name}: expected one of {', '.join(PRECISIONS)}, got {getattr(self, name)!r}")
-
-    update_steps = Settings.update_steps
-
-    def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
-
-
-PRESETS = {
-    # The committed checkpoints: 20 minutes on one core for each kind of positions.
-    "small": DecoderSettings(
-        layers=4, width=128, heads=4, feed_forward=512, window=512, max_relative_position=256,
-        epochs=32, batch=4, learning_rate=2e-3, warmup=300, evaluations=8, saved_precision="fp16",
-    ),
-    # Six layers, for a GPU.
-    "paper": DecoderSettings(
-        layers=6, width=512, heads=8, feed_forward=1024, window=2048, max_relative_position=1024,
-        epochs=300, batch=8, learning_rate=5e-4, warmup=1000, evaluations=30, precision="bf16", dropout=0.2,
-    ),
-    # Proves that everything runs, in half a minute.
-    "tiny": DecoderSettings(
-        layers=2, width=32, heads=2, feed_forward=64, window=128, max_relative_position=64,
-        epochs=1, batch=16, learning_rate=3e-3, warmup=10, evaluations=3,
-    ),
-}  # fmt: skip
 
 # Options that override the preset: field of DecoderSettings, type, help.
 _OVERRIDES = (
@@ -124,16 +51,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", metavar="FILE", help="classic chorales, JSON, npz or pickle (default: music21's corpus)")
-    parser.add_argument("--midi", metavar="DIR", help="train on the MIDI files in a folder instead, MAESTRO's for instance")
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="default: small")
-    parser.add_argument("--positions", default="relative,absolute", help="some of relative, absolute, both; default: relative,absolute")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="default: runs/decoder-<preset>")
-    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
-    parser.add_argument("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
+    add = parser.add_argument
+    add("--data", metavar="FILE", help="classic chorales, JSON, npz or pickle (default: music21's corpus)")
+    add("--midi", metavar="DIR", help="train on the MIDI files in a folder instead, MAESTRO's for instance")
+    add("--preset", choices=PRESETS, default="small", help="default: small")
+    add("--positions", default="relative,absolute", help="some of relative, absolute, both; default: relative,absolute")
+    add("--out", metavar="DIR", type=Path, help="default: runs/decoder-<preset>")
+    add("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
+    add("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
     for field, kind, text in _OVERRIDES:
         choices = PRECISIONS if field.endswith("precision") else None
-        parser.add_argument(f"--{field.replace('_', '-')}", dest=field, type=kind, choices=choices, help=text)
+        add(f"--{field.replace('_', '-')}", dest=field, type=kind, choices=choices, help=text)
     options = parser.parse_args(arguments)
     options.out = options.out or Path("runs") / f"decoder-{options.preset}"
     options.positions = list(dict.fromkeys(options.positions.split(",")))
@@ -150,108 +78,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def require_packages() -> None:
-    missing = [name for name in ("transformers", "accelerate", "matplotlib", "tqdm") if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(f'the decoder needs {", ".join(missing)}: pip install "relattn[music]"')
-
-
-def build_model(positions: str, settings: DecoderSettings, music):
-    """A new model; equal seeds start all kinds of positions from the same weights where they share them."""
-    import torch
-
-    from .decoder import MusicTransformer, MusicTransformerConfig
-
-    torch.manual_seed(settings.seed)
-    config = MusicTransformerConfig(
-        vocab_size=music.language.size,
-        positions=positions,
-        language=music.language.name,
-        hidden_size=settings.width,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        intermediate_size=settings.feed_forward,
-        max_relative_position=settings.max_relative_position,
-        training_length=settings.window,
-        dropout=settings.dropout,
-    )
-    return MusicTransformer(config)
-
-
-def train_one(positions: str, music, settings: DecoderSettings, folder: Path, state, workers: int = 0) -> dict:
-    """Train and test one model in `folder`, or continue, or return the result that is already there.
-
-    `folder` gets the checkpoints while training, then `model/` (the one with the best validation loss) and `result.json`.
-    """
-    import torch
-
-    from . import training
-    from .model import parameter_count
-    from .passages import ScoredCollator, ScoredWindows, TrainingCollator, TrainingWindows
-
-    finished = folder / "result.json"
-    if finished.is_file():
-        return read_json(finished)
-    unit, checkpoints = music.language.unit, folder / "checkpoints"
-    windows = TrainingWindows(music.splits["train"], settings.window, unit, settings.seed)
-    scored = {name: ScoredCollator(ScoredWindows(music.splits[name], settings.window, unit)) for name in ("valid", "test")}
-    model = build_model(positions, settings, music)
-    parameters = parameter_count(model)
-    if state.is_main_process:
-        print(f"{positions}: {parameters:,} parameters", flush=True)
-    clock = training.Clock()
-    precision = {"bf16": settings.precision == "bf16", "fp16": settings.precision == "fp16"}
-    trainer = training.ChoraleTrainer(
-        model=model,
-        args=training.training_arguments(settings, checkpoints, len(windows), state.num_processes, workers, **precision),
-        train_dataset=windows,
-        eval_dataset=scored["valid"].windows,
-        data_collator=TrainingCollator(windows, music.language, settings.transpose),
-        callbacks=[training.EpochSetter(windows), clock, training.Progress(positions)],
-        evaluation=scored,
-    )
-    training.train_on(trainer, checkpoints, state, positions)
-    saved_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.saved_precision]
-    # What is scored is what is saved: rounded as the file, and not under autocast.
-    trainer.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    trainer.model.to(saved_dtype).float()
-    tokens = trainer.accelerator.reduce(torch.as_tensor(trainer.tokens_seen, device=trainer.args.device), "sum")
-    result = {
-        "positions": positions,
-        "parameters": parameters,
-        **{name: _score(trainer, scored[name]) for name in ("valid", "test")},
-        **training._history(trainer.state),
-        "train_seconds": round(clock.seconds, 3),
-        # Of this process only: a run continued after a kill does not know how fast the killed one was.
-        "tokens_per_second": round(int(tokens) / clock.seconds, 1) if clock.seconds else None,
-    }
-    if state.is_main_process:
-        trainer.model.to(saved_dtype).save_pretrained(folder / "model")
-        music.language.save(folder / "model")
-        write_json(finished, result)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    state.wait_for_everyone()
-    return result
-
-
-def _score(trainer, collator) -> dict:
-    """Nats per note token (per event of a MIDI performance), and the share that is predicted right."""
-    score = trainer.score(collator)
-    return {"nll": score["loss"], "accuracy": score["accuracy"], "tokens": score["masked_tokens"]}
-
-
 def run(options: argparse.Namespace) -> dict:
     """Train the models, write the files; returns the content of results.json."""
-    require_packages()
+    require_packages("the decoder needs", "music", "transformers", "accelerate", "matplotlib", "tqdm")
     import torch
-    import transformers
     from accelerate import PartialState
 
-    from .passages import load_music
-    from .report import environment
+    from .decoder.passages import load_music
+    from .decoder.training import train_one
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     settings: DecoderSettings = options.settings
     if settings.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--precision fp16: needs a GPU; bf16 also works on CPUs")
@@ -266,15 +102,14 @@ def run(options: argparse.Namespace) -> dict:
         "data_fingerprint": music.fingerprint(),
     }
     if state.is_main_process:
-        prepare_folder(options.out, config, options.overwrite)
+        prepare_folder(options.out, config, POSITIONS, options.overwrite)
     state.wait_for_everyone()
     models = {}
     for positions in options.positions:
         models[positions] = train_one(positions, music, settings, options.out / positions, state, options.workers)
     results = {}
     if state.is_main_process:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        results = {"models": models, "config": config, "environment": environment(state.num_processes, device)}
+        results = {"models": models, "config": config, "environment": environment(state.num_processes)}
         if music.language.name == "chorale":
             results["published_unverified"] = PUBLISHED
         write_json(options.out / "results.json", results)
@@ -301,29 +136,18 @@ def table(results: dict) -> str:
                 f"{published[positions]:.3f}" if positions in published else "-",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]).rstrip()
-        for name, *cells in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
     tokens = results["models"][next(iter(results["models"]))]["test"]["tokens"]
     what = "note tokens (each voice, each 16th)" if published else "events"
-    return "\n".join([*lines, "", f"NLL in nats, the mean over {tokens:,} {what} of the test set."])
+    return "\n".join([*aligned(rows), "", f"NLL in nats, the mean over {tokens:,} {what} of the test set."])
 
 
 def plot_losses(path: Path, results: dict) -> None:
     """Training (thin) and validation (thick) loss of every model over optimizer steps."""
     from matplotlib.figure import Figure
 
-    from .report import _COLOURS, _points, _smooth
-
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for positions, result in results["models"].items():
-        colour = _COLOURS[positions]
-        axes.plot(*_points(_smooth(result["training"])), color=colour, linewidth=0.9, alpha=0.55, label=f"{positions}, train")
-        axes.plot(*_points(result["validation"]), color=colour, linewidth=2.2, marker="o", label=f"{positions}, valid")
+    draw_curves(axes, results["models"])
     axes.set(xlabel="optimizer step", ylabel="nats per token", xlim=(0, None))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -331,13 +155,12 @@ def plot_losses(path: Path, results: dict) -> None:
     axes.set_title("{language}, {layers} layers, window {window}".format(**results["config"]))
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="small")
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    prepare_process(options.settings)
+    prepare_process(training_threads(options.settings.batch * options.settings.window))
     return exit_code(lambda: run(options), "the same command continues from the last checkpoint")
 
 

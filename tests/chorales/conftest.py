@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from examples.chorales.data.tokens import Chorales
+from tests.chorales.helpers import REPOSITORY
 
 
 @pytest.fixture(scope="session")
@@ -39,11 +41,15 @@ def small_json(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def chorales(small_json) -> Chorales:
+    return Chorales.load(small_json)
+
+
+@pytest.fixture(scope="session")
 def run_command():
     """Run a command in the repository root with one thread and no spinning; returns the finished process."""
-    import subprocess
 
-    def run(*command: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess:
+    def run(*command: str, timeout: float = 900, **variables: str) -> subprocess.CompletedProcess:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | variables
         return subprocess.run(
             command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout, check=False

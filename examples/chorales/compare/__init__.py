@@ -1,0 +1,1 @@
+"""The comparison: a small BERT fills in hidden notes with absolute positions, with relative attention, or with both."""

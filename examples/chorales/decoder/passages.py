@@ -1,0 +1,304 @@
+"""Music as sequences for a decoder: pieces, windows of them, batches to predict the next token from."""
+
+import csv
+import hashlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.corpus import cache_path, load_corpus, read_split
+from ..data.files import SPLITS, load_file
+from ..data.tokens import IGNORED, EpochItems
+from ..storage import atomic_write
+from ..terminal import progress_bar
+from .languages import END, PAD, START, ChoraleLanguage, Language, MidiLanguage
+
+_MAESTRO_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
+_MIDI_CACHE_FORMAT = 1  # raise it whenever MIDI files become other tokens
+
+
+@dataclass
+class Pieces:
+    """All pieces of a split, one after the other: ids (N,), piece p being ids bounds[p] to bounds[p + 1] with START and
+    END; names, where each comes from."""
+
+    ids: np.ndarray
+    bounds: np.ndarray
+    names: list[str]
+
+    @classmethod
+    def join(cls, pieces: list[np.ndarray], names: list[str]) -> "Pieces":
+        framed = [np.concatenate([[START], piece, [END]]) for piece in pieces]
+        bounds = np.cumsum([0] + [len(piece) for piece in framed])
+        return cls(np.concatenate([*framed, np.zeros(0, np.int16)]).astype(np.int16), bounds, names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Ids of one piece, START and END among them."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.ids[self.bounds[index] : self.bounds[index + 1]]
+
+
+@dataclass
+class Music:
+    """Pieces of the three splits in one language."""
+
+    language: Language
+    splits: dict[str, Pieces]
+
+    def fingerprint(self) -> str:
+        """Short hash of all tokens: two runs with the same one heard the same music."""
+        digest = hashlib.sha256()
+        for name in SPLITS:
+            for array in (self.splits[name].ids, self.splits[name].bounds):
+                digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_music(data: str | os.PathLike | None = None, midi: str | os.PathLike | None = None) -> Music:
+    """Chorales from music21's corpus, or from the classic file `data`; or the MIDI files in the folder `midi`."""
+    if data is not None and midi is not None:
+        raise ValueError(f"--midi {midi}: expected nothing beside --data {data}")
+    music = load_midi_folder(Path(midi)) if midi is not None else load_chorales(data)
+    for name, pieces in music.splits.items():
+        if not len(pieces):
+            given = f"--midi {midi}" if midi is not None else f"--data {data}"
+            raise ValueError(f"{given}: no pieces in {name}")
+    return music
+
+
+def load_chorales(path: str | os.PathLike | None = None) -> Music:
+    """The chorales as the decoder reads them."""
+    language = ChoraleLanguage()
+    splits = load_corpus() if path is None else load_file(path)
+    names: dict[str, list[str]] = {name: [f"{name}[{index}]" for index in range(len(splits[name]))] for name in SPLITS}
+    if path is None:
+        rows = read_split()
+        names = {name: [file.removesuffix(".mxl") for split, _, file, _ in rows if split == name] for name in SPLITS}
+    pieces = {name: [language.encode(grid) for grid in splits[name]] for name in SPLITS}
+    return Music(language, {name: Pieces.join(pieces[name], names[name]) for name in SPLITS})
+
+
+# ---- folders of MIDI files ----
+
+
+def midi_splits(folder: Path) -> dict[str, list[Path]]:
+    """The MIDI files below `folder`, by split: as a MAESTRO table (maestro-*.csv) in it says; else as its subfolders
+    train, valid (or validation) and test do; else a tenth for validation and a tenth for the test, by a hash of the
+    names.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the table cannot be read, or there are fewer than three files.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--midi {folder}: no such folder")
+    tables = sorted(folder.glob("maestro-*.csv"))
+    if tables:
+        return _maestro_splits(tables[-1])
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".mid", ".midi") and path.is_file())
+    if len(found) < 3:
+        raise ValueError(f"--midi {folder}: expected at least three .mid or .midi files, found {len(found)}")
+    named = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
+    by_folder: dict[str, list[Path]] = {name: [] for name in SPLITS}
+    for path in found:
+        split = named.get(path.relative_to(folder).parts[0].lower())
+        if split is not None:
+            by_folder[split].append(path)
+    if all(by_folder.values()):
+        return by_folder
+    order = sorted(found, key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest())
+    tenth = max(1, len(found) // 10)
+    return {
+        "valid": sorted(order[:tenth]),
+        "test": sorted(order[tenth : 2 * tenth]),
+        "train": sorted(order[2 * tenth :]),
+    }
+
+
+def _maestro_splits(table: Path) -> dict[str, list[Path]]:
+    splits: dict[str, list[Path]] = {name: [] for name in SPLITS}
+    missing: list[Path] = []
+    with open(table, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            split = _MAESTRO_SPLITS.get(row.get("split", ""))
+            if split is None or not row.get("midi_filename"):
+                raise ValueError(
+                    f"--midi {table}: expected columns split (train, validation, test) and midi_filename, got {row}"
+                )
+            path = table.parent / row["midi_filename"]
+            (splits[split] if path.is_file() else missing).append(path)
+    if missing:
+        print(f"music: {len(missing)} files of {table.name} are not there, the first is {missing[0]}", file=sys.stderr)
+    return splits
+
+
+def load_midi_folder(folder: Path) -> Music:
+    """The MIDI files of a folder as the decoder reads them; their tokens are cached beside the chorales."""
+    language = MidiLanguage()
+    splits = midi_splits(folder)
+    digest = hashlib.sha256(f"{_MIDI_CACHE_FORMAT} {language.size}".encode())
+    for name in SPLITS:
+        for path in splits[name]:
+            stat = path.stat()
+            digest.update(f"{name} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    cache = cache_path().with_name(f"midi-{digest.hexdigest()[:16]}.npz")
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            read = {
+                name: Pieces(stored[f"{name}_ids"], stored[f"{name}_bounds"], stored[f"{name}_names"].tolist())
+                for name in SPLITS
+            }
+        return Music(language, read)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError) as error:
+        print(f"music: rebuilding the cache {cache}: {error}", file=sys.stderr)
+    music = Music(language, _tokenize(language, splits, folder))
+    try:
+        with atomic_write(cache, "wb") as file:
+            arrays: dict[str, Any] = {}
+            for name, pieces in music.splits.items():
+                arrays |= {
+                    f"{name}_ids": pieces.ids,
+                    f"{name}_bounds": pieces.bounds,
+                    f"{name}_names": np.array(pieces.names, dtype=str),
+                }
+            np.savez_compressed(file, **arrays)
+    except OSError as error:
+        print(
+            f"music: the tokens could not be cached ({error}); the files will be read again next time", file=sys.stderr
+        )
+    return music
+
+
+def _tokenize(language: MidiLanguage, splits: dict[str, list[Path]], folder: Path) -> dict[str, Pieces]:
+    total = sum(map(len, splits.values()))
+    joined = {}
+    with progress_bar(total=total, desc="reading MIDI") as bar:
+        for name in SPLITS:
+            pieces, names = [], []
+            for path in splits[name]:
+                try:
+                    pieces.append(language.encode(path))
+                    names.append(path.relative_to(folder).as_posix())
+                except ValueError as error:
+                    print(f"music: left out: {error}", file=sys.stderr)
+                bar.update()
+            joined[name] = Pieces.join(pieces, names)
+    return joined
+
+
+# ---- windows and batches ----
+
+
+class TrainingWindows(EpochItems):
+    """Windows to train on.
+
+    Every piece has one window for each `size` tokens begun. A window's place moves by up to half a window from epoch to
+    epoch, in multiples of the language's unit, but never past the ends of its piece.
+    """
+
+    def __init__(self, pieces: Pieces, size: int, unit: int, seed: int):
+        self.pieces, self.size, self.unit, self.seed = pieces, size, unit, seed
+        counts = -(-np.diff(pieces.bounds) // size)
+        self.piece = np.repeat(np.arange(len(counts)), counts)
+        first = np.cumsum(counts) - counts
+        self.place = size * (np.arange(counts.sum()) - first[self.piece])
+
+    def __len__(self) -> int:
+        return len(self.piece)
+
+    def cut(self, epoch: int, index: int) -> tuple[np.ndarray, np.random.Generator]:
+        """Up to size + 1 ids (inputs and the token behind them), and the window's random numbers.
+
+        They depend on seed, epoch and index alone: not on batches, processes, or where a run was interrupted.
+        """
+        rng = np.random.default_rng([self.seed, epoch, index])
+        first, end = self.pieces.bounds[self.piece[index] : self.piece[index] + 2]
+        latest = -(-max(0, end - first - self.size - 1) // self.unit)
+        place = (self.place[index] + rng.integers(-self.size // 2, self.size // 2 + 1)) // self.unit
+        start = first + self.unit * min(max(place, 0), latest)
+        return self.pieces.ids[start : min(end, start + self.size + 1)], rng
+
+
+class ScoredWindows(EpochItems):
+    """Windows that together predict every token of every piece once, from at least half a window before it."""
+
+    def __init__(self, pieces: Pieces, size: int, unit: int):
+        self.pieces, self.size = pieces, size
+        stride = max(unit, size // 2 // unit * unit)
+        self.windows = []  # (start, tokens at its beginning that an earlier window has predicted)
+        for first, end in zip(pieces.bounds[:-1], pieces.bounds[1:], strict=True):
+            predicted = first + 1
+            for start in range(first, end, stride):
+                if predicted >= end:
+                    break
+                self.windows.append((start, end, predicted))
+                predicted = min(end, start + size + 1)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def cut(self, index: int) -> tuple[np.ndarray, int]:
+        """Up to size + 1 ids, and how many of them (beside the first) an earlier window has predicted."""
+        start, end, predicted = self.windows[index]
+        return self.pieces.ids[start : min(end, start + self.size + 1)], predicted - start - 1
+
+
+def _batch(rows: list[np.ndarray], already: list[int], size: int, scored_only: bool) -> dict:
+    """Inputs (B, size) and, for each, the token to be predicted behind it."""
+    import torch
+
+    ids = np.full((len(rows), size + 1), PAD, dtype=np.int64)
+    for row, values in zip(ids, rows, strict=True):
+        row[: len(values)] = values
+    inputs, labels = ids[:, :-1], ids[:, 1:].copy()
+    unscored = labels == PAD
+    if scored_only:
+        unscored |= labels <= END
+        unscored |= np.arange(size) < np.array(already)[:, None]
+    labels[unscored] = IGNORED
+    input_ids = torch.from_numpy(inputs.copy())
+    return {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long(), "labels": torch.from_numpy(labels)}
+
+
+class TrainingCollator:
+    """Turns items of `TrainingWindows` into a batch, each window transposed by up to `transpose` semitones.
+
+    A window keeps to the tokens of the training set: transpositions that leave them are not drawn.
+    """
+
+    def __init__(self, windows: TrainingWindows, language: Language, transpose: int):
+        self.windows = windows
+        tables = np.stack([language.transposition(shift) for shift in range(-transpose, transpose + 1)])
+        seen = np.zeros(language.size + 1, dtype=bool)  # the last stands for -1
+        seen[np.unique(windows.pieces.ids)] = True
+        self.tables = np.where(seen[tables], tables, -1)
+
+    def __call__(self, items: list[tuple[int, int]]) -> dict:
+        rows = []
+        for epoch, index in items:
+            ids, rng = self.windows.cut(epoch, index)
+            moved = self.tables[:, ids]
+            possible = np.flatnonzero((moved >= 0).all(axis=1))  # no transposition always is
+            rows.append(moved[possible[rng.integers(len(possible))]])
+        return _batch(rows, [0] * len(rows), self.windows.size, scored_only=False)
+
+
+class ScoredCollator:
+    """Turns items (0, index) of `ScoredWindows` into a batch whose labels are the notes to be scored."""
+
+    def __init__(self, windows: ScoredWindows):
+        self.windows = windows
+
+    def __call__(self, items: list[tuple[int, int]]) -> dict:
+        rows, already = zip(*(self.windows.cut(index) for _, index in items), strict=True)
+        return _batch(list(rows), list(already), self.windows.size, scored_only=True)

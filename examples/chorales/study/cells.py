@@ -1,0 +1,253 @@
+"""What the study varies: factors, schedules, and the presets as ordered lists of cells."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from ..compare.settings import PRESETS as COMPARE_PRESETS
+from ..compare.settings import Settings
+
+POSITIONS = ("none", "absolute", "relative", "both")
+SKEWS = ("correct", "published")
+TABLES = ("small", "normal")
+MASKING = ("time", "step", "token", "span")
+PHASES = ("any", "four")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how a cell is trained; everything of `Settings` that is no factor.
+
+    tokens: training budget, padding not counted; None where `epochs` counts passes over the windows instead.
+    batch_tokens: tokens per micro-batch, padding counted. valid_tokens limits the tokens that choose the best weights
+    (None: all). dense: a window starts at every token, as in the notebook, not four times per window length.
+    extrapolate: (trained window, longer window that it is also tested on). accumulation is always 1; it stays because
+    the committed cells' configurations name it.
+    """
+
+    tokens: int | None
+    batch_tokens: int
+    learning_rate: float
+    epochs: float | None = None
+    accumulation: int = 1
+    warmup: int = 100
+    weight_decay: float = 0.01
+    evaluations: int = 5
+    valid_tokens: int | None = 50_000
+    train_windows: int | None = None
+    dense: bool = False
+    extrapolate: tuple[int, int] | None = None
+
+    def passes(self, real_tokens: float) -> float:
+        """Passes over windows that hold so many tokens in all."""
+        if self.tokens is not None:
+            return self.tokens / real_tokens
+        assert self.epochs is not None  # one of the two is given
+        return self.epochs
+
+    def as_settings(self, cell: "Cell", real_tokens: int) -> Settings:
+        """The settings of a cell whose training windows hold `real_tokens` tokens in all."""
+        return Settings(
+            window=cell.window,
+            stride=cell.stride,
+            masking=cell.masking,
+            epochs=self.passes(real_tokens),
+            batch=max(1, self.batch_tokens // cell.window),
+            accumulation=self.accumulation,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+            evaluations=self.evaluations,
+            train_windows=self.train_windows,
+            valid_windows=None if self.valid_tokens is None else max(1, self.valid_tokens // cell.window),
+            seed=cell.seed,
+        )
+
+
+_SEED = COMPARE_PRESETS["seed"]
+SCHEDULES = {
+    # The notebook's own: 10 epochs of windows that start at every token, 32 of them per step. It took those as 4
+    # micro-batches of 8; one batch has the same gradient where windows mask equally many tokens, and is 1.3x as fast.
+    "notebook": Schedule(
+        tokens=None,
+        epochs=_SEED.epochs,
+        batch_tokens=_SEED.batch * _SEED.accumulation * _SEED.window,
+        learning_rate=_SEED.learning_rate,
+        warmup=_SEED.warmup,
+        weight_decay=_SEED.weight_decay,
+        evaluations=_SEED.evaluations,
+        valid_tokens=None,
+        dense=True,
+    ),
+    # The same number of tokens for every cell of the grid. Arms of a setting also share the number of updates, windows
+    # do not: batches count padding, which long windows have more of (1,970 updates at window 16, 2,650 at 512).
+    "short": Schedule(tokens=2_000_000, batch_tokens=1024, learning_rate=2e-3, extrapolate=(128, 512)),
+    # Does more training change the order?
+    "long": Schedule(tokens=8_000_000, batch_tokens=1024, learning_rate=2e-3, extrapolate=(128, 512)),
+    # Proves that everything runs.
+    "tiny": Schedule(
+        tokens=20_000,
+        batch_tokens=512,
+        learning_rate=2e-3,
+        warmup=5,
+        evaluations=2,
+        valid_tokens=2_000,
+        extrapolate=(16, 32),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run. `skew` and `tables` are None where there are no relative positions.
+
+    positions: what the model knows of places. skew: "published" is the notebook's. tables: start N(0, 0.02) ("small")
+    or N(0, 1) ("normal", the notebook's). masking: a name in masking.GROUPINGS. phase: windows start at any token, or
+    at multiples of "four", which lets absolute positions tell the voice. voice: every token's voice is given to the
+    model. window: tokens.
+    """
+
+    positions: str
+    window: int
+    masking: str
+    phase: str
+    seed: int
+    skew: str | None = None
+    tables: str | None = None
+    voice: bool = False
+    schedule: str = "short"
+
+    def __post_init__(self):
+        relative = self.positions in ("relative", "both")
+        for name, value, accepted in (
+            ("positions", self.positions, POSITIONS),
+            ("skew", self.skew, SKEWS if relative else (None,)),
+            ("tables", self.tables, TABLES if relative else (None,)),
+            ("masking", self.masking, MASKING),
+            ("phase", self.phase, PHASES),
+            ("schedule", self.schedule, tuple(SCHEDULES)),
+        ):
+            if value not in accepted:
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, accepted))}, got {value!r}")
+        if self.window < 8 or self.window % 4:
+            raise ValueError(f"window: expected a multiple of 4, at least 8 tokens, got {self.window}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {self.seed}")
+
+    @property
+    def arm(self) -> str:
+        """Positions, skew and tables in one word; the right skew and small tables go without saying."""
+        odd = [value for value, usual in ((self.skew, "correct"), (self.tables, "small")) if value not in (None, usual)]
+        return ".".join([self.positions, *odd])
+
+    @property
+    def group(self) -> str:
+        """The name without the seed: cells of one group are repetitions."""
+        parts = [f"w{self.window:03d}", self.masking, self.phase, *(["voice"] if self.voice else []), self.arm]
+        return "-".join([*parts, *([self.schedule] if self.schedule != "short" else [])])
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-s{self.seed}"
+
+    @property
+    def settings(self) -> Schedule:
+        return SCHEDULES[self.schedule]
+
+    @property
+    def stride(self) -> int:
+        """Tokens between the starts of training windows; odd where windows may start at any token."""
+        if self.settings.dense:
+            return 4 if self.phase == "four" else 1
+        return self.window // 4 // 4 * 4 or 4 if self.phase == "four" else max(3, self.window // 4 - 1)
+
+    def test_stride(self, window: int) -> int:
+        """Tokens between the starts of validation and test windows of a length: every token is in about two windows."""
+        if self.settings.dense:
+            return self.stride
+        return window // 2 // 4 * 4 if self.phase == "four" else window // 2 - 1
+
+    @property
+    def longer_window(self) -> int | None:
+        """The longer windows that the cell is also tested on, if it is."""
+        trained, longer = self.settings.extrapolate or (None, None)
+        return longer if self.window == trained and self.masking == "step" else None
+
+    def configuration(self) -> dict:
+        """Everything that decides the cell's result but the data: two cells with equal configurations are the same."""
+        cell = dataclasses.asdict(self)
+        schedule = {"name": self.schedule, **dataclasses.asdict(self.settings), "stride": self.stride}
+        return cell | {"schedule": schedule}
+
+
+ABSOLUTE = dict(positions="absolute")
+NONE = dict(positions="none")
+RELATIVE = dict(positions="relative", skew="correct", tables="small")
+BOTH = dict(positions="both", skew="correct", tables="small")
+AS_PUBLISHED = dict(positions="relative", skew="published", tables="normal")
+MAIN = (ABSOLUTE, RELATIVE, BOTH)
+
+
+def _grid() -> list[tuple[float, dict]]:
+    """(priority, factors) of every group of the committed grid; lower priorities run first."""
+    groups: list[tuple[float, dict]] = []
+
+    def add(priority: float, arms, **factors) -> None:
+        groups.extend((priority, arm | factors) for arm in arms)
+
+    notebook = dict(window=16, masking="time", phase="any")
+    longer = dict(window=128, masking="step", phase="any")
+    # 1. The published comparison and its repairs, one by one and together; the published skew where absolute positions
+    #    are not dropped.
+    skew_alone = RELATIVE | dict(tables="normal")
+    tables_alone = RELATIVE | dict(skew="published")
+    published_both = AS_PUBLISHED | dict(positions="both")
+    add(1, [ABSOLUTE, AS_PUBLISHED, RELATIVE, NONE, BOTH, skew_alone, tables_alone, published_both], **notebook)
+    # 2. A longer window.
+    add(2, [*MAIN, NONE, AS_PUBLISHED], **longer)
+    # 3. Four times the budget: does a short training distort the comparison?
+    add(3, MAIN, **longer, schedule="long")
+    # 4. Every window.
+    for window in (16, 512, 64, 256):
+        add(4, MAIN, window=window, masking="step", phase="any")
+    # 5. Windows in step with the voices, and the voice told to every arm.
+    add(5, MAIN, **longer | dict(phase="four"))
+    add(5, MAIN, **longer, voice=True)
+    # 7. Masks.
+    for masking in ("time", "token", "span"):
+        add(7, [ABSOLUTE, RELATIVE], **longer | dict(masking=masking))
+    return groups
+
+
+# A seed comes this many priorities after the one before: the first groups get all their repetitions before the last
+# get any.
+_SEED_STEP = 2.5
+
+
+def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
+    """The cells of a preset in the order in which they run: the most telling first."""
+    if seeds < 1:
+        raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    notebook = dict(window=16, masking="time", phase="any", schedule="notebook")
+    tiny = dict(window=16, masking="step", phase="any", schedule="tiny")
+    groups: dict[str, list[tuple[float, dict]]] = {
+        "grid": _grid(),
+        "seed": [(1, arm | notebook) for arm in (ABSOLUTE, AS_PUBLISHED, RELATIVE, BOTH)],
+        "tiny": [(1, arm | tiny) for arm in (ABSOLUTE, RELATIVE, AS_PUBLISHED, NONE)],
+    }
+    if preset not in groups:
+        raise ValueError(f"preset: expected one of {', '.join(groups)}, got {preset!r}")
+    ordered = []
+    for priority, group in groups[preset]:
+        ordered += [(priority + _SEED_STEP * seed, Cell(seed=seed, **group)) for seed in range(seeds)]
+    return [cell for _, cell in sorted(ordered, key=lambda pair: pair[0])]
+
+
+def expected_seconds(cell: Cell, measured: dict[str, float]) -> float:
+    """Seconds of one core for a cell: what a finished one of its group took, else by a rough tokens per second."""
+    if cell.group in measured:
+        return measured[cell.group]
+    schedule = cell.settings
+    real_tokens = 221_000 * cell.window / cell.stride
+    tokens = schedule.passes(real_tokens) * real_tokens
+    per_second = 22_000 / (1 + cell.window / 600) / (2 if schedule.batch_tokens < 512 else 1)
+    return tokens / per_second + (0 if schedule.tokens == 20_000 else 15)

@@ -1,0 +1,56 @@
+"""Folders of MIDI files: their splits, what is left out, the cache."""
+
+import csv
+
+import numpy as np
+
+from examples.chorales.decoder.languages import MidiLanguage
+from examples.chorales.decoder.passages import load_midi_folder, midi_splits
+from tests.chorales.decoder.helpers import performance
+from tests.chorales.helpers import require
+
+require("miditok", "pretty_midi", "tqdm")
+
+
+def test_maestros_table_decides_the_splits(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RELATTN_CACHE", str(tmp_path / "cache"))
+    rows = [
+        ("2004/a.midi", "train"),
+        ("2004/b.midi", "train"),
+        ("2018/c.midi", "validation"),
+        ("2018/d.midi", "test"),
+        ("2018/e.midi", "test"),
+    ]
+    for seed, (name, _) in enumerate(rows[:-1]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        performance(tmp_path / name, seed)
+    (tmp_path / "2018" / "stray.midi").write_bytes(b"not in the table")
+    with open(tmp_path / "maestro-v3.0.0.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration"])
+        writer.writerows([["Frédéric Chopin", "Ballade", split, name[:4], name, name.replace("midi", "wav"), 60.0] for name, split in rows])
+    music = load_midi_folder(tmp_path)
+    assert {name: pieces.names for name, pieces in music.splits.items()} == {
+        "train": ["2004/a.midi", "2004/b.midi"],
+        "valid": ["2018/c.midi"],
+        "test": ["2018/d.midi"],
+    }
+    assert "1 files of maestro-v3.0.0.csv are not there" in capsys.readouterr().err
+    np.testing.assert_array_equal(music.splits["train"][1][1:-1], music.language.encode(tmp_path / "2004/b.midi"))
+
+
+def test_folders_without_a_table(midi_folder, capsys, monkeypatch):
+    splits = midi_splits(midi_folder)
+    assert {name: len(paths) for name, paths in splits.items()} == {"train": 10, "valid": 1, "test": 1}
+    assert midi_splits(midi_folder) == splits
+    (splits["train"][3]).write_bytes(b"MThd nonsense")
+    music = load_midi_folder(midi_folder)
+    assert len(music.splits["train"]) == 9
+    assert f"left out: {splits['train'][3]}: cannot be read as MIDI" in capsys.readouterr().err
+    monkeypatch.setattr(MidiLanguage, "encode", None)  # what comes from the cache needs no reading
+    assert load_midi_folder(midi_folder).fingerprint() == music.fingerprint()
+    monkeypatch.undo()
+    for name in ("train", "validation", "test"):
+        (midi_folder / name).mkdir()
+        performance(midi_folder / name / "x.mid")
+    assert {name: [path.name for path in paths] for name, paths in midi_splits(midi_folder).items()} == {name: ["x.mid"] for name in splits}
