@@ -126,21 +126,21 @@ static void prepare_backward(const Problem& p, const Head& head, const Block& bl
   if (call.grad_lse.data) subtract_lse_gradient(p, head, block, w);
 }
 
-// One row's scores become weights after dropout, and gradients of its weights become gradients of its scores, in these columns.
-INLINE void weights_and_gradients_row(const Problem& p, const Head& head, const Block& block, int64_t row, int64_t first_key,
-                                      const Range& columns, const Workspace& w, float* weights, float* gradient) {
+// One row's scores of these keys become weights after dropout, and gradients of its weights become gradients of its scores.
+INLINE void weights_and_gradients_row(const Problem& p, const Head& head, const Block& block, int64_t row, const Range& keys,
+                                      const Workspace& w, float* weights, float* gradient) {
   const Vec base = splat(w.base[row]), inverse = splat(w.inverse[row]), delta = splat(w.delta[row]);
+  const int64_t count = keys.last - keys.first;
   if (p.dropout.used()) {
-    dropout_keep(p.dropout, head.batch, head.head, block.first + row, first_key + columns.first, first_key + columns.last, w.keep);
+    dropout_keep(p.dropout, head.batch, head.head, block.first + row, keys.first, keys.last, w.keep);
     const Vec factor = splat(1.0f / p.dropout.kept_share);
-    for (int64_t column = columns.first; column < columns.last; column += kWidth) {
-      const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse,
-                kept = load(w.keep + column - columns.first) * factor;
+    for (int64_t column = 0; column < count; column += kWidth) {
+      const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse, kept = load(w.keep + column) * factor;
       store(gradient + column, weight * (load(gradient + column) * kept - delta));
       store(weights + column, weight * kept);
     }
   } else {
-    for (int64_t column = columns.first; column < columns.last; column += kWidth) {
+    for (int64_t column = 0; column < count; column += kWidth) {
       const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse;
       store(gradient + column, weight * (load(gradient + column) - delta));
       store(weights + column, weight);
@@ -162,10 +162,11 @@ static void weights_and_gradients(const Problem& p, const Head& head, const Bloc
     for (; next < group.row; ++next) clear(next, -kSlack, end);
     next = group.row + group.rows;
     for (int64_t row = group.row; row < next; ++row) {
-      weights_and_gradients_row(p, head, block, row, tile.first_key, group.columns, w, scores.data + row * scores.row,
-                                gradient.data + row * gradient.row);
-      clear(row, -kSlack, group.columns.first);
-      clear(row, group.columns.last, end);
+      const int64_t first = group.columns.first, last = group.columns.last;
+      weights_and_gradients_row(p, head, block, row, {tile.first_key + first, tile.first_key + last}, w,
+                                scores.data + row * scores.row + first, gradient.data + row * gradient.row + first);
+      clear(row, -kSlack, first);
+      clear(row, last, end);
     }
   }
   const int64_t rows = p.call.rel_q.data ? round_up(block.rows, kPanel) : block.rows;

@@ -72,6 +72,10 @@ struct AmxBackward {
     return carver.used;
   }
 
+  // A group's tiles, from its first row on.
+  Result scores_of(const AmxBackwardWorkspace& w) const { return {w.forward.base.scores + kSlack, p.leading}; }
+  Result gradient_of(const AmxBackwardWorkspace& w) const { return {w.weights_gradient + kSlack, p.leading}; }
+
   // (count, padded) rows of bfloat16 to (padded, rows of a block), zero beyond count.
   void transpose_rows(const Half* from, int64_t count, int64_t padded, Half* to) const {
     for (int64_t column = 0; column < padded; ++column)
@@ -95,9 +99,10 @@ struct AmxBackward {
   }
 
   // Scores of a group's columns in units of ln 2, -inf where hidden, and gradients of its weights before dropout.
-  void group_scores(const AmxHead& operands, const Block& block, const Tile& tile, const Group& group, AmxBackwardWorkspace& w,
-                    const Result& scores, const Result& gradient) const {
+  void group_scores(const AmxHead& operands, const Block& block, const Tile& tile, const Group& group,
+                    const AmxBackwardWorkspace& w) const {
     const Head& head = operands.head;
+    const Result scores = scores_of(w), gradient = gradient_of(w);
     const Range& columns = group.columns;
     const int64_t size = p.deep_value_size;
     group_products(p, operands, block, tile, group, w.forward, scores);
@@ -118,7 +123,7 @@ struct AmxBackward {
   void statistics(const AmxHead& operands, const Block& block, AmxBackwardWorkspace& w) const {
     Workspace& base = w.forward.base;
     const Head& head = operands.head;
-    const Result scores = {base.scores + kSlack, p.leading}, gradient = {w.weights_gradient + kSlack, p.leading};
+    const Result scores = scores_of(w), gradient = gradient_of(w);
     fill(base.base, -kInfinity, block.rows);
     fill(base.inverse, 0.0f, block.rows);
     fill(base.delta, 0.0f, block.rows);
@@ -129,7 +134,7 @@ struct AmxBackward {
       if (tile_hidden(p, head, block, tile.keys)) continue;
       for (int g = 0; g < tile.count; ++g) {
         const Group& group = tile.groups[g];
-        group_scores(operands, block, tile, group, w, scores, gradient);
+        group_scores(operands, block, tile, group, w);
         const int64_t begin = group.columns.first, columns = group.columns.last - begin;
         for (int r = 0; r < group.rows; ++r) {
           const int64_t row = group.row + r;
@@ -162,14 +167,16 @@ struct AmxBackward {
 
   // A group's weights after dropout and gradients of its scores, in place; of these also what concerns rel_bias and the table's edges.
   void group_gradients(const AmxHead& operands, const Block& block, const Tile& tile, const Group& group, float* bias_sum,
-                       AmxBackwardWorkspace& w, const Result& scores, const Result& gradient) const {
+                       const AmxBackwardWorkspace& w) const {
+    const Result scores = scores_of(w), gradient = gradient_of(w);
     const Range& columns = group.columns;
+    const Range keys = {tile.first_key + columns.first, tile.first_key + columns.last};
     const Skew skew = lay_over(operands.head.rel_k, block, tile, group);
     for (int r = 0; r < group.rows; ++r) {
       const int64_t row = group.row + r;
       float* of_scores = gradient.data + r * gradient.row;
-      weights_and_gradients_row(p, operands.head, block, row, tile.first_key, columns, w.forward.base, scores.data + r * scores.row,
-                                of_scores);
+      weights_and_gradients_row(p, operands.head, block, row, keys, w.forward.base, scores.data + r * scores.row + columns.first,
+                                of_scores + columns.first);
       if (!p.position) continue;
       const Range within = skew.within(r, columns);
       w.beyond.left[row] += sum_row(of_scores + columns.first, within.first - columns.first);
@@ -180,7 +187,8 @@ struct AmxBackward {
   }
 
   // Both in bfloat16, as pairs of rows and as rows.
-  void write_pairs(const Group& group, const AmxBackwardWorkspace& w, const Result& scores, const Result& gradient) const {
+  void write_pairs(const Group& group, const AmxBackwardWorkspace& w) const {
+    const Result scores = scores_of(w), gradient = gradient_of(w);
     const int64_t begin = group.columns.first, end = group.columns.last, last_row = round_up(group.rows, 2);
     for (int r = group.rows; r < last_row; ++r) {
       fill(scores.data + r * scores.row + begin, 0.0f, end - begin);
@@ -294,7 +302,6 @@ struct AmxBackward {
   void backward_keys(const AmxHead& operands, const Block& whole, Range keys, const AmxUnit& unit, const AmxSums& sums,
                      const Gradients& out, AmxBackwardWorkspace& w) const {
     const Head& head = operands.head;
-    const Result scores = {w.forward.base.scores + kSlack, p.leading}, gradient = {w.weights_gradient + kSlack, p.leading};
     Block block = whole;
     block.keys = {most(keys.first, whole.keys.first), least(keys.last, whole.keys.last)};
     fill(w.beyond.left, 0.0f, block.rows);
@@ -310,9 +317,9 @@ struct AmxBackward {
         const Group& group = tile.groups[g];
         for (; next < group.row; next += 2) clear_pair(w, next / 2);  // groups between that see nothing
         next = group.row + kGroupRows;
-        group_scores(operands, block, tile, group, w, scores, gradient);
-        group_gradients(operands, block, tile, group, sums.bias, w, scores, gradient);
-        write_pairs(group, w, scores, gradient);
+        group_scores(operands, block, tile, group, w);
+        group_gradients(operands, block, tile, group, sums.bias, w);
+        write_pairs(group, w);
         if (out.content) query_gradient(operands, block, tile, group, w, out);
       }
       if (out.value.data) add_over_rows(tile, of, w.upstream_t, p.padded_value_size, w.weights, unit.value_gradient);

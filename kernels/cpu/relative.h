@@ -48,7 +48,7 @@ INLINE Skew lay_over(const Table& table, int64_t rows, int64_t position, int64_t
   return {table, rows, position - table.left - first_key};
 }
 
-// The products of each row with the table's two edge rows.
+// Something for each of the table's two edges: mostly, the products of a block's rows with the edge row.
 struct Edges {
   float *left, *right;
 
