@@ -174,8 +174,7 @@ static void weights_and_gradients(const Problem& p, const Head& head, const Bloc
 }
 
 // gradient[key] += sum over the tile's rows of a[row][key] * right[row], for the keys of the tile.
-static void add_over_rows(const Block& block, const Tile& tile, const Result& a, const Right& right, int64_t size,
-                          const Result& gradient) {
+static void add_over_rows(const Block& block, const Tile& tile, const Result& a, const Right& right, int64_t size, const Result& gradient) {
   int64_t begin = 0, end = 0;
   const int64_t first = tile.keys.first - tile.first_key, last = tile.keys.last - tile.first_key;
   for (int64_t column = first; column < last; column += kRows) {

@@ -282,9 +282,7 @@ struct AmxBackward {
   void query_gradient(const AmxHead& operands, const Block& block, const Tile& tile, const Group& group, const AmxBackwardWorkspace& w,
                       const Gradients& out) const {
     const int64_t panels = p.padded_size / kPanel, place = group.row * p.padded_size;
-    auto of_group = [&](int part, int64_t column) {
-      return w.gradient_rows[part] + group.row * halves + kWideSlack + column;
-    };
+    auto of_group = [&](int part, int64_t column) { return w.gradient_rows[part] + group.row * halves + kWideSlack + column; };
     const int64_t first = group.columns.first, steps = (group.columns.last - first + kTileDepth - 1) / kTileDepth;
     for (int part = 0; part < (out.pos_bias_u ? 2 : 1); ++part)  // that gradient is a sum over all of them
       amx_multiply<true>(group.rows, panels, {of_group(part, first), halves}, operands.keys.key_pairs.from(tile.first_key + first), steps,

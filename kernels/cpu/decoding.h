@@ -2,8 +2,8 @@
 // them costs more than all products. Heads that share keys are taken together, and the keys in parts of fixed length, so that one head
 // occupies several threads and the result does not depend on how many there are.
 
-constexpr int64_t kFewQueries = 2;      // more share what was packed
-constexpr int64_t kFewRows = 8;         // query heads of a key head, times queries
+constexpr int64_t kFewQueries = 2;  // more share what was packed
+constexpr int64_t kFewRows = 8;     // query heads of a key head, times queries
 constexpr int64_t kKeysOfPart = 1024;
 constexpr int64_t kBlockKeysFew = 256;  // of a tile of scores
 

@@ -58,8 +58,7 @@ static void write_block(const Problem& p, const Head& head, const Block& block, 
     const float total = w.total[row];
     const float factor = total == 0.0f ? 0.0f : 1.0f / (total * p.dropout.kept_share);
     write_row(output, query, p.value_size, w.result + row * p.padded_value_size, factor);
-    element(p.call.lse, head.batch, head.head, query) =
-        total == 0.0f ? -kInfinity : (float)(w.highest[row] * kLn2) + __builtin_logf(total);
+    element(p.call.lse, head.batch, head.head, query) = total == 0.0f ? -kInfinity : (float)(w.highest[row] * kLn2) + __builtin_logf(total);
   }
 }
 
@@ -171,8 +170,7 @@ INLINE int64_t units_of_chunk(const Call& call, int64_t unit_floats) {
 static int forward(const Call& call, const Team& team) {
   const Problem p(call, rows_of_block(call), team.cache_bytes >= kLargeCache ? kBlockKeysLarge : kBlockKeysSmall);
   Memory memory = {team};
-  Workspace* workspaces =
-      carve_for_threads<Workspace>(memory, [&](char* base, Workspace& w) { return carve_forward(p, base, w); });
+  Workspace* workspaces = carve_for_threads<Workspace>(memory, [&](char* base, Workspace& w) { return carve_forward(p, base, w); });
   const Keys* keys = find_keys(call, memory);
   Tables tables;
   tables.plan(p, memory, kRelK, kPanelsForm);

@@ -7,7 +7,7 @@ struct AmxWorkspace {
   Workspace base;
   AmxKeys keys;  // a tile's, where each is used only once
   Half *content, *position;
-  Half* weights;        // a group's, rows `weights_row` apart
+  Half* weights;  // a group's, rows `weights_row` apart
   int64_t weights_row;
   HalfScratch scratch;
 };
@@ -35,8 +35,8 @@ static void read_queries(const AmxProblem& p, const Head& head, const Block& blo
 }
 
 // The block's rows times one row of rel_k.
-static void half_edge_products(const AmxProblem& p, const Matrix& table, int64_t table_row, int64_t rows, const Half* position,
-                               float* edge, float* scratch) {
+static void half_edge_products(const AmxProblem& p, const Matrix& table, int64_t table_row, int64_t rows, const Half* position, float* edge,
+                               float* scratch) {
   read_row(table, table_row, p.size, scratch);
   for (int64_t row = 0; row < rows; ++row) {
     float sum = 0;

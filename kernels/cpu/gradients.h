@@ -277,7 +277,7 @@ struct Backward {
       }
     });
     for (int64_t head = 0; head < call.heads; ++head) {
-      auto finish_bias = [&](float* Sums::*sum, const Tensor& grad) {
+      auto finish_bias = [&](float* Sums::* sum, const Tensor& grad) {
         if (!(all->*sum)) return;
         const float* total = add_members(all, members, [&](const Sums& sums) { return sums.*sum + head * p.size; }, p.size);
         write_row(matrix(grad, 0, head), 0, p.size, total, 1.0f);
@@ -306,7 +306,8 @@ static int backward_with(const Problem& p, Kernel& kernel, Shared& shared, Memor
   kernel.take_memory(memory, unit_count, sum_count, teams > 0);
   shared.sums = memory.array<Sums>(sum_count);
   const bool needed[] = {call.grad_rel_k.data || call.grad_rel_bias.data, call.grad_rel_q.data != nullptr, call.grad_rel_v.data != nullptr};
-  const bool mixed = needed[kRelK] && call.rel_k.data && call.rel_bias.data && differs_by_head(call.rel_k) != differs_by_head(call.rel_bias);
+  const bool mixed =
+      needed[kRelK] && call.rel_k.data && call.rel_bias.data && differs_by_head(call.rel_k) != differs_by_head(call.rel_bias);
   for (int64_t member = 0; memory.enough && member < sum_count; ++member) {
     Sums& sums = shared.sums[member];
     for (TableName name : kTables) {

@@ -28,8 +28,8 @@ struct Tables {
     table.per_head = p.table_per_head(name);
     table.depth = source.depth();
     table.padded = round_up(table.depth, kPanel);
-    table.natural_in_place = (forms & kNaturalForm) && !source.bias.data && !source.reversed &&
-                             readable_in_place(source.matrix, source.rows, source.size);
+    table.natural_in_place =
+        (forms & kNaturalForm) && !source.bias.data && !source.reversed && readable_in_place(source.matrix, source.rows, source.size);
     const int64_t heads = table.per_head ? p.call.heads : 1, natural = source.rows * table.padded;
     table.panels.data = memory.floats(forms & kPanelsForm, heads * source.floats());
     table.natural.data = memory.floats((forms & kNaturalForm) && !table.natural_in_place, heads * natural);

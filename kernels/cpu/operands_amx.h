@@ -168,7 +168,11 @@ struct AmxHead {
   const float* bias;  // null: none
 
   AmxHead(const AmxProblem& p, const AmxTables& tables, const AmxKeys& packed, int64_t batch, int64_t index, const Keys& seen)
-      : head(), keys(packed), first_key(0), table_panels(tables.panels.of(index)), table_pairs{tables.pairs.of(index), tables.pair_rows},
+      : head(),
+        keys(packed),
+        first_key(0),
+        table_panels(tables.panels.of(index)),
+        table_pairs{tables.pairs.of(index), tables.pair_rows},
         bias(tables.bias.of(index)) {
     head.batch = batch;
     head.head = index;

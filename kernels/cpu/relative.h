@@ -108,8 +108,7 @@ static void edge_values(const Skew& skew, const Range& columns, const Result& ti
     const Range within = skew.within(row, columns);
     const float* weights = tile.data + row * tile.row;
     float* to = result.data + row * result.row;
-    if (columns.first < within.first)
-      add_scaled(to, table.natural, sum_row(weights + columns.first, within.first - columns.first), size);
+    if (columns.first < within.first) add_scaled(to, table.natural, sum_row(weights + columns.first, within.first - columns.first), size);
     if (within.last < columns.last) add_scaled(to, last_row, sum_row(weights + within.last, columns.last - within.last), size);
   }
 }
@@ -136,8 +135,7 @@ static void relative_table_gradient(const Skew& skew, const Seen& seen, const Re
     if (columns.first < within.first)
       add_scaled(gradient.data, added, sum_row(weights + columns.first, within.first - columns.first), size);
     if (within.last < columns.last)
-      add_scaled(gradient.data + (table_rows - 1) * gradient.row, added,
-                 sum_row(weights + within.last, columns.last - within.last), size);
+      add_scaled(gradient.data + (table_rows - 1) * gradient.row, added, sum_row(weights + within.last, columns.last - within.last), size);
   }
   lowest = most<int64_t>(lowest, 0);
   highest = least(highest, table_rows - 1);

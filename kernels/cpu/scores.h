@@ -40,21 +40,15 @@ struct Problem {
   // differ.
   bool position_apart() const { return call.rel_k.data && (call.grad_pos_bias_u.data || call.grad_pos_bias_v.data); }
   // Whether the position product's rows are the content product's.
-  bool position_is_content() const {
-    return !position || !(call.rel_bias.data || call.pos_bias_u.data || call.pos_bias_v.data);
-  }
+  bool position_is_content() const { return !position || !(call.rel_bias.data || call.pos_bias_u.data || call.pos_bias_v.data); }
   double absolute_scale() const { return call.scale < 0 ? -call.scale : call.scale; }
   int64_t query_blocks() const { return (call.queries + block_rows - 1) / block_rows; }
 
-  bool table_per_head(TableName name) const {
-    return differs_by_head(table(name)) || (name == kRelK && differs_by_head(call.rel_bias));
-  }
+  bool table_per_head(TableName name) const { return differs_by_head(table(name)) || (name == kRelK && differs_by_head(call.rel_bias)); }
   const Tensor& table(TableName name) const { return name == kRelK ? call.rel_k : name == kRelQ ? call.rel_q : call.rel_v; }
 
   PanelSource key_source(int64_t batch, int64_t key_head) const { return {matrix(call.key, batch, key_head), call.keys, size}; }
-  PanelSource value_source(int64_t batch, int64_t key_head) const {
-    return {matrix(call.value, batch, key_head), call.keys, value_size};
-  }
+  PanelSource value_source(int64_t batch, int64_t key_head) const { return {matrix(call.value, batch, key_head), call.keys, value_size}; }
   PanelSource table_source(TableName name, int64_t head) const {
     PanelSource source = {matrix(table(name), 0, head), call.rows, name == kRelV ? value_size : size};
     source.repeat_last = true;  // the columns that the last panel has beyond the table are the right edge's
@@ -84,12 +78,12 @@ struct Head {
 
 // Memory of one thread. Null where a call does not need it.
 struct Workspace {
-  float *content, *position;      // (q + u), (q + v) of the block's rows, scaled; rows padded to whole panels, zeros
-  Edges edges;                    // the block's position scores at the edges of the table
-  float* scores;                  // a block's tile
-  float *keys, *values;           // forward: a tile's keys in panels, and rows of values, where each is used only once
-  float* result;                  // forward: the block's output, not yet divided
-  float *highest, *total;         // per row
+  float *content, *position;  // (q + u), (q + v) of the block's rows, scaled; rows padded to whole panels, zeros
+  Edges edges;                // the block's position scores at the edges of the table
+  float* scores;              // a block's tile
+  float *keys, *values;       // forward: a tile's keys in panels, and rows of values, where each is used only once
+  float* result;              // forward: the block's output, not yet divided
+  float *highest, *total;     // per row
   // backward
   float* weights_gradient;        // a block's tile
   float* upstream;                // gradients of the block's output, rows padded
@@ -171,8 +165,7 @@ static Block prepare_block(const Problem& p, const Head& head, Workspace& w, int
 static void key_scores(const Problem& p, const Head& head, const Block& block, int64_t first_key, Range keys, Workspace& w) {
   const int64_t columns = round_up(block.rows, kPanel), leading = columns + 2 * kSlack, count = keys.last - keys.first;
   const Matrix source = matrix(p.call.key, head.batch, head.head / p.ratio);
-  for (int64_t key = 0; key < count; ++key)
-    read_padded(source, keys.first + key, p.size, p.padded_size, w.key_rows + key * p.padded_size);
+  for (int64_t key = 0; key < count; ++key) read_padded(source, keys.first + key, p.size, p.padded_size, w.key_rows + key * p.padded_size);
   const Left a = {w.key_rows, p.padded_size, 1};
   edge_products(lay_over(head.rel_q, count, keys.first, block.position), {0, block.rows}, a, w.key_edges, w.scratch);
   float* tile = w.by_key + kSlack;
@@ -263,8 +256,7 @@ static void times_distances(const Block& block, const Tile& tile, const Left& a,
       const Group& group = tile.groups[g];
       const Skew skew = lay_over(table, block, tile, group);
       const Range panels = skew.panels(group.columns);
-      relative_product(skew, {panels.first + step, least(panels.first + step + 4, panels.last)}, a.from(group.row),
-                       result.from(group.row));
+      relative_product(skew, {panels.first + step, least(panels.first + step + 4, panels.last)}, a.from(group.row), result.from(group.row));
     }
   for (int g = 0; g < tile.count; ++g) {
     const Group& group = tile.groups[g];
@@ -349,8 +341,7 @@ static void add_over_distances(const Block& block, const Tile& tile, const Resul
       const Group& group = tile.groups[g];
       const Skew skew = lay_over(table, block, tile, group);
       const Range touched = skew.touched(group.seen);
-      relative_values(skew, {most(row, touched.first), least(row + step, touched.last)}, a.from(group.row), size,
-                      result.from(group.row));
+      relative_values(skew, {most(row, touched.first), least(row + step, touched.last)}, a.from(group.row), size, result.from(group.row));
     }
   for (int g = 0; g < tile.count; ++g) {
     const Group& group = tile.groups[g];

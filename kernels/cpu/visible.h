@@ -101,8 +101,7 @@ static void apply_attn_mask(const Matrix& mask, int64_t query, const Range& keys
 // Whether attn_mask hides all of these keys from all of these queries. Looks no further than the first that is seen.
 static bool attn_mask_hides(const Matrix& mask, const Range& queries, const Range& keys) {
   // Rows or columns that lie in the same memory are looked at once.
-  const int64_t last_query = mask.row == 0 ? queries.first + 1 : queries.last,
-                last_key = mask.column == 0 ? keys.first + 1 : keys.last;
+  const int64_t last_query = mask.row == 0 ? queries.first + 1 : queries.last, last_key = mask.column == 0 ? keys.first + 1 : keys.last;
   const float hidden = mask.dtype == kBool ? 0.0f : hidden_from(mask.dtype);
   for (int64_t query = queries.first; query < last_query; ++query) {
     const int64_t start = mask.first + query * mask.row;
