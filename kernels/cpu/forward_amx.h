@@ -222,7 +222,7 @@ static int forward_amx(const Call& call, const Team& team) {
         pack_keys_amx(p, batch, key_head, keys_of(place), task, workspaces[thread].scratch);
       },
       [&](int64_t batch, int64_t index, int64_t place, int64_t block, int64_t thread) {
-        forward_block_amx(p, {p, tables, keys_of(place), batch, index, keys[batch]}, workspaces[thread], block);
+        forward_block_amx(p, amx_head(p, tables, keys_of(place), batch, index, keys[batch]), workspaces[thread], block);
       });
   return 0;
 }

@@ -277,7 +277,7 @@ struct Backward {
       }
     });
     for (int64_t head = 0; head < call.heads; ++head) {
-      auto finish_bias = [&](float* Sums::* sum, const Tensor& grad) {
+      auto finish_bias = [&](auto sum, const Tensor& grad) {  // a member of Sums
         if (!(all->*sum)) return;
         const float* total = add_members(all, members, [&](const Sums& sums) { return sums.*sum + head * p.size; }, p.size);
         write_row(matrix(grad, 0, head), 0, p.size, total, 1.0f);

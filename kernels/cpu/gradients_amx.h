@@ -81,7 +81,7 @@ struct AmxKernel {
   void queries(const Job& job, const Visit& visit) const {
     const AmxUnit& unit = units[job.unit];
     AmxBackwardWorkspace& w = workspaces[job.thread];
-    const AmxHead operands(p, tables, unit.keys, job.batch, visit.head, shared.keys[job.batch]);
+    const AmxHead operands = amx_head(p, tables, unit.keys, job.batch, visit.head, shared.keys[job.batch]);
     Gradients out = {};
     out.key.data = unit.key_gradient;
     out.value.data = unit.value_gradient;

@@ -166,18 +166,19 @@ struct AmxHead {
   const Half* table_panels;
   HalfPairs table_pairs;
   const float* bias;  // null: none
-
-  AmxHead(const AmxProblem& p, const AmxTables& tables, const AmxKeys& packed, int64_t batch, int64_t index, const Keys& seen)
-      : head(),
-        keys(packed),
-        first_key(0),
-        table_panels(tables.panels.of(index)),
-        table_pairs{tables.pairs.of(index), tables.pair_rows},
-        bias(tables.bias.of(index)) {
-    head.batch = batch;
-    head.head = index;
-    head.keys = seen;
-    head.rel_k.rows = p.call.rows;
-    head.rel_k.left = p.call.left;
-  }
 };
+
+static AmxHead amx_head(const AmxProblem& p, const AmxTables& tables, const AmxKeys& keys, int64_t batch, int64_t index,
+                        const Keys& visible) {
+  AmxHead result = {};
+  result.head.batch = batch;
+  result.head.head = index;
+  result.head.keys = visible;
+  result.head.rel_k.rows = p.call.rows;
+  result.head.rel_k.left = p.call.left;
+  result.keys = keys;
+  result.table_panels = tables.panels.of(index);
+  result.table_pairs = {tables.pairs.of(index), tables.pair_rows};
+  result.bias = tables.bias.of(index);
+  return result;
+}
