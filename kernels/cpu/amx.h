@@ -4,8 +4,6 @@
 // a panel of keys is their rows' 32-bit words transposed. As with the register tiles (tiles.h), C's rows may each begin one element further
 // right, which skews for free: the tile store takes any stride.
 
-typedef uint16_t Half;  // the bits of a bfloat16
-
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileDepth = 32;    // k steps of one instruction
 constexpr int64_t kTileHalves = 512;  // of an A or B tile
@@ -96,59 +94,3 @@ static void amx_multiply(int rows, int64_t panels, HalfLeft a, HalfRight b, int6
 INLINE void store_half(Half* to, Vec v) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
 
 INLINE Vec widen(__m256i halves) { return (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
-
-// Row `row` of a matrix of any dtype, rounded to bfloat16, zeros up to `padded`. `scratch` holds `count` floats.
-static void read_halves(const Matrix& from, int64_t row, int64_t count, int64_t padded, Half* to, float* scratch) {
-  const int64_t first = from.first + row * from.row;
-  if (from.dtype == kBFloat16 && from.column == 1) {
-    __builtin_memcpy(to, (const Half*)from.data + first, (size_t)count * 2);
-  } else {
-    read_row(from.data, from.dtype, first, from.column, count, scratch);
-    for (int64_t column = 0; column < count; ++column) to[column] = to_bfloat16(scratch[column]);
-  }
-  __builtin_memset(to + count, 0, (size_t)(padded - count) * 2);
-}
-
-// Panel `index` of a matrix's rows, transposed: (padded / 2, 16) pairs. Beyond the last row come zeros, or copies of it.
-static void pack_half_panel(const Matrix& m, int64_t rows, int64_t size, int64_t padded, bool repeat_last, int64_t index, Half* to,
-                            Half* scratch, float* row_scratch) {
-  const int64_t first = index * kPanel;
-  const Half* source = scratch;
-  int64_t stride = padded;
-  if (m.dtype == kBFloat16 && m.column == 1 && size == padded && m.row % 2 == 0 && m.first % 2 == 0 && first + kPanel <= rows) {
-    source = (const Half*)m.data + m.first + first * m.row;
-    stride = m.row;
-  } else {
-    for (int64_t r = 0; r < kPanel; ++r) {
-      const int64_t row = first + r;
-      if (row < rows || repeat_last) {
-        read_halves(m, least(row, rows - 1), size, padded, scratch + r * padded, row_scratch);
-      } else {
-        __builtin_memset(scratch + r * padded, 0, (size_t)padded * 2);
-      }
-    }
-  }
-  for (int64_t pair = 0; pair < padded / 2; pair += kPanel)
-    transpose((const float*)(source + 2 * pair), stride / 2, (float*)to + pair * kPanel, kPanel);
-}
-
-// Rows [first, last) of a matrix (first even) as B over its rows: panel c of its columns holds (padded_rows / 2, 16) pairs of rows, from
-// row `origin` on.
-static void pack_half_pairs(const Matrix& m, int64_t rows, int64_t size, int64_t padded, int64_t first, int64_t last, int64_t padded_rows,
-                            Half* to, int64_t origin, Half* scratch, float* row_scratch) {
-  for (int64_t row = first; row < last; row += 2) {
-    Half* pair[2] = {scratch, scratch + padded};
-    for (int r = 0; r < 2; ++r) {
-      if (row + r < rows) {
-        read_halves(m, row + r, size, padded, pair[r], row_scratch);
-      } else {
-        __builtin_memset(pair[r], 0, (size_t)padded * 2);
-      }
-    }
-    for (int64_t column = 0; column < padded; column += kPanel) {
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(pair[0] + column)));
-      const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(pair[1] + column)));
-      _mm512_storeu_si512(to + column * padded_rows + (row - origin) * kPanel, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-  }
-}

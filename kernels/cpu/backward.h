@@ -25,8 +25,7 @@ static int64_t carve_backward(const Problem& p, char* base, Workspace& w) {
   w.content_gradient = carver.floats(p.block_rows * p.padded_size);
   w.position_gradient = p.position_apart() ? carver.floats(p.block_rows * p.padded_size) : w.content_gradient;
   if (p.call.rel_v.data) {
-    w.value_left_edge = carver.floats(p.block_rows);
-    w.value_right_edge = carver.floats(p.block_rows);
+    w.value_edges = {carver.floats(p.block_rows), carver.floats(p.block_rows)};
   }
   return carver.used;
 }
@@ -34,31 +33,21 @@ static int64_t carve_backward(const Problem& p, char* base, Workspace& w) {
 // Gradients of a tile's weights, before dropout: upstream times (value + rel_v).
 static void tile_weights_gradient(const Problem& p, const Head& head, const Block& block, const Tile& tile, const Workspace& w,
                                   const Result& gradient) {
-  const bool relative = p.call.rel_v.data != nullptr;
-  const Range panels = {(tile.keys.first - tile.first_key) / kPanel, panels_of(tile.keys.last - tile.first_key)};
-  for (int g = 0; relative && g < tile.count; ++g) {
-    const Group& group = tile.groups[g];
-    const int64_t position = block.position + group.row;
-    const Result target = {gradient.data + group.row * gradient.row, gradient.row};
-    const Span span = table_span(group.rows, position, tile.first_key, group.columns, head.rel_v);
-    relative_product(group.rows, position, tile.first_key, span.first_panel, span.last_panel,
-                     {w.upstream + group.row * p.padded_value_size, p.padded_value_size, 1}, head.rel_v, target);
-    relative_edges(group.rows, position, tile.first_key, group.columns, span, head.rel_v, w.value_left_edge + group.row,
-                   w.value_right_edge + group.row, target);
+  const Left upstream = {w.upstream, p.padded_value_size, 1};
+  const float* values = head.value_panels + tile.first_key * p.value_size;
+  if (p.call.rel_v.data) {
+    times_distances(block, tile, upstream, head.rel_v, w.value_edges, gradient);
+    times_columns<true>(tile, upstream, values, p.value_size, gradient);
+  } else {
+    times_columns<false>(tile, upstream, values, p.value_size, gradient);
   }
-  for (int64_t panel = panels.first; panel < panels.last; panel += 4)
-    for (int g = 0; g < tile.count; ++g) {
-      const Group& group = tile.groups[g];
-      const int64_t first = most(panel, group.columns.first / kPanel), last = least(panel + 4, group.columns.last / kPanel);
-      const Left upstream = {w.upstream + group.row * p.padded_value_size, p.padded_value_size, 1};
-      const Right value = {head.value_panels + (tile.first_key + first * kPanel) * p.value_size, kPanel, kPanel * p.value_size};
-      const Result target = {gradient.data + group.row * gradient.row + first * kPanel, gradient.row};
-      if (relative) {
-        multiply<true>(group.rows, last - first, upstream, value, p.value_size, target);
-      } else {
-        multiply<false>(group.rows, last - first, upstream, value, p.value_size, target);
-      }
-    }
+}
+
+// Of whole vectors.
+INLINE float dot_row(const float* a, const float* b, int64_t count) {
+  Vec sum = {};
+  for (int64_t column = 0; column < count; column += kWidth) sum += load(a + column) * load(b + column);
+  return sum_lanes(sum);
 }
 
 // From maxima, sums and unnormalised sum_j w_ij dw_ij to base, inverse and delta.
@@ -72,11 +61,9 @@ static void finish_statistics(const Problem& p, const Block& block, Workspace& w
 
 // d lse / d score is the weight.
 static void subtract_lse_gradient(const Problem& p, const Head& head, const Block& block, Workspace& w) {
-  const Tensor& grad = p.call.grad_lse;
   for (int64_t row = 0; row < block.rows; ++row)
     if (w.base[row] != kInfinity)  // whatever the slope of a log-sum-exp of nothing
-      w.delta[row] -=
-          ((const float*)grad.data)[head.batch * grad.stride[0] + head.head * grad.stride[1] + (block.first + row) * grad.stride[2]];
+      w.delta[row] -= element(p.call.grad_lse, head.batch, head.head, block.first + row);
 }
 
 // Weights are 2^(score - base) * inverse. Where the log-sum-exp is moderate it is the base. A row whose scores share a large constant (a
@@ -99,13 +86,10 @@ static void row_statistics(const Problem& p, const Head& head, const Block& bloc
       const int64_t begin = group.columns.first, columns = group.columns.last - begin;
       for (int64_t row = group.row; row < group.row + group.rows; ++row) {
         float* weights = scores.data + row * scores.row + begin;
-        softmax_row(weights, columns, w.base[row], w.inverse[row], sums ? sums + row : nullptr, sums ? 1 : 0);
+        softmax_row(weights, columns, {w.base[row], w.inverse[row], sums ? sums + row : nullptr, sums ? 1 : 0});
         if (!sums) continue;
-        const float* of_weights = gradient.data + row * gradient.row + begin;
         if (p.dropout.used()) drop_row(p.dropout, head, block.first + row, first_key + begin, columns, weights, w.keep);
-        Vec sum = {};
-        for (int64_t column = 0; column < columns; column += kWidth) sum += load(weights + column) * load(of_weights + column);
-        sums[row] += sum_lanes(sum);
+        sums[row] += dot_row(weights, gradient.data + row * gradient.row + begin, columns);
       }
     }
   }
@@ -122,33 +106,49 @@ static void prepare_backward(const Problem& p, const Head& head, const Block& bl
     const int64_t query = block.first + row;
     float* upstream = w.upstream + row * p.padded_value_size;
     read_padded(grad_output, query, p.value_size, p.padded_value_size, upstream);
-    const float lse =
-        ((const float*)call.lse.data)[head.batch * call.lse.stride[0] + head.head * call.lse.stride[1] + query * call.lse.stride[2]];
+    const float lse = element(call.lse, head.batch, head.head, query);
     large |= (lse > 128.0f || lse < -128.0f) && lse != -kInfinity;
     w.base[row] = lse == -kInfinity ? kInfinity : (float)(lse * kLog2E);
     w.inverse[row] = 1.0f;
     w.delta[row] = 0.0f;
     if (half) continue;
     read_padded(output, query, p.value_size, p.padded_value_size, w.scratch);
-    Vec sum = {};
-    for (int64_t column = 0; column < p.padded_value_size; column += kWidth) sum += load(upstream + column) * load(w.scratch + column);
-    w.delta[row] = sum_lanes(sum);
+    w.delta[row] = dot_row(upstream, w.scratch, p.padded_value_size);
   }
   if (call.rel_v.data) {
     // Hidden columns beyond the table get these even where no visible one needs them: a weight of 0 times what was left there before.
-    fill(w.value_left_edge, 0.0f, block.rows);
-    fill(w.value_right_edge, 0.0f, block.rows);
-    const Left a = {w.upstream, p.padded_value_size, 1};
-    if (beyond_left(head.rel_v, block.position, block.rows, block.keys))
-      edge_scores(block.rows, a, head.rel_v, 0, w.value_left_edge, w.scratch);
-    if (beyond_right(head.rel_v, block.position, block.keys))
-      edge_scores(block.rows, a, head.rel_v, head.rel_v.rows - 1, w.value_right_edge, w.scratch);
+    fill(w.value_edges.left, 0.0f, block.rows);
+    fill(w.value_edges.right, 0.0f, block.rows);
+    edge_products(lay_over(head.rel_v, block.rows, block.position, 0), block.keys, {w.upstream, p.padded_value_size, 1}, w.value_edges,
+                  w.scratch);
   }
   if (half || large) row_statistics(p, head, block, w, half);
   if (call.grad_lse.data) subtract_lse_gradient(p, head, block, w);
 }
 
-// Scores become weights after dropout, gradients of weights become gradients of scores; zero wherever nothing is seen, slack included.
+// One row's scores of these keys become weights after dropout, and gradients of its weights become gradients of its scores.
+INLINE void weights_and_gradients_row(const Problem& p, const Head& head, const Block& block, int64_t row, const Range& keys,
+                                      const Workspace& w, float* weights, float* gradient) {
+  const Vec base = splat(w.base[row]), inverse = splat(w.inverse[row]), delta = splat(w.delta[row]);
+  const int64_t count = keys.last - keys.first;
+  if (p.dropout.used()) {
+    dropout_keep(p.dropout, head.batch, head.head, block.first + row, keys.first, keys.last, w.keep);
+    const Vec factor = splat(1.0f / p.dropout.kept_share);
+    for (int64_t column = 0; column < count; column += kWidth) {
+      const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse, kept = load(w.keep + column) * factor;
+      store(gradient + column, weight * (load(gradient + column) * kept - delta));
+      store(weights + column, weight * kept);
+    }
+  } else {
+    for (int64_t column = 0; column < count; column += kWidth) {
+      const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse;
+      store(gradient + column, weight * (load(gradient + column) - delta));
+      store(weights + column, weight);
+    }
+  }
+}
+
+// The same for a tile; zero wherever nothing is seen, slack included.
 static void weights_and_gradients(const Problem& p, const Head& head, const Block& block, const Tile& tile, Workspace& w,
                                   const Result& scores, const Result& gradient) {
   int64_t next = 0;
@@ -162,24 +162,9 @@ static void weights_and_gradients(const Problem& p, const Head& head, const Bloc
     for (; next < group.row; ++next) clear(next, -kSlack, end);
     next = group.row + group.rows;
     for (int64_t row = group.row; row < next; ++row) {
-      float *weights = scores.data + row * scores.row, *of_scores = gradient.data + row * gradient.row;
-      const Vec base = splat(w.base[row]), inverse = splat(w.inverse[row]), delta = splat(w.delta[row]);
       const int64_t first = group.columns.first, last = group.columns.last;
-      if (p.dropout.used()) {
-        dropout_keep(p.dropout, head.batch, head.head, block.first + row, tile.first_key + first, tile.first_key + last, w.keep);
-        const Vec factor = splat(1.0f / p.dropout.kept_share);
-        for (int64_t column = first; column < last; column += kWidth) {
-          const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse, kept = load(w.keep + column - first) * factor;
-          store(of_scores + column, weight * (load(of_scores + column) * kept - delta));
-          store(weights + column, weight * kept);
-        }
-      } else {
-        for (int64_t column = first; column < last; column += kWidth) {
-          const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse;
-          store(of_scores + column, weight * (load(of_scores + column) - delta));
-          store(weights + column, weight);
-        }
-      }
+      weights_and_gradients_row(p, head, block, row, {tile.first_key + first, tile.first_key + last}, w,
+                                scores.data + row * scores.row + first, gradient.data + row * gradient.row + first);
       clear(row, -kSlack, first);
       clear(row, last, end);
     }
@@ -189,8 +174,7 @@ static void weights_and_gradients(const Problem& p, const Head& head, const Bloc
 }
 
 // gradient[key] += sum over the tile's rows of a[row][key] * right[row], for the keys of the tile.
-static void add_over_rows(const Block& block, const Tile& tile, const Result& a, const Right& right, int64_t panels,
-                          const Result& gradient) {
+static void add_over_rows(const Block& block, const Tile& tile, const Result& a, const Right& right, int64_t size, const Result& gradient) {
   int64_t begin = 0, end = 0;
   const int64_t first = tile.keys.first - tile.first_key, last = tile.keys.last - tile.first_key;
   for (int64_t column = first; column < last; column += kRows) {
@@ -198,8 +182,8 @@ static void add_over_rows(const Block& block, const Tile& tile, const Result& a,
     while (begin < block.rows && tile.last[begin] <= column) ++begin;
     while (end < block.rows && tile.first[end] < column + count) ++end;
     if (begin < end)
-      multiply<true>(count, panels, {a.data + begin * a.row + column, 1, a.row}, {right.data + begin * right.k, right.k, right.panel},
-                     end - begin, {gradient.data + (tile.first_key + column) * gradient.row, gradient.row});
+      multiply<true>(count, size / kPanel, {a.data + begin * a.row + column, 1, a.row}, right.from(begin), end - begin,
+                     gradient.from(tile.first_key + column));
   }
 }
 
@@ -218,23 +202,20 @@ static void key_score_gradients(const Problem& p, const Head& head, const Block&
     fill(by_key.data + key * leading - kSlack, 0.0f, kSlack);
     fill(by_key.data + key * leading + columns, 0.0f, kSlack);
   }
-  const int64_t panels = p.padded_size / kPanel;
   if (out.key.data)
     for (int64_t key = 0; key < count; key += kRows) {
-      const int rows = (int)least<int64_t>(kRows, count - key);
-      const int64_t position = tile.keys.first + key;
-      const Result of_keys = {by_key.data + key * leading, leading}, target = {out.key.data + position * out.key.row, out.key.row};
-      const Range columns = {0, block.rows};
-      relative_values(rows, position, block.position, touched_rows(rows, position, block.position, columns, head.rel_q), of_keys,
-                      head.rel_q, panels, target);
-      edge_values(rows, position, block.position, columns, of_keys, head.rel_q, p.padded_size, target);
+      const Skew skew = lay_over(head.rel_q, least<int64_t>(kRows, count - key), tile.keys.first + key, block.position);
+      const Result target = out.key.from(tile.keys.first + key);
+      const Range queries = {0, block.rows};
+      relative_values(skew, skew.touched(queries), by_key.from(key), p.padded_size, target);
+      edge_values(skew, queries, by_key.from(key), p.padded_size, target);
     }
   if (out.rel_q) {
-    int32_t* first = (int32_t*)w.key_left_edge;  // no longer needed
-    int32_t* last = (int32_t*)w.key_right_edge;
+    int32_t* first = (int32_t*)w.key_edges.left;  // no longer needed
+    int32_t* last = (int32_t*)w.key_edges.right;
     for (int64_t key = 0; key < count; ++key) first[key] = 0, last[key] = (int32_t)block.rows;
-    relative_table_gradient(count, tile.keys.first, block.position, first, last, by_key, {w.key_rows, p.padded_size, kPanel}, head.rel_q,
-                            panels, p.padded_size, {out.rel_q, p.padded_size});
+    relative_table_gradient(lay_over(head.rel_q, count, tile.keys.first, block.position), {first, last}, by_key,
+                            {w.key_rows, p.padded_size, kPanel}, p.padded_size, {out.rel_q, p.padded_size});
   }
 }
 
@@ -242,7 +223,6 @@ static void key_score_gradients(const Problem& p, const Head& head, const Block&
 static void backward_keys(const Problem& p, const Head& head, const Block& block, Range keys, Workspace& w, const Gradients& out) {
   const Call& call = p.call;
   const Result scores = {w.scores + kSlack, p.leading}, gradient = {w.weights_gradient + kSlack, p.leading};
-  const int64_t value_panels = p.padded_value_size / kPanel, panels = p.padded_size / kPanel;
   Block part = block;
   part.keys = {most(keys.first, block.keys.first), least(keys.last, block.keys.last)};
   Tile tile;
@@ -253,20 +233,21 @@ static void backward_keys(const Problem& p, const Head& head, const Block& block
     tile_weights_gradient(p, head, part, tile, w, gradient);
     weights_and_gradients(p, head, part, tile, w, scores, gradient);
 
-    if (out.value.data) add_over_rows(part, tile, scores, {w.upstream, p.padded_value_size, kPanel}, value_panels, out.value);
-    if (out.rel_v)
-      relative_table_gradient(block.rows, block.position, first_key, tile.first, tile.last, scores,
-                              {w.upstream, p.padded_value_size, kPanel}, head.rel_v, value_panels, p.padded_value_size,
-                              {out.rel_v, p.padded_value_size});
-    if (out.key.data) add_over_rows(part, tile, gradient, {w.content, p.padded_size, kPanel}, panels, out.key);
+    const Right upstream = {w.upstream, p.padded_value_size, kPanel}, content = {w.content, p.padded_size, kPanel},
+                position = {w.position, p.padded_depth, kPanel};
+    const Seen seen = {tile.first, tile.last};
+    if (out.value.data) add_over_rows(part, tile, scores, upstream, p.padded_value_size, out.value);
+    if (out.key.data) add_over_rows(part, tile, gradient, content, p.padded_size, out.key);
     if (call.rel_q.data) key_score_gradients(p, head, part, tile, w, gradient, out);
+    if (out.rel_v)
+      relative_table_gradient(lay_over(head.rel_v, block.rows, block.position, first_key), seen, scores, upstream, p.padded_value_size,
+                              {out.rel_v, p.padded_value_size});
     if (out.rel_k)
-      relative_table_gradient(block.rows, block.position, first_key, tile.first, tile.last, gradient, {w.position, p.padded_depth, kPanel},
-                              head.rel_k, p.padded_depth / kPanel, p.padded_depth, {out.rel_k, p.padded_depth});
+      relative_table_gradient(lay_over(head.rel_k, block.rows, block.position, first_key), seen, gradient, position, p.padded_depth,
+                              {out.rel_k, p.padded_depth});
     if (!out.content) continue;
-    const Result content = {out.content, p.padded_size}, position = {out.position, p.padded_size};
-    add_over_columns(tile, gradient, {head.key.data + first_key * head.key.k, head.key.k, head.key.panel}, p.padded_size, content);
-    if (call.rel_k.data) add_over_distances(tile, part, gradient, head.rel_k, p.padded_size, position);
+    add_over_columns(tile, gradient, head.key.from(first_key), p.padded_size, {out.content, p.padded_size});
+    if (call.rel_k.data) add_over_distances(part, tile, gradient, head.rel_k, p.padded_size, {out.position, p.padded_size});
   }
 }
 
@@ -282,8 +263,6 @@ static void finish_block(const Problem& p, const Head& head, const Block& block,
     if (out.pos_bias_v && position) add_scaled(out.pos_bias_v, position, scale, p.size);
     if (!call.grad_query.data) continue;
     if (position) add_scaled(content, position, 1.0f, p.size);
-    const Tensor& grad = call.grad_query;
-    write_row(grad.data, grad.dtype, head.batch * grad.stride[0] + head.head * grad.stride[1] + (block.first + row) * grad.stride[2],
-              grad.stride[3], p.size, content, scale);
+    write_row(matrix(call.grad_query, head.batch, head.head), block.first + row, p.size, content, scale);
   }
 }

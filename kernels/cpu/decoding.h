@@ -2,8 +2,8 @@
 // them costs more than all products. Heads that share keys are taken together, and the keys in parts of fixed length, so that one head
 // occupies several threads and the result does not depend on how many there are.
 
-constexpr int64_t kFewQueries = 2;      // more share what was packed
-constexpr int64_t kFewRows = 8;         // query heads of a key head, times queries
+constexpr int64_t kFewQueries = 2;  // more share what was packed
+constexpr int64_t kFewRows = 8;     // query heads of a key head, times queries
 constexpr int64_t kKeysOfPart = 1024;
 constexpr int64_t kBlockKeysFew = 256;  // of a tile of scores
 
@@ -32,20 +32,20 @@ INLINE Vec load_as(const char* data, int64_t index) {
 #endif
 }
 
-// Products of the matrix's rows [first, last) with each of kCount vectors of whole floats: to[v][row - first], or added to it.
+// Products of the matrix's rows with each of kCount vectors of whole floats: to[v][row - rows.first], or added to it. What is addressed
+// comes by value here: behind a reference it would be read again after every store (vectors may alias anything), 2% of a decoding step.
 template <int64_t kType, int kCount>
-static void dots_of(const Matrix& m, int64_t first, int64_t last, const float* vectors, int64_t vector_row, int64_t size, bool add, float* to,
-                    int64_t to_row) {
+static void dots_of(const Matrix& m, Range rows, Left vectors, int64_t size, bool add, Result to) {
   float sums[kCount][kPanel * kWidth], turned[kWidth * kPanel];
-  for (int64_t row = first; row < last; row += kPanel) {
-    const int count = (int)least<int64_t>(kPanel, last - row);
+  for (int64_t row = rows.first; row < rows.last; row += kPanel) {
+    const int count = (int)least<int64_t>(kPanel, rows.last - row);
     for (int r = 0; r < count; ++r) {
       const int64_t start = m.first + (row + r) * m.row;
       Vec sum[kCount] = {};
       for (int64_t column = 0; column < size; column += kWidth) {
         const Vec element = load_as<kType>(m.data, start + column);
 #pragma GCC unroll 4
-        for (int v = 0; v < kCount; ++v) sum[v] += element * load(vectors + v * vector_row + column);
+        for (int v = 0; v < kCount; ++v) sum[v] += element * load(vectors.data + v * vectors.row + column);
       }
 #pragma GCC unroll 4
       for (int v = 0; v < kCount; ++v) store(sums[v] + r * kWidth, sum[v]);
@@ -53,7 +53,7 @@ static void dots_of(const Matrix& m, int64_t first, int64_t last, const float* v
     for (int v = 0; v < kCount; ++v) {
       for (int r = count; r < kPanel; ++r) store(sums[v] + r * kWidth, Vec{});
       transpose(sums[v], kWidth, turned, kPanel);
-      float* target = to + v * to_row + row - first;
+      float* target = to.data + v * to.row + row - rows.first;
       for (int column = 0; column < kPanel; column += kWidth) {
         Vec total = load(turned + column);
         for (int lane = 1; lane < kWidth; ++lane) total += load(turned + lane * kPanel + column);
@@ -68,23 +68,22 @@ static void dots_of(const Matrix& m, int64_t first, int64_t last, const float* v
   }
 }
 
-// result[v] += sum over the matrix's rows [first, last) of weights[v][row - first] times the row.
+// result[v] += sum over the matrix's rows of weights[v][row - rows.first] times the row.
 template <int64_t kType, int kCount>
-static void weighted_of(const Matrix& m, int64_t first, int64_t last, const float* weights, int64_t weights_row, int64_t size, float* result,
-                        int64_t result_row) {
+static void weighted_of(const Matrix& m, Range rows, Left weights, int64_t size, Result result) {
   constexpr int kStep = 4;
   for (int64_t column = 0; column < size; column += kStep * kWidth) {
     const int vectors = (int)least<int64_t>(kStep, (size - column) / kWidth);
     Vec sum[kCount][kStep] = {};
     auto over_rows = [&](auto width) {
       constexpr int kVectors = decltype(width)::value;
-      for (int64_t row = first; row < last; ++row) {
+      for (int64_t row = rows.first; row < rows.last; ++row) {
         const int64_t start = m.first + row * m.row + column;
 #pragma GCC unroll 4
         for (int step = 0; step < kVectors; ++step) {
           const Vec element = load_as<kType>(m.data, start + step * kWidth);
 #pragma GCC unroll 4
-          for (int v = 0; v < kCount; ++v) sum[v][step] += element * weights[v * weights_row + row - first];
+          for (int v = 0; v < kCount; ++v) sum[v][step] += element * weights.data[v * weights.row + row - rows.first];
         }
       }
     };
@@ -94,7 +93,7 @@ static void weighted_of(const Matrix& m, int64_t first, int64_t last, const floa
     if (vectors == 1) over_rows(Constant<1>{});
     for (int v = 0; v < kCount; ++v)
       for (int step = 0; step < vectors; ++step) {
-        float* to = result + v * result_row + column + step * kWidth;
+        float* to = result.data + v * result.row + column + step * kWidth;
         store(to, load(to) + sum[v][step]);
       }
   }
@@ -125,79 +124,76 @@ INLINE void with_constants(int64_t dtype, int64_t count, const Call_& call) {
   }
 }
 
-static void dots(const Matrix& m, int64_t first, int64_t last, const float* vectors, int64_t vector_row, int64_t count, int64_t size, bool add,
-                 float* to, int64_t to_row) {
-  if (first >= last) return;
+static void dots(const Matrix& m, const Range& rows, const Left& vectors, int64_t count, int64_t size, bool add, const Result& to) {
+  if (rows.empty()) return;
   for (int64_t v = 0; v < count; v += 4)
-    with_constants(m.dtype, least<int64_t>(4, count - v), [&](auto type, auto rows) {
-      dots_of<decltype(type)::value, decltype(rows)::value>(m, first, last, vectors + v * vector_row, vector_row, size, add, to + v * to_row,
-                                                            to_row);
+    with_constants(m.dtype, least<int64_t>(4, count - v), [&](auto type, auto taken) {
+      dots_of<decltype(type)::value, decltype(taken)::value>(m, rows, vectors.from(v), size, add, to.from(v));
     });
 }
 
-static void weighted(const Matrix& m, int64_t first, int64_t last, const float* weights, int64_t weights_row, int64_t count, int64_t size,
-                     float* result, int64_t result_row) {
-  if (first >= last) return;
+static void weighted(const Matrix& m, const Range& rows, const Left& weights, int64_t count, int64_t size, const Result& result) {
+  if (rows.empty()) return;
   for (int64_t v = 0; v < count; v += 4)
-    with_constants(m.dtype, least<int64_t>(4, count - v), [&](auto type, auto rows) {
-      weighted_of<decltype(type)::value, decltype(rows)::value>(m, first, last, weights + v * weights_row, weights_row, size,
-                                                                result + v * result_row, result_row);
+    with_constants(m.dtype, least<int64_t>(4, count - v), [&](auto type, auto taken) {
+      weighted_of<decltype(type)::value, decltype(taken)::value>(m, rows, weights.from(v), size, result.from(v));
     });
 }
+
+// One vector, and a place for its product.
+INLINE Left single(const float* vector) { return {vector, 0, 1}; }
+INLINE Result single(float* result) { return {result, 0}; }
 
 // What one part of the keys makes of the rows of one key head: result not yet divided, running maximum and sum of each.
 struct Part {
   float *result, *highest, *total;
 };
 
-// Columns [first, last) of a tile whose distances have rows of their own in the table; column 0 would have row `row`.
-struct Reach {
-  int64_t first, last, row;
+// One row of a tile, laid over the tables: their row r belongs to column r + shift.
+struct TileRow {
+  int64_t head, shift;
+  Range columns, within;  // that are seen; of these, those whose distances have rows of their own
 };
 
-INLINE Reach reach_of(const Call& call, int64_t position, int64_t first_key, int64_t begin, int64_t end) {
-  const int64_t row = first_key - position + call.left;
-  const int64_t first = clamp(-row, begin, end);
-  return {first, clamp(call.rows - row, first, end), row};
-}
-
-// The position scores of one row of a tile, in columns [begin, end).
-static void position_scores(const Problem& p, int64_t head, int64_t position, int64_t first_key, int64_t begin, int64_t end,
-                            const float* query, float* scores) {
+// The position scores of a tile's row.
+static void position_scores(const Problem& p, const TileRow& row, const float* query, float* scores) {
   const Call& call = p.call;
-  const Reach reach = reach_of(call, position, first_key, begin, end);
-  const int64_t edges[2] = {0, call.rows - 1};
-  const Range sides[2] = {{begin, reach.first}, {reach.last, end}};
+  const Range &columns = row.columns, &within = row.within;
   if (call.rel_k.data) {
-    const Matrix table = matrix(call.rel_k, 0, head);
-    dots(table, reach.first + reach.row, reach.last + reach.row, query, 0, 1, p.size, false, scores + reach.first, 0);
-    for (int side = 0; side < 2; ++side) {
-      if (sides[side].empty()) continue;
-      float edge;
-      dots(table, edges[side], edges[side] + 1, query, 0, 1, p.size, false, &edge, 0);
-      fill(scores + sides[side].first, edge, sides[side].last - sides[side].first);
-    }
+    const Matrix table = matrix(call.rel_k, 0, row.head);
+    auto edge = [&](int64_t table_row, int64_t first, int64_t last) {
+      if (first >= last) return;
+      float score;
+      dots(table, {table_row, table_row + 1}, single(query), 1, p.size, false, single(&score));
+      fill(scores + first, score, last - first);
+    };
+    dots(table, {within.first - row.shift, within.last - row.shift}, single(query), 1, p.size, false, single(scores + within.first));
+    edge(0, columns.first, within.first);
+    edge(call.rows - 1, within.last, columns.last);
   } else {
-    fill(scores + begin, 0.0f, end - begin);
+    fill(scores + columns.first, 0.0f, columns.last - columns.first);
   }
   if (!call.rel_bias.data) return;
-  const Tensor& bias = call.rel_bias;
-  for (int64_t column = begin; column < end; ++column) {
-    const int64_t row = clamp<int64_t>(column + reach.row, 0, call.rows - 1);
-    scores[column] += (float)kLog2E * read_element(bias.data, bias.dtype, head * bias.stride[1] + row * bias.stride[2]);
+  const Matrix bias = matrix(call.rel_bias, 0, row.head);
+  for (int64_t column = columns.first; column < columns.last; ++column) {
+    const int64_t table_row = clamp<int64_t>(column - row.shift, 0, call.rows - 1);
+    scores[column] += (float)kLog2E * read_element(bias.data, bias.dtype, bias.first + table_row * bias.row);
   }
 }
 
-// result += the weights of one row of a tile times the rows of rel_v of their distances.
-static void value_positions(const Problem& p, int64_t head, int64_t position, int64_t first_key, int64_t begin, int64_t end,
-                            const float* weights, float* result) {
-  const Call& call = p.call;
-  const Matrix table = matrix(call.rel_v, 0, head);
-  const Reach reach = reach_of(call, position, first_key, begin, end);
-  weighted(table, reach.first + reach.row, reach.last + reach.row, weights + reach.first, 0, 1, p.value_size, result, 0);
-  const float left = sum_row(weights + begin, reach.first - begin), right = sum_row(weights + reach.last, end - reach.last);
-  if (reach.first > begin) weighted(table, 0, 1, &left, 0, 1, p.value_size, result, 0);
-  if (end > reach.last) weighted(table, call.rows - 1, call.rows, &right, 0, 1, p.value_size, result, 0);
+// result += the weights of a tile's row times the rows of rel_v of their distances.
+static void value_positions(const Problem& p, const TileRow& row, const float* weights, float* result) {
+  const int64_t rows = p.call.rows;
+  const Range &columns = row.columns, &within = row.within;
+  const Matrix table = matrix(p.call.rel_v, 0, row.head);
+  auto add = [&](const Range& table_rows, const float* of_rows) {
+    weighted(table, table_rows, single(of_rows), 1, p.value_size, single(result));
+  };
+  add({within.first - row.shift, within.last - row.shift}, weights + within.first);
+  const float left = sum_row(weights + columns.first, within.first - columns.first),
+              right = sum_row(weights + within.last, columns.last - within.last);
+  if (columns.first < within.first) add({0, 1}, &left);
+  if (within.last < columns.last) add({rows - 1, rows}, &right);
 }
 
 static void part_of_keys(const Problem& p, const Keys& keys, int64_t batch, int64_t key_head, Range range, Workspace& w, const Part& part) {
@@ -221,29 +217,31 @@ static void part_of_keys(const Problem& p, const Keys& keys, int64_t batch, int6
     head.head = head_of(row);
     read_block(p, head, block, of_head);
   }
+  const Table table = {nullptr, nullptr, 0, 0, call.rows, call.left};  // only where its rows lie
+  const Result scores = {w.scores + kSlack, p.leading};
   Tile tile;
   for (int64_t first_key = block.keys.first / kPanel * kPanel; first_key < block.keys.last; first_key += p.block_keys) {
     cut_tile(p, head, block, first_key, call.queries, tile);
-    const int64_t first = tile.keys.first - first_key, last = tile.keys.last - first_key;
-    const int64_t begin = first / kPanel * kPanel, end = round_up(last, kPanel);
-    float* scores = w.scores + kSlack;
+    const Range seen = {tile.keys.first - first_key, tile.keys.last - first_key};
+    const Range columns = {seen.first / kPanel * kPanel, round_up(seen.last, kPanel)};
+    auto tile_row = [&](int64_t row) {
+      const Skew skew = lay_over(table, 1, block.position + row % call.queries, first_key);
+      return TileRow{head_of(row), skew.shift, seen, skew.within(0, seen)};
+    };
     if (p.position)
       for (int64_t row = 0; row < rows; ++row)
-        position_scores(p, head_of(row), block.position + row % call.queries, first_key, first, last, w.position + row * p.padded_depth,
-                        scores + row * p.leading);
-    dots(key, tile.keys.first, tile.keys.last, w.content, p.padded_size, rows, p.size, p.position, scores + first, p.leading);
+        position_scores(p, tile_row(row), w.position + row * p.padded_depth, scores.data + row * scores.row);
+    dots(key, tile.keys, {w.content, p.padded_size, 1}, rows, p.size, p.position, {scores.data + seen.first, scores.row});
     for (int64_t row = 0; row < rows; ++row) {
-      float* weights = scores + row * p.leading;
-      const int64_t query = row % call.queries;
+      float *weights = scores.data + row * scores.row, *result = part.result + row * p.padded_value_size;
+      const int64_t query = row % call.queries, count = columns.last - columns.first;
       head.head = head_of(row);
-      hide(p, head, query, tile, query, begin, end, w, weights);
-      softmax_row(weights + begin, end - begin, part.highest[row], part.total[row], part.result + row * p.padded_value_size,
-                  p.padded_value_size);
-      if (p.dropout.used()) drop_row(p.dropout, head, query, first_key + begin, end - begin, weights + begin, w.keep);
-      if (call.rel_v.data)
-        value_positions(p, head.head, block.position + query, first_key, first, last, weights, part.result + row * p.padded_value_size);
+      hide(p, head, block, tile, query, columns, w, weights);
+      softmax_row(weights + columns.first, count, {part.highest[row], part.total[row], result, p.padded_value_size});
+      if (p.dropout.used()) drop_row(p.dropout, head, query, first_key + columns.first, count, weights + columns.first, w.keep);
+      if (call.rel_v.data) value_positions(p, tile_row(row), weights, result);
     }
-    weighted(value, tile.keys.first, tile.keys.last, scores + first, p.leading, rows, p.value_size, part.result, p.padded_value_size);
+    weighted(value, tile.keys, {scores.data + seen.first, scores.row, 1}, rows, p.value_size, {part.result, p.padded_value_size});
   }
 }
 
@@ -263,7 +261,7 @@ static int64_t carve_few(const Problem& p, char* base, Workspace& w) {
   Carver carver = {base, 0};
   w = {};
   w.content = carver.floats(rows * p.padded_size);
-  w.position = position_is_content(p) ? w.content : carver.floats(rows * p.padded_depth);
+  w.position = p.position_is_content() ? w.content : carver.floats(rows * p.padded_depth);
   w.row = p.call.attn_mask.data ? carver.floats(p.block_keys) : nullptr;
   w.keep = p.dropout.used() ? carver.floats(p.block_keys + kKeepBefore + kKeepAfter) + kKeepBefore : nullptr;
   w.scratch = carver.floats(kPanel * p.padded_size);
@@ -273,24 +271,16 @@ static int64_t carve_few(const Problem& p, char* base, Workspace& w) {
 
 static int forward_few(const Call& call, const Team& team) {
   const Problem p(call, call.queries, kBlockKeysFew);
-  const int64_t threads = team.threads, units = call.batch * call.key_heads, rows = p.ratio * call.queries;
+  const int64_t units = call.batch * call.key_heads, rows = p.ratio * call.queries;
   const int64_t parts = most<int64_t>((call.keys + kKeysOfPart - 1) / kKeysOfPart, 1);
   const int64_t part_floats = round_up(rows * (p.padded_value_size + 2), kPanel);
-  Workspace probe;
-  const int64_t workspace_floats = carve_few(p, nullptr, probe) / 4;
-  Workspace* workspaces = (Workspace*)allocate(team, threads * (int64_t)sizeof(Workspace) / 4);
-  Keys* keys = (Keys*)allocate(team, call.batch * (int64_t)sizeof(Keys) / 4);
-  float* holes = call.key_mask.data ? allocate(team, call.batch * call.keys) : nullptr;
-  float* memory = allocate(team, units * parts * part_floats);
-  if (!workspaces || !keys || (call.key_mask.data && !holes) || !memory) return 1;
-  for (int64_t thread = 0; thread < threads; ++thread) {
-    float* own = allocate(team, workspace_floats);
-    if (!own) return 1;
-    carve_few(p, (char*)own, workspaces[thread]);
-  }
-  for (int64_t b = 0; b < call.batch; ++b) keys[b] = visible_keys(call, b, holes ? holes + b * call.keys : nullptr);
+  Memory memory = {team};
+  Workspace* workspaces = carve_for_threads<Workspace>(memory, [&](char* base, Workspace& w) { return carve_few(p, base, w); });
+  const Keys* keys = find_keys(call, memory);
+  float* results = memory.floats(true, units * parts * part_floats);
+  if (!memory.enough) return 1;
   auto part_of = [&](int64_t index) {
-    float* result = memory + index * part_floats;
+    float* result = results + index * part_floats;
     float* highest = result + rows * p.padded_value_size;
     return Part{result, highest, highest + rows};
   };

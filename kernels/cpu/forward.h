@@ -1,13 +1,33 @@
 // The forward pass: for each block of queries a running softmax over tiles of keys (Milakov and Gimelshein 2018; Dao et al. 2022), a group
 // of rows at a time so that scores never leave the first cache.
 
-// One row's scores [0, columns) become weights; its running maximum, sum and result follow.
-INLINE void softmax_row(float* scores, int64_t columns, float& highest, float& total, float* result, int64_t result_size) {
-  const float next = most(highest, max_row(scores, columns));
-  const float base = next == -kInfinity ? 0.0f : next;  // nothing seen so far: every weight is 0
+// A row's softmax so far: its highest score, the sum of 2^(score - highest), and what is summed with these weights.
+struct RunningRow {
+  float &highest, &total;
+  float* result;
+  int64_t size;
+
+  // What is subtracted from a score when some have `highest` for their maximum: nothing seen so far makes every weight 0.
+  static float base_of(float highest) { return highest == -kInfinity ? 0.0f : highest; }
+
+  // Weights with a new maximum, whose sum is `added`, come to those so far.
+  void add(float next, float added) {
+    if (next != highest) {
+      const float shrink = exp2_nonpositive(highest - base_of(next));
+      total *= shrink;
+      scale_row(result, shrink, size);
+      highest = next;
+    }
+    total += added;
+  }
+};
+
+// One row's scores [0, columns) become weights.
+INLINE void softmax_row(float* scores, int64_t columns, RunningRow running) {
+  const float next = most(running.highest, max_row(scores, columns));
   Vec sum[4] = {};
   int64_t column = 0;
-  const Vec subtracted = splat(base);
+  const Vec subtracted = splat(RunningRow::base_of(next));
   for (; column + 4 * kWidth <= columns; column += 4 * kWidth)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
@@ -20,13 +40,7 @@ INLINE void softmax_row(float* scores, int64_t columns, float& highest, float& t
     store(scores + column, weight);
     sum[0] += weight;
   }
-  if (next != highest) {
-    const float shrink = exp2_nonpositive(highest - base);
-    total *= shrink;
-    scale_row(result, shrink, result_size);
-    highest = next;
-  }
-  total += sum_lanes(sum[0] + sum[1] + sum[2] + sum[3]);
+  running.add(next, sum_lanes(sum[0] + sum[1] + sum[2] + sum[3]));
 }
 
 // Multiply a row's weights by dropout's 1 or 0.
@@ -38,15 +52,13 @@ INLINE void drop_row(const Dropout& dropout, const Head& head, int64_t query, in
 
 // The block's output and log-sum-exp.
 static void write_block(const Problem& p, const Head& head, const Block& block, const Workspace& w) {
-  const Tensor &output = p.call.output, &lse = p.call.lse;
+  const Matrix output = matrix(p.call.output, head.batch, head.head);
   for (int64_t row = 0; row < block.rows; ++row) {
     const int64_t query = block.first + row;
     const float total = w.total[row];
     const float factor = total == 0.0f ? 0.0f : 1.0f / (total * p.dropout.kept_share);
-    write_row(output.data, output.dtype, head.batch * output.stride[0] + head.head * output.stride[1] + query * output.stride[2],
-              output.stride[3], p.value_size, w.result + row * p.padded_value_size, factor);
-    float* logarithm = (float*)lse.data + head.batch * lse.stride[0] + head.head * lse.stride[1] + query * lse.stride[2];
-    *logarithm = total == 0.0f ? -kInfinity : (float)(w.highest[row] * kLn2) + __builtin_logf(total);
+    write_row(output, query, p.value_size, w.result + row * p.padded_value_size, factor);
+    element(p.call.lse, head.batch, head.head, query) = total == 0.0f ? -kInfinity : (float)(w.highest[row] * kLn2) + __builtin_logf(total);
   }
 }
 
@@ -83,7 +95,7 @@ static void forward_block(const Problem& p, Head head, Workspace& w, int64_t ind
       const int64_t begin = group.columns.first, columns = group.columns.last - begin;
       for (int64_t row = group.row; row < group.row + group.rows; ++row) {
         float* weights = scores.data + row * scores.row + begin;
-        softmax_row(weights, columns, w.highest[row], w.total[row], w.result + row * p.padded_value_size, p.padded_value_size);
+        softmax_row(weights, columns, {w.highest[row], w.total[row], w.result + row * p.padded_value_size, p.padded_value_size});
         if (p.dropout.used()) drop_row(p.dropout, head, block.first + row, first_key + begin, columns, weights, w.keep);
         if (call.rel_v.data) {
           fill(weights - kPanel, 0.0f, kPanel);
@@ -92,9 +104,8 @@ static void forward_block(const Problem& p, Head head, Workspace& w, int64_t ind
       }
     }
     const Result result = {w.result, p.padded_value_size};
-    const Right value = {head.value.data + (first_key - head.first_value) * head.value.k, head.value.k, head.value.panel};
-    add_over_columns(tile, scores, value, p.padded_value_size, result);
-    if (call.rel_v.data) add_over_distances(tile, block, scores, head.rel_v, p.padded_value_size, result);
+    add_over_columns(tile, scores, head.value.from(first_key - head.first_value), p.padded_value_size, result);
+    if (call.rel_v.data) add_over_distances(block, tile, scores, head.rel_v, p.padded_value_size, result);
   }
   write_block(p, head, block, w);
 }
@@ -132,66 +143,62 @@ static int64_t rows_of_block(const Call& call) {
   return rows;
 }
 
-static int forward(const Call& call, const Team& team) {
-  const Problem p(call, rows_of_block(call), team.cache_bytes >= kLargeCache ? kBlockKeysLarge : kBlockKeysSmall);
-  const int64_t threads = team.threads, batch = call.batch, key_heads = call.key_heads;
-  Workspace probe;
-  const int64_t workspace_floats = carve_forward(p, nullptr, probe) / 4;
-  Workspace* workspaces = (Workspace*)allocate(team, threads * (int64_t)sizeof(Workspace) / 4);
-  float** scratch = (float**)allocate(team, threads * (int64_t)sizeof(float*) / 4);
-  Keys* keys = (Keys*)allocate(team, batch * (int64_t)sizeof(Keys) / 4);
-  float* holes = call.key_mask.data ? allocate(team, batch * call.keys) : nullptr;
-  if (!workspaces || !scratch || !keys || (call.key_mask.data && !holes)) return 1;
-  for (int64_t thread = 0; thread < threads; ++thread) {
-    float* memory = allocate(team, workspace_floats);
-    if (!memory) return 1;
-    carve_forward(p, (char*)memory, workspaces[thread]);
-    scratch[thread] = workspaces[thread].scratch;
-  }
-  for (int64_t b = 0; b < batch; ++b) keys[b] = visible_keys(call, b, holes ? holes + b * call.keys : nullptr);
-
-  Tables tables;
-  if (!plan_table(p, team, call.rel_k, call.rel_bias, p.rel_k_source(0), call.left, true, false, tables.rel_k) ||
-      !plan_table(p, team, call.rel_q, Tensor{}, p.rel_q_source(0), call.right, true, false, tables.rel_q) ||
-      !plan_table(p, team, call.rel_v, Tensor{}, p.rel_v_source(0), call.left, false, true, tables.rel_v))
-    return 1;
-  pack_tables(p, team, keys, tables, scratch);
-
-  const int64_t units = batch * key_heads, panel_floats = panels_of(call.keys) * kPanel * p.size,
-                row_floats = call.keys * p.padded_value_size;
-  const bool once = used_once(p), in_place = values_in_place(p);
-  const int64_t unit_floats = once ? 0 : panel_floats + (in_place ? 0 : row_floats);
-  const int64_t chunk = clamp<int64_t>(kPackedBytes / 4 / most<int64_t>(unit_floats, 1), 1, units);
-  float* packed = allocate(team, chunk * unit_floats);
-  if (!packed) return 1;
-  const int64_t blocks = p.query_blocks();
+// Units are the key heads of all batch elements. Those whose packed keys and values are held at once make a chunk:
+// pack(batch, key_head, place in the chunk, task, thread) packs them, then work(batch, head, place, block, thread) uses them.
+template <class Pack, class Work>
+static void in_chunks(const Problem& p, const Team& team, int64_t chunk, int64_t tasks, const Pack& pack, const Work& work) {
+  const int64_t key_heads = p.call.key_heads, units = p.call.batch * key_heads, blocks = p.query_blocks();
   for (int64_t start = 0; start < units; start += chunk) {
     const int64_t count = least(chunk, units - start);
-    auto pack_of = [&](int64_t index) {
-      float* memory = packed + index * unit_floats;
-      return KeyPack{memory, nullptr, nullptr, in_place ? nullptr : memory + panel_floats};
-    };
-    const int64_t tasks = once ? 0 : pack_tasks(p);
     parallel(team, count * tasks, [&](int64_t index, int64_t thread) {
-      const int64_t unit = start + index / tasks;
-      pack_keys(p, unit / key_heads, unit % key_heads, pack_of(index / tasks), index % tasks, scratch[thread]);
+      const int64_t place = index / tasks, unit = start + place;
+      pack(unit / key_heads, unit % key_heads, place, index % tasks, thread);
     });
     // The last blocks of a causal call take longest: they come first.
     parallel(team, count * p.ratio * blocks, [&](int64_t index, int64_t thread) {
-      const int64_t block = blocks - 1 - index % blocks, local = index / blocks / p.ratio, unit = start + local;
-      const int64_t b = unit / key_heads, key_head = unit % key_heads, h = key_head * p.ratio + index / blocks % p.ratio;
-      const KeyPack pack = pack_of(local);
-      Head head = {};
-      head.batch = b;
-      head.head = h;
-      head.keys = keys[b];
-      head.key_panels = pack.key_panels;
-      head.value = rows_of(matrix(call.value, b, key_head), once ? nullptr : pack.value_rows, p.padded_value_size);
-      head.rel_k = tables.rel_k.table(p.rel_k_source(h), h);
-      head.rel_q = tables.rel_q.table(p.rel_q_source(h), h);
-      head.rel_v = tables.rel_v.table(p.rel_v_source(h), h);
-      forward_block(p, head, workspaces[thread], block);
+      const int64_t block = blocks - 1 - index % blocks, place = index / blocks / p.ratio, unit = start + place;
+      work(unit / key_heads, unit % key_heads * p.ratio + index / blocks % p.ratio, place, block, thread);
     });
   }
+}
+
+// How many units, of this many floats when packed, make a chunk.
+INLINE int64_t units_of_chunk(const Call& call, int64_t unit_floats) {
+  return clamp<int64_t>(kPackedBytes / 4 / most<int64_t>(unit_floats, 1), 1, call.batch * call.key_heads);
+}
+
+static int forward(const Call& call, const Team& team) {
+  const Problem p(call, rows_of_block(call), team.cache_bytes >= kLargeCache ? kBlockKeysLarge : kBlockKeysSmall);
+  Memory memory = {team};
+  Workspace* workspaces = carve_for_threads<Workspace>(memory, [&](char* base, Workspace& w) { return carve_forward(p, base, w); });
+  const Keys* keys = find_keys(call, memory);
+  Tables tables;
+  tables.plan(p, memory, kRelK, kPanelsForm);
+  tables.plan(p, memory, kRelQ, kPanelsForm);
+  tables.plan(p, memory, kRelV, kNaturalForm);
+  const int64_t panel_floats = panels_of(call.keys) * kPanel * p.size, row_floats = call.keys * p.padded_value_size;
+  const bool once = used_once(p), in_place = values_in_place(p);
+  const int64_t unit_floats = once ? 0 : panel_floats + (in_place ? 0 : row_floats);
+  const int64_t chunk = units_of_chunk(call, unit_floats);
+  float* packed = memory.floats(true, chunk * unit_floats);
+  if (!memory.enough) return 1;
+
+  pack_tables(p, team, keys, tables, workspaces);
+  auto pack_of = [&](int64_t place) {
+    float* space = packed + place * unit_floats;
+    return KeyPack{space, nullptr, nullptr, in_place ? nullptr : space + panel_floats};
+  };
+  in_chunks(
+      p, team, chunk, once ? 0 : pack_tasks(p),
+      [&](int64_t batch, int64_t key_head, int64_t place, int64_t task, int64_t thread) {
+        pack_keys(p, batch, key_head, pack_of(place), task, workspaces[thread].scratch);
+      },
+      [&](int64_t batch, int64_t index, int64_t place, int64_t block, int64_t thread) {
+        const KeyPack pack = pack_of(place);
+        Head head = tables.head(p, batch, index, keys[batch]);
+        head.key_panels = pack.key_panels;
+        head.value = rows_of(matrix(call.value, batch, index / p.ratio), once ? nullptr : pack.value_rows, p.padded_value_size);
+        forward_block(p, head, workspaces[thread], block);
+      });
   return 0;
 }

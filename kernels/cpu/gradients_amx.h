@@ -1,86 +1,56 @@
 // The bfloat16 kernel, backward_amx.h, behind the schedule of gradients.h.
 struct AmxKernel {
-  const Problem& p;
+  const AmxProblem& p;
   const Shared& shared;
   AmxBackward amx;
+  AmxTables tables = {};
   AmxUnit* units = nullptr;
   AmxSums* sums = nullptr;  // of each member, `heads` of them
   int64_t heads;
-  float **content_gradients = nullptr, **position_gradients = nullptr;
   AmxBackwardWorkspace* workspaces = nullptr;
 
-  AmxKernel(const Problem& problem, const Shared& of_call) : p(problem), shared(of_call), amx(problem) {
-    heads = shared.tables.rel_k.per_head ? p.ratio : 1;
+  AmxKernel(const AmxProblem& problem, const Shared& of_call) : p(problem), shared(of_call), amx(problem) {
+    heads = shared.tables[kRelK].per_head ? p.ratio : 1;
   }
 
-  void take_memory(Memory& memory, int64_t threads, int64_t unit_count, int64_t members, bool teams) {
+  void take_memory(Memory& memory, int64_t unit_count, int64_t members, bool teams) {
     const Call& call = p.call;
-    auto half = [&](bool needed, int64_t count) { return (Half*)memory.floats(needed, (count + 1) / 2); };
-    workspaces = memory.array<AmxBackwardWorkspace>(threads);
+    workspaces = carve_for_threads<AmxBackwardWorkspace>(memory, [&](char* base, AmxBackwardWorkspace& w) { return amx.carve(base, w); });
     units = memory.array<AmxUnit>(unit_count);
     sums = memory.array<AmxSums>(members * heads);
-    content_gradients = memory.array<float*>(unit_count);
-    position_gradients = memory.array<float*>(unit_count);
-    AmxBackwardWorkspace probe;
-    const int64_t floats = amx.carve(nullptr, probe) / 4, padded_queries = p.query_blocks() * p.block_rows;
-    for (int64_t thread = 0; memory.enough && thread < threads; ++thread)
-      if (float* space = memory.floats(true, floats)) amx.carve((char*)space, workspaces[thread]);
+    const int64_t padded_queries = p.query_blocks() * p.block_rows, pair_rows = p.deep_keys + kTileDepth;
     for (int64_t index = 0; memory.enough && index < unit_count; ++index) {
-      units[index].key_panels = half(true, amx.key_columns * amx.sizes.size);
-      units[index].key_pairs = half(true, (amx.sizes.keys + kTileDepth) * p.padded_size);
-      units[index].value_panels = half(true, amx.key_columns * amx.upstream_size);
-      units[index].key_gradient = memory.floats(call.grad_key.data, p.padded_size * amx.key_columns);
-      units[index].value_gradient = memory.floats(call.grad_value.data, p.padded_value_size * amx.key_columns);
-      content_gradients[index] = memory.floats(teams, padded_queries * p.padded_size);
-      position_gradients[index] = memory.floats(teams && p.position_apart(), padded_queries * p.padded_size);
+      AmxUnit& unit = units[index];
+      unit = {};
+      unit.keys.key_panels = memory.halves(true, amx.key_columns * p.deep_size);
+      unit.keys.value_panels = memory.halves(true, amx.key_columns * p.deep_value_size);
+      unit.keys.key_pairs = {memory.halves(true, pair_rows * p.padded_size), pair_rows};
+      unit.key_gradient = memory.floats(call.grad_key.data, p.padded_size * amx.key_columns);
+      unit.value_gradient = memory.floats(call.grad_value.data, p.padded_value_size * amx.key_columns);
+      unit.query.content = memory.floats(teams, padded_queries * p.padded_size);
+      unit.query.position = memory.floats(teams && p.position_apart(), padded_queries * p.padded_size);
     }
     for (int64_t index = 0; memory.enough && index < members * heads; ++index) {
-      sums[index].table = memory.zeros(call.grad_rel_k.data, amx.sizes.size * amx.table_columns);
-      sums[index].left_edge = memory.zeros(call.grad_rel_k.data, p.size);
-      sums[index].right_edge = memory.zeros(call.grad_rel_k.data, p.size);
+      sums[index].table = memory.zeros(call.grad_rel_k.data, p.deep_size * amx.table_columns);
+      sums[index].edges = {memory.zeros(call.grad_rel_k.data, p.size), memory.zeros(call.grad_rel_k.data, p.size)};
       sums[index].bias = memory.zeros(call.grad_rel_bias.data, call.rows);
     }
-    amx.tables = half(call.rel_k.data, (amx.per_head ? call.heads : 1) * amx.table_halves);
-    amx.table_pairs = half(call.rel_k.data, (amx.per_head ? call.heads : 1) * amx.pair_halves);
-    amx.biases = memory.floats(call.rel_bias.data, (amx.bias_per_head ? call.heads : 1) * call.rows);
+    tables.plan(p, memory, kPanelsForm | kNaturalForm);
   }
 
-  void pack_tables(const Team& team, Memory&) const {
-    const Call& call = p.call;
-    if (amx.biases)
-      for (int64_t h = 0; h < (amx.bias_per_head ? call.heads : 1); ++h) read_bias(call, h, amx.biases + h * call.rows);
-    if (!amx.tables) return;
-    const int64_t panels = amx.table_pair_rows / kPanel, tasks = (panels + kPanelsOfTask - 1) / kPanelsOfTask;
-    parallel(team, (amx.per_head ? call.heads : 1) * tasks, [&](int64_t index, int64_t thread) {
-      const int64_t h = index / tasks, first = index % tasks * kPanelsOfTask, last = least(first + kPanelsOfTask, panels);
-      const AmxWorkspace& w = workspaces[thread].forward;
-      const Matrix table = matrix(call.rel_k, 0, h);
-      for (int64_t panel = first; panel < least(last, panels_of(call.rows)); ++panel)
-        pack_half_panel(table, call.rows, p.size, amx.sizes.size, true, panel,
-                        amx.tables + h * amx.table_halves + panel * kPanel * amx.sizes.size, w.scratch, w.row_scratch);
-      pack_half_pairs(table, call.rows, p.size, p.padded_size, first * kPanel, last * kPanel, amx.table_pair_rows,
-                      amx.table_pairs + h * amx.pair_halves, 0, w.scratch, w.row_scratch);
-    });
+  void prepare_tables(const Team& team) const {
+    tables.pack(p, team, [&](int64_t thread) { return workspaces[thread].forward.scratch; });
   }
 
   void begin(const Job& job, int64_t task) const {
     const AmxUnit& unit = units[job.unit];
-    const AmxWorkspace& w = workspaces[job.thread].forward;
-    const Matrix key = matrix(p.call.key, job.batch, job.key_head), value = matrix(p.call.value, job.batch, job.key_head);
-    const int64_t first = task * kPanelsOfTask, last = least(first + kPanelsOfTask, panels_of(p.call.keys));
-    for (int64_t panel = first; panel < last; ++panel) {
-      pack_half_panel(key, p.call.keys, p.size, amx.sizes.size, false, panel, unit.key_panels + panel * kPanel * amx.sizes.size, w.scratch,
-                      w.row_scratch);
-      pack_half_panel(value, p.call.keys, p.value_size, amx.upstream_size, false, panel,
-                      unit.value_panels + panel * kPanel * amx.upstream_size, w.scratch, w.row_scratch);
-    }
-    const bool final = (task + 1) * kPanelsOfTask >= panels_of(p.call.keys);
-    pack_half_pairs(key, p.call.keys, p.size, p.padded_size, first * kPanel, final ? amx.sizes.keys + kTileDepth : last * kPanel,
-                    amx.sizes.keys + kTileDepth, unit.key_pairs, 0, w.scratch, w.row_scratch);
-    for (int64_t d = 0; unit.key_gradient && d < p.padded_size; ++d)
-      fill(unit.key_gradient + d * amx.key_columns + first * kPanel, 0.0f, (last - first) * kPanel);
-    for (int64_t d = 0; unit.value_gradient && d < p.padded_value_size; ++d)
-      fill(unit.value_gradient + d * amx.key_columns + first * kPanel, 0.0f, (last - first) * kPanel);
+    pack_keys_amx(p, job.batch, job.key_head, unit.keys, task, workspaces[job.thread].forward.scratch);
+    const int64_t first = task * kPanelsOfTask * kPanel, columns = least(kPanelsOfTask * kPanel, amx.key_columns - first);
+    auto clear = [&](float* sum, int64_t size) {
+      for (int64_t d = 0; sum && d < size; ++d) fill(sum + d * amx.key_columns + first, 0.0f, columns);
+    };
+    clear(unit.key_gradient, p.padded_size);
+    clear(unit.value_gradient, p.padded_value_size);
   }
 
   // Columns [first, first + 16) of a transposed sum as 16 rows of `padded`.
@@ -91,56 +61,41 @@ struct AmxKernel {
   void end(const Job& job, int64_t task) const {
     const AmxUnit& unit = units[job.unit];
     const Range keys = keys_of_task(p, task);
-    auto write = [&](const Tensor& grad, const float* sum, int64_t size, int64_t padded, float factor) {
-      if (!grad.data) return;
+    auto write = [&](const Tensor& tensor, const float* sum, int64_t size, int64_t padded, float factor) {
+      if (!tensor.data) return;
+      const Matrix grad = matrix(tensor, job.batch, job.key_head);
       float* rows = workspaces[job.thread].forward.base.scores;  // 16 rows, for a moment
-      for (int64_t first = keys.first; first < keys.last; first += kPanel) {
-        for (int64_t part = 0; part < padded; part += 2 * kPanel) {
+      for (int64_t first = keys.first; first < keys.last; first += kPanel)
+        for (int64_t part = 0; part < size; part += 2 * kPanel) {
           const int64_t width = least<int64_t>(2 * kPanel, padded - part);
           transpose_columns(sum + part * amx.key_columns, amx.key_columns, first, width, rows);
+          const Matrix of_part = {grad.data, grad.dtype, grad.first + part * grad.column, grad.row, grad.column};
           for (int64_t row = 0; row < least<int64_t>(kPanel, keys.last - first); ++row)
-            if (part < size)
-              write_row(grad.data, grad.dtype,
-                        job.batch * grad.stride[0] + job.key_head * grad.stride[1] + (first + row) * grad.stride[2] + part * grad.stride[3],
-                        grad.stride[3], least(width, size - part), rows + row * width, factor);
+            write_row(of_part, first + row, least(width, size - part), rows + row * width, factor);
         }
-      }
     };
     write(p.call.grad_key, unit.key_gradient, p.size, p.padded_size, (float)p.absolute_scale());
     write(p.call.grad_value, unit.value_gradient, p.value_size, p.padded_value_size, 1.0f);
   }
 
-  void queries(const Job& job, int64_t index, int64_t block_index, const Parts& parts, bool team, bool first, bool last) const {
-    const Call& call = p.call;
+  void queries(const Job& job, const Visit& visit) const {
     const AmxUnit& unit = units[job.unit];
-    const Sums& own = shared.sums[job.member];
     AmxBackwardWorkspace& w = workspaces[job.thread];
-    AmxHead operands = {};
-    Head& head = operands.head;
-    head.batch = job.batch;
-    head.head = index;
-    head.keys = shared.keys[job.batch];
-    head.rel_k.rows = call.rows;
-    head.rel_k.left = call.left;
-    operands.key_panels = unit.key_panels;
-    operands.value_panels = unit.value_panels;
-    operands.table_panels = amx.tables ? amx.tables + (amx.per_head ? index * amx.table_halves : 0) : nullptr;
-    operands.bias = amx.biases ? amx.biases + (amx.bias_per_head ? index * call.rows : 0) : nullptr;
+    const AmxHead operands = amx_head(p, tables, unit.keys, job.batch, visit.head, shared.keys[job.batch]);
     Gradients out = {};
     out.key.data = unit.key_gradient;
     out.value.data = unit.value_gradient;
-    FloatKernel::query_sums(p, own, index, block_index, team ? content_gradients[job.unit] : nullptr, position_gradients[job.unit],
-                            w.forward.base, out);
+    find_query_sums(p, shared.sums[job.member], visit, unit.query, w.forward.base, out);
 
-    const AmxSums& of_member = sums[job.member * heads + (heads > 1 ? index % p.ratio : 0)];
-    const Block block = amx.prepare(operands, w, block_index);
-    if (first && out.content) {
-      fill(out.content, 0.0f, p.block_rows * p.padded_size);
+    const AmxSums& of_member = sums[job.member * heads + (heads > 1 ? visit.head % p.ratio : 0)];
+    const Block block = amx.prepare(operands, w, visit.block);
+    if (visit.first && out.content) {
+      fill(out.content, 0.0f, p.block_rows * p.padded_size);  // a group's rows are summed whole
       if (p.position_apart()) fill(out.position, 0.0f, p.block_rows * p.padded_size);
     }
     if (!block.keys.empty())
-      for (const Range& keys : parts.ranges) amx.keys(operands, block, keys, unit, of_member, out, w);
-    if (last) finish_block(p, head, block, out);
+      for (const Range& keys : visit.keys.ranges) amx.backward_keys(operands, block, keys, unit, of_member, out, w);
+    if (visit.last) finish_block(p, operands.head, block, out);
   }
 
   // The sums of other kernels have a factor of scale * log2(e) in their tables: theirs is the scaled query.
@@ -149,16 +104,16 @@ struct AmxKernel {
     const int64_t rows = p.call.rows;
     for (int64_t local = 0; local < heads; ++local) {
       const AmxSums& from = sums[member * heads + local];
-      if (!shared.sums[member].rel_k) return;
-      float* to = shared.sums[member].rel_k + local * rows * p.padded_depth;
+      float* to = shared.sums[member].tables[kRelK].of(local);
+      if (!to) return;
       if (from.table) {
         for (int64_t d = 0; d < p.size; ++d)
           for (int64_t row = 0; row < rows; ++row) to[row * p.padded_depth + d] += factor * from.table[d * amx.table_columns + row];
-        add_scaled(to, from.left_edge, factor, p.size);
-        add_scaled(to + (rows - 1) * p.padded_depth, from.right_edge, factor, p.size);
-        fill(from.table, 0.0f, amx.sizes.size * amx.table_columns);
-        fill(from.left_edge, 0.0f, p.size);
-        fill(from.right_edge, 0.0f, p.size);
+        add_scaled(to, from.edges.left, factor, p.size);
+        add_scaled(to + (rows - 1) * p.padded_depth, from.edges.right, factor, p.size);
+        fill(from.table, 0.0f, p.deep_size * amx.table_columns);
+        fill(from.edges.left, 0.0f, p.size);
+        fill(from.edges.right, 0.0f, p.size);
       }
       if (from.bias) {
         for (int64_t row = 0; row < rows; ++row) to[row * p.padded_depth + p.depth - 1] += from.bias[row];
@@ -169,12 +124,13 @@ struct AmxKernel {
 };
 
 static int backward_amx(const Call& call, const Team& team) {
-  Problem p(call, kBlockRowsBackward, kBlockKeysBackward);
+  AmxProblem p(call, kBlockRowsBackward, kBlockKeysBackward);
   p.block_rows = least(round_up(p.block_rows, kGroupRows), kBlockRowsBackward);  // a group's rows are summed whole
-  Shared shared = {};
   Memory memory = {team};
-  if (!find_keys(call, memory, shared) ||
-      !plan_table(p, team, call.rel_k, call.rel_bias, p.rel_k_source(0), call.left, false, false, shared.tables.rel_k))
-    return 1;
-  return backward_with<AmxKernel>(p, team, shared, memory);
+  Shared shared = {};
+  shared.keys = find_keys(call, memory);
+  shared.tables.plan(p, memory, kRelK, 0);  // how its gradient is laid out; AmxTables has the table itself
+  if (!memory.enough) return 1;
+  AmxKernel kernel(p, shared);
+  return backward_with(p, kernel, shared, memory);
 }

@@ -30,7 +30,6 @@ extern const Variant kernels_avx2;
 #ifdef RELATTN_HAVE_AVX512
 extern const Variant kernels_avx512;
 #endif
-
 #ifdef RELATTN_HAVE_AMX
 extern const Variant kernels_amx;
 #endif
@@ -144,9 +143,10 @@ void run(const Team& team, int64_t count, void (*task)(void*, int64_t, int64_t),
   for (std::thread& other : others) other.join();
 }
 
-// ---- Memory: blocks that are handed out piece by piece during a call. Some are kept for the next: fresh pages are zeroed by the system,
-// ----
-// ---- which takes as long as the work on them where sequences are short or only decoded. ----
+// ---- Memory: blocks that are handed out piece by piece during a call ----
+
+// Some blocks are kept for the next call: fresh pages are zeroed by the system, which takes as long as the work on them where sequences
+// are short or only decoded.
 
 constexpr int64_t kBlock = (int64_t)4 << 20;      // bytes of a block, at least
 constexpr int64_t kMostKept = (int64_t)32 << 20;  // bytes of all blocks that are kept

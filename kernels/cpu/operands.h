@@ -1,65 +1,68 @@
 // Packing the operands that blocks of queries share: tables once for a call, keys and values once for each of their heads.
 
-// task(index, thread) for index 0 ... count - 1, in parallel.
-template <class Task>
-static void parallel(const Team& team, int64_t count, const Task& task) {
-  if (count <= 1 || team.threads == 1) {
-    for (int64_t index = 0; index < count; ++index) task(index, 0);
-    return;
-  }
-  auto call = [](void* context, int64_t index, int64_t thread) { (*(const Task*)context)(index, thread); };
-  team.run(team, count, call, (void*)&task);
-}
-
-INLINE float* allocate(const Team& team, int64_t floats) { return (float*)team.allocate(team, round_up(most<int64_t>(floats, 1) * 4, 64)); }
-
 constexpr int64_t kPanelsOfTask = 32;
 
-// One of rel_k (with rel_bias), rel_q and rel_v, packed for all the heads that differ.
+INLINE int64_t tasks_of(int64_t panels) { return (panels + kPanelsOfTask - 1) / kPanelsOfTask; }
+
+// The forms of a table (see Table) for each head, or once for all heads that share it.
 struct PackedTable {
   bool used, per_head, natural_in_place;
-  int64_t rows, left, depth, padded;  // depth of the panels; stride of the natural rows
-  int64_t panel_floats;               // of one head
-  float *panels, *natural;
+  int64_t depth, padded;  // of a row: with rel_bias, and rounded up to whole panels
+  PerHead<float> panels, natural;
+};
 
-  Table table(const PanelSource& source, int64_t head) const {
-    if (!used) return {};
-    const int64_t index = per_head ? head : 0;
-    Table result = {panels + index * panel_floats, nullptr, padded, depth, rows, left};
-    if (natural_in_place) {
-      result.natural = (const float*)source.matrix.data + source.matrix.first;
-      result.natural_stride = source.matrix.row;
-    } else if (natural) {
-      result.natural = natural + index * rows * padded;
+enum Forms { kPanelsForm = 1, kNaturalForm = 2 };
+
+struct Tables {
+  PackedTable packed[3];
+
+  const PackedTable& operator[](TableName name) const { return packed[name]; }
+
+  // How a table's rows are laid out, and memory for the forms that are needed.
+  void plan(const Problem& p, Memory& memory, TableName name, int forms) {
+    PackedTable& table = packed[name];
+    const PanelSource source = p.table_source(name, 0);
+    table = {};
+    table.used = source.depth() > 0;
+    if (!table.used) return;
+    table.per_head = p.table_per_head(name);
+    table.depth = source.depth();
+    table.padded = round_up(table.depth, kPanel);
+    table.natural_in_place =
+        (forms & kNaturalForm) && !source.bias.data && !source.reversed && readable_in_place(source.matrix, source.rows, source.size);
+    const int64_t heads = table.per_head ? p.call.heads : 1, natural = source.rows * table.padded;
+    table.panels.data = memory.floats(forms & kPanelsForm, heads * source.floats());
+    table.natural.data = memory.floats((forms & kNaturalForm) && !table.natural_in_place, heads * natural);
+    if (table.per_head) table.panels.stride = source.floats(), table.natural.stride = natural;
+  }
+
+  Table table(const Problem& p, TableName name, int64_t head) const {
+    const PackedTable& of = packed[name];
+    if (!of.used) return {};
+    const int64_t left = name == kRelQ ? p.call.right : p.call.left;  // rel_q is packed reversed
+    Table result = {of.panels.of(head), of.natural.of(head), of.padded, of.depth, p.call.rows, left};
+    if (of.natural_in_place) {
+      const Matrix rows = p.table_source(name, head).matrix;
+      result.natural = (const float*)rows.data + rows.first;
+      result.natural_stride = rows.row;
     }
+    return result;
+  }
+
+  // A query head of a batch element with its tables.
+  Head head(const Problem& p, int64_t batch, int64_t index, const Keys& keys) const {
+    Head result = {};
+    result.batch = batch;
+    result.head = index;
+    result.keys = keys;
+    result.rel_k = table(p, kRelK, index);
+    result.rel_q = table(p, kRelQ, index);
+    result.rel_v = table(p, kRelV, index);
     return result;
   }
 };
 
-struct Tables {
-  PackedTable rel_k, rel_q, rel_v;
-};
-
-// `panels` and `natural`: which forms are needed. False: out of memory.
-static bool plan_table(const Problem& p, const Team& team, const Tensor& table, const Tensor& bias, const PanelSource& source, int64_t left,
-                       bool panels, bool natural, PackedTable& packed) {
-  packed = {};
-  packed.used = source.depth() > 0;
-  if (!packed.used) return true;
-  packed.per_head = (table.data && table.stride[1] != 0) || (bias.data && bias.stride[1] != 0);
-  packed.rows = p.call.rows;
-  packed.left = left;
-  packed.depth = source.depth();
-  packed.padded = round_up(packed.depth, kPanel);
-  packed.panel_floats = source.floats();
-  const int64_t heads = packed.per_head ? p.call.heads : 1;
-  if (panels && !(packed.panels = allocate(team, heads * packed.panel_floats))) return false;
-  packed.natural_in_place = natural && !bias.data && !source.reversed && readable_in_place(source.matrix, packed.rows, source.size);
-  if (natural && !packed.natural_in_place && !(packed.natural = allocate(team, heads * packed.rows * packed.padded))) return false;
-  return true;
-}
-
-// Rows [first, last) of the natural form; the bias stands in the column after the table's.
+// Rows [first, last) of the natural form. A bias is no part of the products with it: zeros stand in its column.
 static void pack_natural(const PanelSource& source, int64_t first, int64_t last, int64_t padded, float* to) {
   for (int64_t row = first; row < last; ++row) {
     const int64_t from = source.reversed ? source.rows - 1 - row : row;
@@ -69,7 +72,7 @@ static void pack_natural(const PanelSource& source, int64_t first, int64_t last,
       read_padded(source.matrix, from, size, padded, target);
       if (source.factor != 1.0f) scale_row(target, source.factor, size);
     }
-    fill(target + size, 0.0f, padded - size);  // a bias is no part of the products with natural rows
+    fill(target + size, 0.0f, padded - size);
   }
 }
 
@@ -91,39 +94,34 @@ static Range reached_panels(const Problem& p, const Keys* keys, bool reversed) {
 }
 
 // Pack all tables that are in use, in parallel. The forms were planned.
-static void pack_tables(const Problem& p, const Team& team, const Keys* keys, const Tables& tables, float* const* scratch) {
+static void pack_tables(const Problem& p, const Team& team, const Keys* keys, const Tables& tables, const Workspace* workspaces) {
   struct Job {
-    const PackedTable* packed;
-    int kind;
-    int64_t heads, chunks;
+    TableName name;
+    int64_t heads, tasks;
     Range panels;
   };
   Job jobs[3];
   int64_t total = 0;
   int used = 0;
-  const PackedTable* all[3] = {&tables.rel_k, &tables.rel_q, &tables.rel_v};
-  for (int kind = 0; kind < 3; ++kind) {
-    if (!all[kind]->used) continue;
-    const Range panels = reached_panels(p, keys, kind == 1);
-    jobs[used++] = {all[kind], kind, all[kind]->per_head ? p.call.heads : 1,
-                    (panels.last - panels.first + kPanelsOfTask - 1) / kPanelsOfTask, panels};
-    total += jobs[used - 1].heads * jobs[used - 1].chunks;
+  for (TableName name : kTables) {
+    if (!tables[name].used) continue;
+    const Range panels = reached_panels(p, keys, name == kRelQ);
+    const Job job = {name, tables[name].per_head ? p.call.heads : 1, tasks_of(panels.last - panels.first), panels};
+    jobs[used++] = job;
+    total += job.heads * job.tasks;
   }
   parallel(team, total, [&](int64_t index, int64_t thread) {
-    int job = 0;
-    while (index >= jobs[job].heads * jobs[job].chunks) index -= jobs[job].heads * jobs[job].chunks, ++job;
-    const PackedTable& packed = *jobs[job].packed;
-    const int64_t head = index / jobs[job].chunks, first = jobs[job].panels.first + index % jobs[job].chunks * kPanelsOfTask;
-    const int64_t last = least(first + kPanelsOfTask, jobs[job].panels.last);
-    const PanelSource source = jobs[job].kind == 0   ? p.rel_k_source(head)
-                               : jobs[job].kind == 1 ? p.rel_q_source(head)
-                                                     : p.rel_v_source(head);
-    if (packed.panels)
+    const Job* job = jobs;
+    while (index >= job->heads * job->tasks) index -= job->heads * job->tasks, ++job;
+    const PackedTable& packed = tables[job->name];
+    const int64_t head = index / job->tasks, first = job->panels.first + index % job->tasks * kPanelsOfTask;
+    const int64_t last = least(first + kPanelsOfTask, job->panels.last);
+    const PanelSource source = p.table_source(job->name, head);
+    if (packed.panels.data)
       for (int64_t panel = first; panel < last; ++panel)
-        pack_panel(source, panel, packed.panels + head * packed.panel_floats + panel * kPanel * packed.depth, scratch[thread]);
-    if (packed.natural)
-      pack_natural(source, first * kPanel, least(last * kPanel, packed.rows), packed.padded,
-                   packed.natural + head * packed.rows * packed.padded);
+        pack_panel(source, panel, packed.panels.of(head) + panel * kPanel * packed.depth, workspaces[thread].scratch);
+    if (packed.natural.data)
+      pack_natural(source, first * kPanel, least(last * kPanel, source.rows), packed.padded, packed.natural.of(head));
   });
 }
 
@@ -132,7 +130,7 @@ struct KeyPack {
   float *key_panels, *key_rows, *value_panels, *value_rows;
 };
 
-INLINE int64_t pack_tasks(const Problem& p) { return (panels_of(p.call.keys) + kPanelsOfTask - 1) / kPanelsOfTask; }
+INLINE int64_t pack_tasks(const Problem& p) { return tasks_of(panels_of(p.call.keys)); }
 
 INLINE Range keys_of_task(const Problem& p, int64_t task) {
   return {task * kPanelsOfTask * kPanel, least((task + 1) * kPanelsOfTask * kPanel, p.call.keys)};
@@ -154,4 +152,12 @@ static void pack_keys(const Problem& p, int64_t batch, int64_t key_head, const K
 INLINE Right rows_of(const Matrix& m, const float* packed, int64_t padded) {
   if (packed) return {packed, padded, kPanel};
   return {(const float*)m.data + m.first, m.row, kPanel};
+}
+
+// Which keys each batch element's queries may see.
+static const Keys* find_keys(const Call& call, Memory& memory) {
+  Keys* keys = memory.array<Keys>(call.batch);
+  float* holes = memory.floats(call.key_mask.data, call.batch * call.keys);
+  for (int64_t b = 0; memory.enough && b < call.batch; ++b) keys[b] = visible_keys(call, b, holes ? holes + b * call.keys : nullptr);
+  return keys;
 }

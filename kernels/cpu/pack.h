@@ -2,12 +2,20 @@
 
 // One (rows, columns) matrix of a tensor.
 struct Matrix {
-  const char* data;
+  char* data;
   int64_t dtype, first, row, column;  // offset of element (0, 0) and strides
 };
 
 INLINE Matrix matrix(const Tensor& tensor, int64_t batch, int64_t head) {
   return {tensor.data, tensor.dtype, batch * tensor.stride[0] + head * tensor.stride[1], tensor.stride[2], tensor.stride[3]};
+}
+
+// Whether each head has a table of its own: a shared one is handed over with stride 0.
+INLINE bool differs_by_head(const Tensor& table) { return table.data && table.stride[1] != 0; }
+
+// An element of a float32 tensor (B, H, L), such as the log-sum-exp.
+INLINE float& element(const Tensor& tensor, int64_t batch, int64_t head, int64_t row) {
+  return ((float*)tensor.data)[batch * tensor.stride[0] + head * tensor.stride[1] + row * tensor.stride[2]];
 }
 
 INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -38,9 +46,17 @@ INLINE void add_scaled(float* to, const float* from, float factor, int64_t count
   for (; done < count; ++done) to[done] += factor * from[done];
 }
 
+INLINE void read_row(const Matrix& from, int64_t row, int64_t count, float* to) {
+  read_row(from.data, from.dtype, from.first + row * from.row, from.column, count, to);
+}
+
+INLINE void write_row(const Matrix& to, int64_t row, int64_t count, const float* from, float factor) {
+  write_row(to.data, to.dtype, to.first + row * to.row, to.column, count, from, factor);
+}
+
 // Row `row` of the matrix at to[0 ... count), zeros from there to `padded`.
 INLINE void read_padded(const Matrix& from, int64_t row, int64_t count, int64_t padded, float* to) {
-  read_row(from.data, from.dtype, from.first + row * from.row, from.column, count, to);
+  read_row(from, row, count, to);
   for (int64_t column = count; column < padded; ++column) to[column] = 0.0f;
 }
 
@@ -110,11 +126,11 @@ INLINE void transpose(const float* from, int64_t stride, float* to, int64_t to_s
 struct PanelSource {
   Matrix matrix;  // no data: there is only the bias
   int64_t rows, size;
-  float factor;
-  bool reversed;     // the last row first
-  bool repeat_last;  // beyond the last row copies of it, instead of zeros
-  Matrix bias;       // no data: none
-  float bias_factor;
+  float factor = 1.0f;
+  bool reversed = false;     // the last row first
+  bool repeat_last = false;  // beyond the last row copies of it, instead of zeros
+  Matrix bias = {};          // no data: none
+  float bias_factor = 0.0f;
 
   int64_t depth() const { return (matrix.data ? size : 0) + (bias.data ? 1 : 0); }
   int64_t panels() const { return panels_of(rows); }

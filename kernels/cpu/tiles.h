@@ -1,8 +1,8 @@
 // Products of tiles: C (rows, columns) = or += A (rows, k) B (k, columns), where the columns come in panels of 16.
 //
 // One register tile serves every product of attention, because A and C are addressed by two free strides:
-//   skew on store    C's row m begins one element further right than row m - 1 (row stride + 1): a product with one column per
-//                    *distance* lands with one column per *key*;
+//   skew on store    C's row stride + 1: a product with one column per *distance* lands with one column per *key*
+//                    (kernels/README.md has a drawing);
 //   unskew on read   A's row stride + 1: the same in reverse, for gradients of the table's side;
 //   transposition    A's row stride 1 and k stride = its leading dimension.
 // Measured on one AVX-512 core (k = 64 to 512): 175 to 185 GFLOP/s for all of them, the machine's own peak being 190.
@@ -16,14 +16,20 @@ constexpr int kPanels = kWidth == 16 ? 4 : 1;  // panels of a register tile: 24 
 struct Left {
   const float* data;
   int64_t row, k;  // strides
+
+  Left from(int64_t first_row) const { return {data + first_row * row, row, k}; }
 };
 struct Right {
   const float* data;
   int64_t k, panel;  // strides; the 16 columns of a panel are contiguous
+
+  Right from(int64_t first_step) const { return {data + first_step * k, k, panel}; }
 };
 struct Result {
   float* data;
   int64_t row;  // stride
+
+  Result from(int64_t first_row) const { return {data + first_row * row, row}; }
 };
 
 template <int Rows, int Panels, bool Accumulate>

@@ -21,20 +21,23 @@ namespace relattn {
 namespace RELATTN_VARIANT {
 namespace {
 
-#include "vec.h"
-#include "tiles.h"
-#include "pack.h"
-#include "philox.h"
-#include "visible.h"
-#include "relative.h"
-#include "scores.h"
-#include "operands.h"
-#include "forward.h"
-#include "decoding.h"
-#include "backward.h"
-#include "gradients.h"
+// Each file builds on those before it.
+#include "vec.h"        // vectors of floats, half precision
+#include "tiles.h"      // products of tiles
+#include "pack.h"       // tensors, and their panels
+#include "memory.h"     // a call's memory, work in parallel
+#include "philox.h"     // dropout
+#include "visible.h"    // which keys a query sees
+#include "relative.h"   // where a table meets a tile: skew and unskew
+#include "scores.h"     // a call's sizes, blocks, tiles of scores
+#include "operands.h"   // tables, keys and values as they are packed
+#include "forward.h"    // the running softmax
+#include "decoding.h"   // the same for few queries, nothing packed
+#include "backward.h"   // what one tile adds to every gradient
+#include "gradients.h"  // who computes which of them
 #if defined(__AMX_BF16__)
-#include "amx.h"
+#include "amx.h"           // products of bfloat16 tiles
+#include "operands_amx.h"  // operands.h in bfloat16, and so on
 #include "forward_amx.h"
 #include "backward_amx.h"
 #include "gradients_amx.h"

@@ -97,6 +97,8 @@ INLINE float exp2_nonpositive(float x) { return exp2_nonpositive(splat(x))[0]; }
 
 // Conversions of half precision: elements are read and written as 16-bit patterns.
 
+typedef uint16_t Half;  // the bits of a bfloat16
+
 INLINE float from_bfloat16(uint16_t bits) {
   uint32_t wide = (uint32_t)bits << 16;
   float result;

@@ -59,7 +59,7 @@ INLINE int64_t table_position(const Keys& keys, int64_t query) {
   return clamp(keys.offset, -kFar, kFar) + query;
 }
 
-INLINE float hidden_from(int64_t dtype) {  // relattn.reference.hidden_from
+INLINE float hidden_from(int64_t dtype) {  // as hidden_from in the reference backend
   switch (dtype) {
     case kFloat32:
       return -1.7014117331926443e38f;
@@ -70,12 +70,10 @@ INLINE float hidden_from(int64_t dtype) {  // relattn.reference.hidden_from
   }
 }
 
-// Add attn_mask times `unit` to one row's scores of the keys [first, last), -inf where it hides. `row` has room for last - first floats.
-static void apply_attn_mask(const Call& call, int64_t batch, int64_t head, int64_t query, int64_t first, int64_t last, float unit,
-                            float* scores, float* row) {
-  const Tensor& mask = call.attn_mask;
-  const int64_t start = batch * mask.stride[0] + head * mask.stride[1] + query * mask.stride[2] + first * mask.stride[3];
-  const int64_t stride = mask.stride[3], count = last - first;
+// Add attn_mask to one row's scores of these keys, -inf where it hides. `row` has room for as many floats.
+static void apply_attn_mask(const Matrix& mask, int64_t query, const Range& keys, float* scores, float* row) {
+  const int64_t start = mask.first + query * mask.row + keys.first * mask.column;
+  const int64_t stride = mask.column, count = keys.last - keys.first;
   if (mask.dtype == kBool) {
     const uint8_t* seen = (const uint8_t*)mask.data + start;
     if (stride == 1) {
@@ -95,21 +93,20 @@ static void apply_attn_mask(const Call& call, int64_t batch, int64_t head, int64
     read_row(mask.data, mask.dtype, start, stride, count, row);
   }
   for (int64_t key = 0; key < count; ++key) {
-    const float sum = scores[key] + added[key] * unit;
+    const float sum = scores[key] + added[key] * (float)kLog2E;
     scores[key] = added[key] <= hidden ? -kInfinity : sum;
   }
 }
 
 // Whether attn_mask hides all of these keys from all of these queries. Looks no further than the first that is seen.
-static bool attn_mask_hides(const Call& call, int64_t batch, int64_t head, Range queries, Range keys) {
-  const Tensor& mask = call.attn_mask;
-  const int64_t last_query = mask.stride[2] == 0 ? queries.first + 1 : queries.last,
-                last_key = mask.stride[3] == 0 ? keys.first + 1 : keys.last;
+static bool attn_mask_hides(const Matrix& mask, const Range& queries, const Range& keys) {
+  // Rows or columns that lie in the same memory are looked at once.
+  const int64_t last_query = mask.row == 0 ? queries.first + 1 : queries.last, last_key = mask.column == 0 ? keys.first + 1 : keys.last;
   const float hidden = mask.dtype == kBool ? 0.0f : hidden_from(mask.dtype);
   for (int64_t query = queries.first; query < last_query; ++query) {
-    const int64_t start = batch * mask.stride[0] + head * mask.stride[1] + query * mask.stride[2];
+    const int64_t start = mask.first + query * mask.row;
     for (int64_t key = keys.first; key < last_key; ++key) {
-      const int64_t index = start + key * mask.stride[3];
+      const int64_t index = start + key * mask.column;
       if (mask.dtype == kBool ? ((const uint8_t*)mask.data)[index] != 0 : !(read_element(mask.data, mask.dtype, index) <= hidden))
         return false;
     }
