@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Watch, attempt
+from benchmarks.measure import matrix_ceiling
 from benchmarks.peers import PASSES, PEERS, Problem
+from benchmarks.processes import Watch, attempt
 from benchmarks.runs import FINAL, GOES_ON, allowed_memory, begin, chosen_device, integers, names, positive
-from benchmarks.trial import flops, matrix_ceiling, trial
+from benchmarks.trial import flops, trial
 from examples.chorales.storage import write_json
 from examples.chorales.terminal import exit_code
 

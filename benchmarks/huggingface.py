@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import TensorStep, Watch, attempt, interleave
+from benchmarks.measure import TensorStep, interleave, peak_memory
+from benchmarks.processes import Watch, attempt, is_out_of_memory, limit_memory
 from benchmarks.report import judged
 from benchmarks.runs import FINAL, GOES_ON, allowed_memory, begin, chosen_device, integers, names, positive
-from benchmarks.trial import is_out_of_memory, limit_memory, peak_memory, time_step
 from examples.chorales.storage import atomic_write, read_json, write_json, write_part
 from examples.chorales.terminal import exit_code
 
@@ -278,9 +278,7 @@ def times(subject: Mapping[str, Any], sides: list[str], seconds: float) -> dict[
         result["error"] = float(f"{((after - before).abs().max() / before.abs().max()).item():.2e}")
         del before, after
     outputs.clear()
-    if subject["device"] == "cpu":
-        return result | interleave(steps, seconds * len(sides), warm=False)
-    return result | {side: time_step(step, subject["device"], seconds) for side, step in steps.items()}
+    return result | interleave(steps, seconds * len(sides), device=subject["device"], warm=False)
 
 
 # ---- all cases ----

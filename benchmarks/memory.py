@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.cases import FORWARD, OWN, STEPS, make_inputs, relative
-from benchmarks.measure import extra_memory, in_fresh_process, interleave
+from benchmarks.measure import extra_memory, interleave
+from benchmarks.processes import in_fresh_process
 from benchmarks.report import Table, judged
 
 _MIB = 2**20

@@ -8,7 +8,7 @@ Every peer turns a `Problem` into a function of (query, key, value, rel_k); `PEE
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import relattn
+from benchmarks.measure import TensorStep
 from relattn.reference import skew
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -95,6 +96,26 @@ class Problem(NamedTuple):
         return torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).triu(1)
 
 
+def step(attention: Attention, inputs: Sequence[Tensor], train: bool, grad_output: Tensor | None = None) -> TensorStep:
+    """A call: its output and, if `train`, the gradients of the inputs, of those that it uses."""
+    if not train:
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (attention(*inputs),)
+
+        return forward
+    if grad_output is None:
+        grad_output = torch.randn_like(inputs[0])
+
+    def training() -> tuple[Tensor, ...]:
+        output = attention(*inputs)
+        gradients = torch.autograd.grad(output, list(inputs), grad_output, allow_unused=True)
+        return (output.detach(), *(gradient for gradient in gradients if gradient is not None))
+
+    return training
+
+
 def materialising_skew(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
     """Relative attention as the field's code does it: Q E^T at L x (2L-1), pad, reshape, drop, slice (Huang et al. 2018).
 
@@ -125,6 +146,23 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
 
 def causal_sdpa(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def sdpa_by(backend: str) -> Callable[[Problem], Attention]:
+    """torch's attention by one of its own backends, FLASH_ATTENTION for instance."""
+
+    def make(problem: Problem) -> Attention:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        side = ceiling(problem)
+
+        def attention(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return side(query, key, value, rel_k)
+
+        return attention
+
+    return make
 
 
 def own(backend: str) -> Callable[[Problem], Attention]:
@@ -369,6 +407,8 @@ PEERS = {
             "disentangled-flash", "DisentangledFlash", disentangled_flash, _SEQUENCE, ("cuda",), "disentangled_flash", False, compiled=True
         ),
         Peer("sdpa", "SDPA, no relative term", ceiling, relative=False),
+        Peer("sdpa-flash", "SDPA, flash, no relative term", sdpa_by("FLASH_ATTENTION"), _SEQUENCE, ("cuda",), relative=False),
+        Peer("sdpa-cudnn", "SDPA, cuDNN, no relative term", sdpa_by("CUDNN_ATTENTION"), _SEQUENCE, ("cuda",), relative=False),
     )
 }
 

@@ -19,8 +19,8 @@ import torch
 
 import relattn
 from benchmarks.cases import BLOCKED, BOTH, FORWARD, OWN, SKEW, TORCH, attention, decoding, features, layer, overhead, variants
-from benchmarks.measure import Watch, in_fresh_process
 from benchmarks.memory import growth, memory
+from benchmarks.processes import Watch, in_fresh_process
 from benchmarks.report import Table, goals, text
 
 

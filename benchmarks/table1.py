@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import in_fresh_process
+from benchmarks.measure import peak_memory
 from benchmarks.peers import PEERS, Problem, own_fastest
-from benchmarks.trial import peak_memory
+from benchmarks.processes import in_fresh_process
 from examples.chorales.storage import atomic_write, write_json
 
 LENGTHS = (650, 2048, 3500)

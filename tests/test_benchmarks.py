@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as sweep
-from benchmarks import measure, peers, render, report, speed, table1, trial
+from benchmarks import measure, peers, processes, render, report, speed, table1, trial
 from benchmarks.cases import OWN, SKEW, TORCH, attention
 from benchmarks.peers import PEERS, Problem
 from examples.chorales.storage import read_json, write_json
@@ -45,12 +45,12 @@ def test_extra_memory_is_what_a_step_frees():
 
 
 def test_fresh_process():
-    with measure.Watch() as watch:
-        result = measure.in_fresh_process(_double, {"number": 21}, threads=1)
+    with processes.Watch() as watch:
+        result = processes.in_fresh_process(_double, {"number": 21}, threads=1)
     assert result == [42, 1]
     assert watch.seen["seconds"] > 0
     with pytest.raises(RuntimeError, match="must be a number"):
-        measure.in_fresh_process(_double, {"number": "x"})
+        processes.in_fresh_process(_double, {"number": "x"})
 
 
 def _double(number):
@@ -111,7 +111,7 @@ def _ends(how):
     ],
 )
 def test_what_becomes_of_a_process_is_a_row(how, status, detail):
-    row = measure.attempt(_ends, {"how": how}, timeout=3 if how == "hang" else 120, threads=1)
+    row = processes.attempt(_ends, {"how": how}, timeout=3 if how == "hang" else 120, threads=1)
     assert row["status"] == status
     assert detail in row["detail"]
 
@@ -231,7 +231,7 @@ def test_longer_ones_are_not_tried_after_memory_ran_out():
 def test_the_least_disturbed_try_counts(monkeypatch):
     times, busy = iter((5.0, 3.0, 4.0, 1.0)), iter((0.9, 0.3, 0.5, 0.0))
 
-    class Disturbed(measure.Watch):
+    class Disturbed(processes.Watch):
         def __exit__(self, *_):
             self.seen = {"other_processes_cores": next(busy)}
 
