@@ -131,9 +131,9 @@ def materialising_skew(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor)
 
 
 def materialising_causal_skew(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
-    """Music Transformer's own, to the left only: rel_k (L, D), Q E^T at L x L, pad, reshape, slice, mask."""
+    """Music Transformer's own, to the left only: rel_k (L, D) or (H, L, D), Q E^T at L x L, pad, reshape, slice, mask."""
     batch, heads, length, size = query.shape
-    logits = F.pad(query @ rel_k.transpose(0, 1), (1, 0)).reshape(batch, heads, length + 1, length)[:, :, 1:]
+    logits = F.pad(query @ rel_k.transpose(-2, -1), (1, 0)).reshape(batch, heads, length + 1, length)[:, :, 1:]
     hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
     scores = (query @ key.transpose(-2, -1) + logits) / size**0.5
     return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value
