@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     missing = launcher().unavailable()
     if missing is not None:
         raise SystemExit(f"no GPU check: {missing}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped too
     failed = False
     for stage in options.stage:
         groups = importlib.import_module(f"benchmarks.gpu_check.{stage}").plan(options.dry)

@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -51,7 +50,6 @@ def run_stage(stage: str, groups: Sequence[Group], folder: Path, seconds: float,
     began = time.monotonic()
     report: dict[str, Any] = {"stage": stage, "date": time.strftime("%Y-%m-%d %H:%M"), "parts": {}}
     folder.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped too
     with tempfile.TemporaryDirectory() as logs:
         for group in groups:
             deadline = min(began + seconds, time.monotonic() + group.limit)
@@ -72,15 +70,16 @@ def run_stage(stage: str, groups: Sequence[Group], folder: Path, seconds: float,
 class _Running:
     """A job's process."""
 
-    def __init__(self, job: Job, deadline: float, logs: Path) -> None:
+    def __init__(self, job: Job, deadline: float, logs: Path, threads: int) -> None:
         self.job, self.began = job, time.monotonic()
         self.stop_at = min(self.began + job.limit, deadline)
         self.log = logs / f"{''.join(letter if letter.isalnum() else '_' for letter in job.name)}.log"
         target = f"{job.function.__module__}:{job.function.__qualname__}"
         command = [*job.prefix, sys.executable, "-m", "benchmarks.processes", target, json.dumps(job.arguments)]
+        variables = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ) | job.environment
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | job.environment, start_new_session=True
+                command, stdout=file, stderr=subprocess.STDOUT, env=variables, start_new_session=True
             )
 
     def is_over(self) -> bool:
@@ -96,10 +95,11 @@ class _Running:
 
 def _run_group(group: Group, deadline: float, logs: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     waiting, running = list(group.jobs), []
+    threads = max(1, (os.cpu_count() or 1) // group.at_once)
     try:
         while waiting or running:
             while waiting and len(running) < group.at_once and time.monotonic() < deadline - _SPARE:
-                running.append(_Running(waiting.pop(0), deadline, logs))
+                running.append(_Running(waiting.pop(0), deadline, logs, threads))
             if not running:
                 yield from ((job.name, {"status": "no time left"}) for job in waiting)
                 return
