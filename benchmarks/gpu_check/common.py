@@ -6,8 +6,10 @@ import contextlib
 import functools
 import importlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +105,13 @@ def by_kernel(call: Step, rounds: int = 5) -> dict[str, float]:
             name = event.key if is_own(event.key) else "PyTorch's own"
             found[name] = round(found.get(name, 0.0) + milliseconds, 5)
     return found
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, which may lie beside the PATH; the newest of several."""
+    found = shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
+    beside = [str(path) for depth in ("*", "*/*") for path in Path("/opt/nvidia").glob(f"{depth}/{name}") if path.is_file()]
+    return found or max(beside, default=None)
 
 
 def is_own(kernel: str) -> bool:

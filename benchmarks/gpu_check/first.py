@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 import relattn
-from benchmarks.gpu_check.common import OWN, emit, is_dry, launcher, problem, reason, synchronize, verdict
+from benchmarks.gpu_check.common import OWN, emit, is_dry, launcher, problem, reason, synchronize, tool, verdict
 from benchmarks.gpu_check.running import Group, Job
 from benchmarks.peers import PEERS, step
 from benchmarks.trial import check as multiples
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _LARGEST_HEAD = 256  # that the kernels take
-_SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer", "/opt/nvidia/compute-sanitizer/compute-sanitizer")
+_SANITIZER = "compute-sanitizer"
 
 
 def environment() -> dict[str, Any]:
@@ -33,16 +33,17 @@ def environment() -> dict[str, Any]:
     found: dict[str, Any] = {
         "torch": torch.__version__, "CUDA": torch.version.cuda, "triton": triton.__version__,
         "python": platform.python_version(), "relattn": relattn.__version__, "cores": os.cpu_count(),
-        "unavailable": launcher().unavailable(), "sanitizer": sanitizer(),
+        "unavailable": launcher().unavailable(), "sanitizer": tool(_SANITIZER),
     }  # fmt: skip
     if not is_dry():
         properties = torch.cuda.get_device_properties(0)
         found |= {"GPU": properties.name, "capability": f"{properties.major}.{properties.minor}"}
         found |= {"processors": properties.multi_processor_count, "memory GiB": round(properties.total_memory / 2**30)}
-        found |= {"L2 MiB": properties.L2_cache_size / 2**20, "target": launcher()._target(torch.device("cuda", 0))}
-        query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-        with_values = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True)
-        found["nvidia-smi"] = with_values.stdout.splitlines()
+        found |= {"target": launcher()._target(torch.device("cuda", 0))}
+        query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+        if shutil.which("nvidia-smi"):
+            told = subprocess.run(["nvidia-smi", query, "--format=csv"], capture_output=True, text=True)
+            found["nvidia-smi"] = told.stdout.splitlines()
     return found
 
 
@@ -144,10 +145,6 @@ def one_call(length: int, head_dim: int, clip: int | None, configuration: tuple[
     return {"finite": all(bool(tensor.isfinite().all()) for tensor in results)}
 
 
-def sanitizer() -> str | None:
-    return next((found for name in _SANITIZER if (found := shutil.which(name))), None)
-
-
 def summary(log: str) -> dict[str, Any]:
     """The sanitizer's own last words, and its first complaints."""
     lines = [line.strip("= ") for line in log.splitlines() if line.startswith("=========")]
@@ -174,11 +171,11 @@ def plan(dry: bool) -> list[Group]:
     small = [dict(length=256, head_dim=64, clip=clip, configuration=(64, 4, 1)) for clip in (None, 16)]
     wide += [Job(f"compiled for the sanitizer, clip {each['clip']}", one_call, each, 120.0) for each in small]
     groups = [Group([Job("environment", environment)]), Group(calls, 4, essential=True), Group(wide, 16)]
-    tool = sanitizer()
-    if tool:
+    program = tool(_SANITIZER)
+    if program:
         checks = [
             Job(
-                f"{kind}, clip {each['clip']}", one_call, each, 150.0, (tool, "--tool", kind, "--error-exitcode", "9"),
+                f"{kind}, clip {each['clip']}", one_call, each, 150.0, (program, "--tool", kind, "--error-exitcode", "9"),
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, summary,
             )
             for kind in ("memcheck", "racecheck", "synccheck") for each in small

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_check.common import OWN, is_dry, is_own, problem, synchronize
+from benchmarks.gpu_check.common import OWN, is_dry, is_own, problem, synchronize, tool
 from benchmarks.gpu_check.running import Group, Job
 from benchmarks.peers import PEERS, step
 
@@ -36,12 +34,6 @@ def one_step(length: int, head_dim: int, clip: int | None) -> dict[str, Any]:
     if not is_dry():
         torch.cuda.profiler.stop()
     return {}
-
-
-def profiler() -> str | None:
-    """ncu, which a driver's machine may have beside the PATH; the newest of several."""
-    found = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
-    return found or max(map(str, Path("/opt/nvidia/nsight-compute").glob("*/ncu")), default=None)
 
 
 def counters(log: str) -> dict[str, dict[str, float | str]]:
@@ -73,11 +65,11 @@ def _number(text: str) -> float | str:
 def plan(dry: bool) -> list[Group]:
     if dry:
         return [Group([Job("profiled step", one_step, dict(length=9, head_dim=16, clip=3))])]
-    tool = profiler()
-    if tool is None:
+    program = tool("ncu")
+    if program is None:
         raise SystemExit("stage profile: no ncu on the PATH, in /usr/local/cuda/bin or in /opt/nvidia/nsight-compute")
     # The clocks stay as they are found; our step alone is profiled.
-    command = (tool, "--clock-control", "none", "--profile-from-start", "off", "--set", "full", "--csv", "--page", "raw")
+    command = (program, "--clock-control", "none", "--profile-from-start", "off", "--set", "full", "--csv", "--page", "raw")
     settings = [dict(length=2048, head_dim=size, clip=clip) for clip in (None, 64) for size in (64, 128)]
 
     def name(setting: dict[str, Any]) -> str:

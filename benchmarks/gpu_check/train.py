@@ -170,7 +170,8 @@ def encoder(model: str, layers: int, audio: float, batch: int, seconds: float) -
         def run() -> dict[str, Any]:
             torch.manual_seed(0)
             # In evaluation mode: what dropout draws is not compared.
-            chosen = spec.build(layers).to(device(), torch.bfloat16).eval()
+            with torch.device(device()):
+                chosen = spec.build(layers).to(torch.bfloat16).eval()
             inputs = {
                 name: torch.cat([tensor] * batch).to(device(), torch.bfloat16) for name, tensor in spec.inputs(audio).items()
             }
