@@ -62,7 +62,8 @@ def _seamless(version: str) -> Callable[[int], nn.Module]:
 def _wav2vec2_conformer(layers: int) -> nn.Module:
     from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel
 
-    sizes = dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, hidden_act="swish", feat_extract_norm="layer")
+    sizes: dict[str, Any] = dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096)
+    sizes |= dict(hidden_act="swish", feat_extract_norm="layer")
     return Wav2Vec2ConformerModel(Wav2Vec2ConformerConfig(num_hidden_layers=layers, conv_bias=True, **sizes))
 
 
@@ -83,7 +84,7 @@ def _fastspeech2(layers: int) -> nn.Module:
     from transformers.models.fastspeech2_conformer.modeling_fastspeech2_conformer import FastSpeech2ConformerEncoder
 
     config = FastSpeech2ConformerConfig(decoder_layers=layers)
-    model = FastSpeech2ConformerEncoder(config, config.decoder_config)
+    model: Any = FastSpeech2ConformerEncoder(config, config.decoder_config)
     for layer in model.conformer_layers:
         nn.init.xavier_uniform_(layer.self_attn.pos_bias_u)
         nn.init.xavier_uniform_(layer.self_attn.pos_bias_v)
@@ -107,14 +108,16 @@ def _vits(layers: int) -> nn.Module:
     from transformers import VitsConfig
     from transformers.models.vits.modeling_vits import VitsTextEncoder
 
-    return VitsTextEncoder(VitsConfig(num_hidden_layers=layers, attn_implementation="eager"))
+    settings: dict[str, Any] = dict(num_hidden_layers=layers, attn_implementation="eager")
+    return VitsTextEncoder(VitsConfig(**settings))
 
 
 def _deberta(version: str) -> Callable[[int], nn.Module]:
     def build(layers: int) -> nn.Module:
         import transformers
 
-        sizes = dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072, vocab_size=1000, num_hidden_layers=layers)
+        sizes: dict[str, Any] = dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072)
+        sizes |= dict(vocab_size=1000, num_hidden_layers=layers)
         sizes |= dict(relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False)
         if version:
             sizes |= dict(position_buckets=256, share_att_key=True, norm_rel_ebd="layer_norm")

@@ -66,12 +66,12 @@ class Problem(NamedTuple):
         torch.manual_seed(0)
         dtype = getattr(torch, self.dtype)
         several = (self.batch, self.heads)
-        shapes = [(*several, self.queries, self.head_dim), *[(*several, self.length, self.head_dim)] * 2]
-        shapes.append((sum(self.reach) + 1, self.head_dim))
+        sizes: list[tuple[int, ...]] = [(*several, self.queries), (*several, self.length), (*several, self.length)]
+        sizes.append((sum(self.reach) + 1,))
         scales = (1.0, 1.0, 1.0, 0.5)
         return [
-            (torch.randn(shape, device=self.device) * scale).to(dtype).requires_grad_(self.passed == "train")
-            for shape, scale in zip(shapes, scales, strict=True)
+            (torch.randn(*size, self.head_dim, device=self.device) * scale).to(dtype).requires_grad_(self.passed == "train")
+            for size, scale in zip(sizes, scales, strict=True)
         ]
 
     def rows(self) -> Tensor:
@@ -170,7 +170,8 @@ def own(backend: str) -> Callable[[Problem], Attention]:
         options: dict[str, Any] = dict(max_relative_position=problem.reach, backend=backend)
         if problem.sees_left_only:
             options |= dict(is_causal=True, query_offset=problem.offset)
-        return lambda query, key, value, rel_k: relattn.relative_attention(query, key, value, rel_k, **options)
+        attention: Any = relattn.relative_attention
+        return functools.partial(attention, **options)
 
     return make
 
@@ -273,7 +274,7 @@ def w2v_bert(problem: Problem) -> Attention:
     from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 
     left, right = problem.reach
-    config = Wav2Vec2BertConfig(
+    settings: dict[str, Any] = dict(
         hidden_size=problem.heads * problem.head_dim,
         num_attention_heads=problem.heads,
         position_embeddings_type="relative_key",
@@ -281,7 +282,8 @@ def w2v_bert(problem: Problem) -> Attention:
         right_max_position_embeddings=right,
         attn_implementation="sdpa",
     )
-    module = Wav2Vec2BertSelfAttention(config).to(problem.device).eval()
+    config = Wav2Vec2BertConfig(**settings)
+    module: Any = Wav2Vec2BertSelfAttention(config).to(problem.device).eval()
     module.linear_q, module.linear_k, module.linear_v = _Given(), _Given(), _Given()
     module.linear_out = torch.nn.Identity()
     del module.distance_embedding.weight
@@ -300,13 +302,14 @@ def parakeet(problem: Problem) -> Attention:
     from transformers import ParakeetEncoderConfig
     from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
-    config = ParakeetEncoderConfig(
+    settings: dict[str, Any] = dict(
         hidden_size=problem.heads * problem.head_dim,
         num_attention_heads=problem.heads,
         num_key_value_heads=problem.heads,
         attn_implementation="sdpa",
     )
-    module = ParakeetEncoderAttention(config, layer_idx=0).to(problem.device, getattr(torch, problem.dtype)).eval()
+    config = ParakeetEncoderConfig(**settings)
+    module: Any = ParakeetEncoderAttention(config, layer_idx=0).to(problem.device, getattr(torch, problem.dtype)).eval()
     module.q_proj, module.k_proj, module.v_proj = _Given(), _Given(), _Given()
     module.o_proj = module.relative_k_proj = torch.nn.Identity()
     for bias in (module.bias_u, module.bias_v):

@@ -28,7 +28,7 @@ def in_fresh_process(function: Callable[..., Any], arguments: Mapping[str, Any],
     with _started(function, arguments, threads) as process:
         output, errors = process.communicate()
     if process.returncode != 0:
-        raise RuntimeError(f"{process.args[-2]} {dict(arguments)} ended with {process.returncode}:\n{errors}")
+        raise RuntimeError(f"{function.__qualname__} {dict(arguments)} ended with {process.returncode}:\n{errors}")
     return json.loads(output.splitlines()[-1])
 
 
@@ -63,7 +63,7 @@ def _started(function: Callable[..., Any], arguments: Mapping[str, Any], threads
     )
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+def stop(process: subprocess.Popen[Any]) -> None:
     """End a process that began a session of its own, and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -69,7 +69,7 @@ def _reference(
     problem: Problem, inputs: Sequence[Tensor], parts: Sequence[range], grad_output: Tensor, dtype: torch.dtype, relative: bool
 ) -> list[Tensor]:
     query, key, value, rel_k = (tensor.detach().to(dtype).requires_grad_() for tensor in inputs)
-    outputs = [
+    outputs: list[Any] = [
         relattn.relative_attention(
             query[:, :, part.start : part.stop],
             key,

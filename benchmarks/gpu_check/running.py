@@ -94,7 +94,8 @@ class _Running:
 
 
 def _run_group(group: Group, deadline: float, logs: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    waiting, running = list(group.jobs), []
+    waiting = list(group.jobs)
+    running: list[_Running] = []
     threads = max(1, (os.cpu_count() or 1) // group.at_once)
     try:
         while waiting or running:

@@ -49,7 +49,7 @@ def _compared(given: Problem, sides: Iterable[str], seconds: float, passes: Iter
             if isinstance(milliseconds, float):
                 rows[side] = {"ms": milliseconds, "TFLOP/s": round(operations / milliseconds / 1e9, 1)}
                 if side != OWN and isinstance(times.get(OWN), float):
-                    rows[side]["relattn's speed"] = round(milliseconds / float(times[OWN]), 3)
+                    rows[side]["relattn's speed"] = float(f"{milliseconds / float(times[OWN]):.3g}")
         found[passed] = rows
     return found
 

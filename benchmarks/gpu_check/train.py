@@ -81,18 +81,18 @@ def _materialising(query: Tensor, key: Tensor, value: Tensor, *, rel_k: Tensor, 
 
 
 @contextlib.contextmanager
-def _attention(model: nn.Module, attention: Callable[..., Tensor] | None) -> Iterator[None]:
+def _attention(model: nn.Module, attention: Callable[..., Any]) -> Iterator[None]:
     """The decoder with another function in the place of relattn's."""
     module = sys.modules[type(model).__module__]
     kept = module.relative_attention  # type: ignore[attr-defined]
     try:
-        module.relative_attention = attention or kept  # type: ignore[attr-defined]
+        module.relative_attention = attention  # type: ignore[attr-defined]
         yield
     finally:
         module.relative_attention = kept  # type: ignore[attr-defined]
 
 
-def decoder(preset: str, seconds: float, **changed: int) -> dict[str, Any]:
+def decoder(preset: str, seconds: float, **changed: Any) -> dict[str, Any]:
     """Random tokens, since how long a step takes does not depend on them."""
     from examples.chorales import train_decoder
     from examples.chorales.languages import ChoraleLanguage
@@ -109,7 +109,7 @@ def decoder(preset: str, seconds: float, **changed: int) -> dict[str, Any]:
             logits = model(input_ids=tokens[:, :-1]).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
-    def side(attention: Callable[..., Tensor] | None, dropout: float = 0.0) -> Callable[[], dict[str, Any]]:
+    def side(attention: Callable[..., Any], dropout: float = 0.0) -> Callable[[], dict[str, Any]]:
         def run() -> dict[str, Any]:
             chosen = dataclasses.replace(settings, dropout=dropout)
             model = train_decoder.build_model("relative", chosen, music).to(device()).train()
@@ -127,7 +127,7 @@ class _Music:
     language: Any
 
 
-def _own() -> Callable[..., Tensor]:
+def _own() -> Callable[..., Any]:
     """By name, so that nothing else takes over unseen; in a dry run whatever is fastest."""
     return functools.partial(relattn.relative_attention, backend=None if is_dry() else "triton")
 
