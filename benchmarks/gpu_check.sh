@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The GPU check, also from a clone that is not installed and without a network; needs torch 2.11 or newer and its Triton.
+# The GPU check, also from a clone that is not installed, without a network; needs torch 2.11 or newer with its Triton.
 #   bash benchmarks/gpu_check.sh OUT first|speed|profile|train [--seconds N]   one stage, under nine minutes
-#   bash benchmarks/gpu_check.sh OUT benchmarks --quick                       any other module of the clone that has --out
+#   bash benchmarks/gpu_check.sh OUT benchmarks --quick                       any other module that has --out
 # What is compiled is kept in RELATTN_GPU_CACHE (default /tmp/relattn-gpu), so that a later stage finds it.
 set -u
 cd "$(dirname "$0")/.."

@@ -410,8 +410,8 @@ PEERS = {
             "disentangled-flash", "DisentangledFlash", disentangled_flash, _SEQUENCE, ("cuda",), "disentangled_flash", False, compiled=True
         ),
         Peer("sdpa", "SDPA, no relative term", ceiling, relative=False),
-        Peer("sdpa-flash", "SDPA, flash, no relative term", sdpa_by("FLASH_ATTENTION"), _SEQUENCE, ("cuda",), relative=False),
-        Peer("sdpa-cudnn", "SDPA, cuDNN, no relative term", sdpa_by("CUDNN_ATTENTION"), _SEQUENCE, ("cuda",), relative=False),
+        Peer("sdpa-flash", "SDPA flash, no relative term", sdpa_by("FLASH_ATTENTION"), _SEQUENCE, ("cuda",), relative=False),
+        Peer("sdpa-cudnn", "SDPA cuDNN, no relative term", sdpa_by("CUDNN_ATTENTION"), _SEQUENCE, ("cuda",), relative=False),
     )
 }
 

@@ -24,7 +24,7 @@ _CLONE = Path(__file__).resolve().parents[1]
 
 
 def in_fresh_process(function: Callable[..., Any], arguments: Mapping[str, Any], threads: int | None = None) -> Any:
-    """What `function(**arguments)` returns in a process of its own: arguments and result go as JSON. `threads`: torch's; None = default."""
+    """What `function(**arguments)` returns in a process of its own: both go as JSON. threads: torch's; None = default."""
     with _started(function, arguments, threads) as process:
         output, errors = process.communicate()
     if process.returncode != 0:
@@ -32,8 +32,11 @@ def in_fresh_process(function: Callable[..., Any], arguments: Mapping[str, Any],
     return json.loads(output.splitlines()[-1])
 
 
-def attempt(function: Callable[..., Any], arguments: Mapping[str, Any], timeout: float, threads: int | None = None) -> Any:
-    """The same, but whatever becomes of the process is an answer: {"status": timeout, out of memory, crash or error, "detail"}."""
+def attempt(
+    function: Callable[..., Any], arguments: Mapping[str, Any], timeout: float, threads: int | None = None
+) -> Any:
+    """The same, but whatever becomes of the process is an answer: "status" (timeout, out of memory, crash, error) and
+    "detail"."""
     with _started(function, arguments, threads) as process:
         try:
             output, errors = process.communicate(timeout=timeout)
@@ -59,7 +62,13 @@ def _started(function: Callable[..., Any], arguments: Mapping[str, Any], threads
     command = [sys.executable, "-m", "benchmarks.processes", f"{module}:{function.__qualname__}", json.dumps(arguments)]
     # A session of its own, so that the compilers that it starts can be stopped with it.
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=_CLONE, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=_CLONE,
+        start_new_session=True,
     )
 
 
@@ -80,12 +89,19 @@ def limit_memory(limit: int) -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
-    known = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "defaultcpuallocator")
+    known = (
+        "out of memory",
+        "can't allocate memory",
+        "cannot allocate memory",
+        "not enough memory",
+        "bad_alloc",
+        "defaultcpuallocator",
+    )
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in text for part in known)
 
 
 class Watch:
-    """What else ran while a case did: load averages before and after, and the cores that other processes kept busy in between.
+    """What else ran while a case did: load averages before and after, the cores that other processes kept busy.
 
     with Watch() as watch:
         in_fresh_process(...)
@@ -115,7 +131,9 @@ def _own() -> float:
 def _busy() -> float | None:
     """Processor seconds of the machine, those taken by its host included; None where /proc does not say."""
     try:
-        user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9])
+        user, nice, system, _idle, _wait, irq, softirq, steal = map(
+            int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        )
     except (OSError, ValueError):
         return None
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

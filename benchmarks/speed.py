@@ -58,7 +58,9 @@ def attention(
     problem = Problem(length, "train", 1, heads, size, dtype, causal=causal, clip=clip)
     # On a short sequence all sides warm up, and those that compute the same are compared.
     outputs = {name: call()[0].float() for name, call in _steps(problem._replace(length=256, heads=8), sides).items()}
-    differences = [(output - outputs[OWN]).abs().max().item() for name, output in outputs.items() if name not in (OWN, TORCH)]
+    differences = [
+        (output - outputs[OWN]).abs().max().item() for name, output in outputs.items() if name not in (OWN, TORCH)
+    ]
 
     inputs = problem.inputs()
     setting = f"L = {length}, D = {size}" + (f", B * H = {heads}" if heads != 8 else "")
@@ -100,7 +102,9 @@ def layer(lengths: list[int], seconds: float, goals: Mapping[str, float]) -> lis
         options: dict[str, Any] = dict(embed_dim=128, num_heads=4, batch_first=True)
         layers = {
             "nn.MultiheadAttention": torch.nn.MultiheadAttention(**options),
-            "RelativeMultiheadAttention": relattn.RelativeMultiheadAttention(**options, max_relative_position=length - 1),
+            "RelativeMultiheadAttention": relattn.RelativeMultiheadAttention(
+                **options, max_relative_position=length - 1
+            ),
         }
         x = torch.randn(32, length, 128, requires_grad=True)
         steps = {name: functools.partial(_train_layer, layer, x) for name, layer in layers.items()}
@@ -131,7 +135,9 @@ def variants(seconds: float, length: int = 1024, size: int = 64) -> list[Table]:
     tables = []
     for dtype in ("float32", "bfloat16"):
         call = _steps(Problem(length, head_dim=size, dtype=dtype), [OWN])[OWN]
-        steps = {name: _with_variant(name, call) for name in ("amx", "avx512", "avx2", "portable") if _has_variant(name)}
+        steps = {
+            name: _with_variant(name, call) for name in ("amx", "avx512", "avx2", "portable") if _has_variant(name)
+        }
         tables.append(costs(f"{FORWARD}, L = {length}, D = {size}, {dtype}", default, interleave(steps, seconds)))
     return tables
 
@@ -203,7 +209,10 @@ def memory(length: int, heads: int, size: int = 64) -> list[Table]:
     rows = []
     for kind in _PASSES:
         extra, _ = in_fresh_process(one_call, dict(kind=kind, length=length, heads=heads, size=size))
-        rows.append({"name": kind, "value": round(extra / _MIB, 2), "unit": "MiB"} | judged(extra / query, allowed / query, at_most=True))
+        rows.append(
+            {"name": kind, "value": round(extra / _MIB, 2), "unit": "MiB"}
+            | judged(extra / query, allowed / query, at_most=True)
+        )
     title = f"extra memory, L = {length}, D = {size}, B * H = {heads} (query: {query / _MIB:.1f} MiB)"
     return [{"title": title, "figure": "times the query's size", "rows": rows}]
 
@@ -215,14 +224,19 @@ def growth(longest: int, seconds: float, size: int = 64) -> list[Table]:
     for length in lengths:
         timing = interleave(_steps(Problem(length, heads=1, head_dim=size), [OWN]), seconds)[OWN]
         extra, output = in_fresh_process(one_call, dict(kind=FORWARD, length=length, heads=1, size=size))
-        rows.append({"name": f"L = {length}", "value": timing["median_ms"], "unit": "ms", "quartiles": timing["quartiles_ms"]})
+        rows.append(
+            {"name": f"L = {length}", "value": timing["median_ms"], "unit": "ms", "quartiles": timing["quartiles_ms"]}
+        )
         rows[-1] |= {"rounds": timing["rounds"], "figure": round((extra + output) / _MIB, 3)}
     exponents = {}
     for name, field in (("time", "value"), ("memory", "figure")):
-        points = [(math.log(length), math.log(max(row[field], 1e-3))) for length, row in zip(lengths, rows, strict=True)]
+        points = [
+            (math.log(length), math.log(max(row[field], 1e-3))) for length, row in zip(lengths, rows, strict=True)
+        ]
         exponents[name] = [_slope(points), _slope(points[len(points) // 2 :])]
     notes = [
-        f"{name} grows as L^{whole:.2f}; over the longer half of the lengths, L^{half:.2f}" for name, (whole, half) in exponents.items()
+        f"{name} grows as L^{whole:.2f}; over the longer half of the lengths, L^{half:.2f}"
+        for name, (whole, half) in exponents.items()
     ]
     title = f"growth, forward, D = {size}, B * H = 1"
     return [{"title": title, "figure": "MiB, output included", "rows": rows, "exponents": exponents, "notes": notes}]
@@ -283,7 +297,9 @@ def cases(quick: bool) -> list[Case]:
         listed.append(Case(name, attention, long | setting | {"goals": {} if quick else goal}))
     few = 0.3 if quick else 1.0
     listed += [Case("decoding", decoding, dict(dtype=dtype, seconds=few)) for dtype in ("float32", "bfloat16")]
-    listed.append(Case("layer", layer, dict(lengths=[16, 64, 128], seconds=0.7 if quick else 3.0, goals={"16": 1.0}), threads=1))
+    listed.append(
+        Case("layer", layer, dict(lengths=[16, 64, 128], seconds=0.7 if quick else 3.0, goals={"16": 1.0}), threads=1)
+    )
     listed.append(Case("overhead", overhead, dict(seconds=few), threads=1))
     listed += [Case("memory", memory, dict(length=length, heads=8)) for length in lengths]
     listed += [] if quick else [Case("memory", memory, dict(length=16384, heads=1))]
@@ -296,16 +312,24 @@ def cases(quick: bool) -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for speed.json")
-    parser.add_argument("--only", nargs="+", choices=list(NAMES), metavar="NAME", help=f"only these: {', '.join(NAMES)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(NAMES), metavar="NAME", help=f"only these: {', '.join(NAMES)}"
+    )
     parser.add_argument("--quick", action="store_true", help="L = 1024, few rounds")
     options = parser.parse_args()
     reason = relattn.cpu.unavailable()
     if reason is not None:
         raise SystemExit(f"No native CPU kernel to measure: {reason}")
 
-    results: dict[str, Any] = {"torch": torch.__version__, "relattn": relattn.__version__, "variant": relattn.cpu.variant()}
+    results: dict[str, Any] = {
+        "torch": torch.__version__,
+        "relattn": relattn.__version__,
+        "variant": relattn.cpu.variant(),
+    }
     results |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "quick": options.quick, "cases": []}
-    print(f"relattn {relattn.__version__} ({results['variant']}), torch {torch.__version__}, {results['threads']} threads")
+    print(
+        f"relattn {relattn.__version__} ({results['variant']}), torch {torch.__version__}, {results['threads']} threads"
+    )
     tables: list[Table] = []
     heading = None
     for case in cases(options.quick):
@@ -317,7 +341,9 @@ def main() -> None:
         with Watch() as watch:
             measured = in_fresh_process(case.function, case.arguments, case.threads)
         tables += measured
-        results["cases"].append({"name": case.name, "threads": case.threads or results["threads"], **watch.seen, "tables": measured})
+        results["cases"].append(
+            {"name": case.name, "threads": case.threads or results["threads"], **watch.seen, "tables": measured}
+        )
         print("\n".join(text(table) for table in measured))
         print(f"  [{_conditions(watch.seen)}]", flush=True)
 

@@ -200,7 +200,8 @@ def test_sweep_from_command_line_to_report(tmp_path, capsys, monkeypatch):
         # Of the operations and the times; under 100 it is only on a machine that is left alone.
         tflops = trial.flops(Problem(length), PEERS[peer].relative) / row["median_ms"] / 1e9
         assert row["tflops"] == pytest.approx(tflops, abs=1e-5)
-        assert row["percent_of_matrix_ceiling"] == pytest.approx(100 * tflops / results["matrix_tflops"], abs=0.01, rel=0.02)
+        percent = 100 * tflops / results["matrix_tflops"]
+        assert row["percent_of_matrix_ceiling"] == pytest.approx(percent, abs=0.01, rel=0.02)
         assert row["percent_of_matrix_ceiling"] > 0
         assert row["returned_bytes"] == 4 * 8 * 64 * length
         assert row["peak_bytes"] >= row["returned_bytes"]
@@ -375,8 +376,8 @@ def test_stages_of_the_gpu_check_run_dry(tmp_path):
     times = parts["speed"]["sweep"]["result"]["times"]
     assert set(times) == {"forward", "query", "key", "table"}
     assert all(milliseconds > 0 for kernel in times.values() for milliseconds in kernel.values())
-    peers_ = parts["speed"]["peers"]["result"]["train"]
-    assert peers_["skew"]["relattn's speed"] == pytest.approx(peers_["skew"]["ms"] / peers_["relattn-triton"]["ms"], rel=0.01)
+    sides = parts["speed"]["peers"]["result"]["train"]
+    assert sides["skew"]["relattn's speed"] == pytest.approx(sides["skew"]["ms"] / sides["relattn-triton"]["ms"], rel=0.01)
     assert parts["train"]["decoder"]["result"]["first losses apart"] < 1e-4
     assert parts["train"]["w2v-BERT"]["result"]["first losses apart"] < gpu_check_train._APART
     assert parts["train"]["command"]["result"]["tokens per second"] > 0
@@ -461,4 +462,6 @@ def test_what_the_tools_print_is_read():
 """
     found = gpu_check_first.summary(sanitizer)
     assert found["summary"] == "ERROR SUMMARY: 1 error"
+    assert found["wrong"]
+    assert not gpu_check_first.summary("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)")["wrong"]
     assert found["first"][0].startswith("Invalid __global__ read")

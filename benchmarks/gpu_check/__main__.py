@@ -6,7 +6,7 @@
   train    whole models beside what they replace
 
 Each takes under nine minutes and is useful alone. OUT gets STAGE.json, written anew after every part, and
-STAGE_logs.tar.gz. --dry runs tiny sizes in this process with Triton's interpreter: no GPU, and no figure means anything.
+STAGE_logs.tar.gz. --dry runs tiny sizes in this process with Triton's interpreter: no GPU, no figure that means anything.
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", nargs="*", metavar="STAGE", default=["first"], help="first (default), speed, profile, train")
+    parser.add_argument(
+        "stage", nargs="*", metavar="STAGE", default=["first"], help="first (default), speed, profile, train"
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), metavar="DIR", help="default: gpu_check")
-    parser.add_argument("--seconds", type=float, default=_SECONDS, help=f"that a stage may take (default: {_SECONDS:.0f})")
+    parser.add_argument(
+        "--seconds", type=float, default=_SECONDS, help=f"that a stage may take (default: {_SECONDS:.0f})"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny sizes without a GPU, to see that every line runs")
     options = parser.parse_args(arguments)
     unknown = [stage for stage in options.stage if stage not in STAGES]

@@ -110,7 +110,9 @@ def by_kernel(call: Step, rounds: int = 5) -> dict[str, float]:
 def tool(name: str) -> str | None:
     """A program of the CUDA toolkit, which may lie beside the PATH; the newest of several."""
     found = shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
-    beside = [str(path) for depth in ("*", "*/*") for path in Path("/opt/nvidia").glob(f"{depth}/{name}") if path.is_file()]
+    beside = [
+        str(path) for depth in ("*", "*/*") for path in Path("/opt/nvidia").glob(f"{depth}/{name}") if path.is_file()
+    ]
     return found or max(beside, default=None)
 
 

@@ -14,10 +14,11 @@ from benchmarks.peers import PEERS, step
 
 # The set "full" has hundreds of metrics, of which these go into the JSON; the log archive has all.
 _WANTED = re.compile(
-    r"gpu__time_duration\.sum|sm__cycles_active\.avg|sm__throughput|gpu__compute_memory_throughput|dram__(throughput|bytes_)|lts__t_sectors?_.*hit"
-    r"|lts__throughput|launch__(registers|shared_mem_per_block|occupancy_limit|waves|grid_size|block_size)|sm__(maximum_)?warps"
-    r"|l1tex__data_bank_(conflicts|reads|writes)|l1tex__data_pipe_lsu_wavefronts|l1tex__throughput|bank_conflict|_shared|_local"
-    r"|pipe_(tensor|shared|xu|alu|fma|lsu)|issue_stalled|average_warps?_.*stall|smsp__(inst_executed|issue_active|warps_eligible)"
+    r"gpu__time_duration\.sum|sm__cycles_active\.avg|sm__(maximum_)?warps|launch__(registers|occupancy_limit|waves)"
+    r"|launch__(shared_mem_per_block|grid_size|block_size)|(sm|lts|l1tex|gpu__compute_memory)_*throughput"
+    r"|dram__(throughput|bytes_)|lts__t_sectors?_.*hit|l1tex__data_bank_(conflicts|reads|writes)|bank_conflict"
+    r"|l1tex__data_pipe_lsu_wavefronts|_shared|_local|pipe_(tensor|shared|xu|alu|fma|lsu)|issue_stalled"
+    r"|average_warps?_.*stall|smsp__(inst_executed|issue_active|warps_eligible)"
 )
 
 
@@ -69,7 +70,18 @@ def plan(dry: bool) -> list[Group]:
     if program is None:
         raise SystemExit("stage profile: no ncu on the PATH, in /usr/local/cuda/bin or in /opt/nvidia/nsight-compute")
     # The clocks stay as they are found; our step alone is profiled.
-    command = (program, "--clock-control", "none", "--profile-from-start", "off", "--set", "full", "--csv", "--page", "raw")
+    command = (
+        program,
+        "--clock-control",
+        "none",
+        "--profile-from-start",
+        "off",
+        "--set",
+        "full",
+        "--csv",
+        "--page",
+        "raw",
+    )
     settings = [dict(length=2048, head_dim=size, clip=clip) for clip in (None, 64) for size in (64, 128)]
 
     def name(setting: dict[str, Any]) -> str:

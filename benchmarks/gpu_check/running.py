@@ -44,7 +44,9 @@ class Group(NamedTuple):
     essential: bool = False  # where one of its jobs fails, the stage ends
 
 
-def run_stage(stage: str, groups: Sequence[Group], folder: Path, seconds: float, inline: bool = False) -> dict[str, Any]:
+def run_stage(
+    stage: str, groups: Sequence[Group], folder: Path, seconds: float, inline: bool = False
+) -> dict[str, Any]:
     """Run the groups one after the other, and write OUT/stage.json after every job, OUT/stage_logs.tar.gz after every
     group. `inline`: in this process, for dry runs."""
     began = time.monotonic()
@@ -137,7 +139,9 @@ def _part(job: Job, status: str, seconds: float, log: str) -> dict[str, Any]:
             with contextlib.suppress(ValueError):
                 part["result"] = json.loads(line)
                 break
-    if status != "ok" or "result" not in part:
+    if status == "ok" and isinstance(part.get("result"), dict) and part["result"].get("wrong"):
+        part["status"] = "wrong"
+    if part["status"] != "ok" or "result" not in part:
         part["log"] = log.splitlines()[-12:]
     return part
 

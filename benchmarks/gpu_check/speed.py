@@ -15,7 +15,19 @@ from typing import Any
 import torch
 
 import relattn
-from benchmarks.gpu_check.common import OWN, by_kernel, device, emit, is_dry, launcher, problem, reason, synchronize, timed, verdict
+from benchmarks.gpu_check.common import (
+    OWN,
+    by_kernel,
+    device,
+    emit,
+    is_dry,
+    launcher,
+    problem,
+    reason,
+    synchronize,
+    timed,
+    verdict,
+)
 from benchmarks.gpu_check.running import Group, Job
 from benchmarks.measure import Step, matrix_ceiling
 from benchmarks.peers import PEERS, Problem, step
@@ -98,7 +110,11 @@ def _parts(given: Problem) -> dict[str, Step]:
         tensors = [tensor.requires_grad_(place in wanted) for place, tensor in enumerate(given.inputs())]
         output = attention(*tensors)
         parts[name] = functools.partial(
-            torch.autograd.grad, output, [tensors[place] for place in wanted], torch.randn_like(output), retain_graph=True
+            torch.autograd.grad,
+            output,
+            [tensors[place] for place in wanted],
+            torch.randn_like(output),
+            retain_graph=True,
         )
     return parts
 
@@ -109,7 +125,11 @@ def configurations() -> list[tuple[int, int, int]]:
 
 
 def sweep(
-    length: int, head_dim: int, clip: int | None, candidates: list[tuple[int, int, int] | None], compile_only: bool = False
+    length: int,
+    head_dim: int,
+    clip: int | None,
+    candidates: list[tuple[int, int, int] | None],
+    compile_only: bool = False,
 ) -> dict[str, Any]:
     """Milliseconds by kernel and configuration ("shipped": the table's own); what fails has its reason."""
     times: dict[str, dict[str, float]] = {}
@@ -156,12 +176,14 @@ def against_peers(length: int, head_dim: int, seconds: float) -> dict[str, Any]:
 
 
 def memory(lengths: list[int], clips: list[int | None], head_dim: int = 64, heads: int = 2) -> dict[str, Any]:
-    """MiB at the peak beyond the inputs, forward with its output and training with its gradients, beside the query's."""
+    """MiB at the peak beyond the inputs, forward with its output, training with its gradients, beside the query's."""
     found: dict[str, Any] = {}
     for length, clip in itertools.product(lengths, clips):
         given = problem(length, head_dim, clip, heads=heads)
         inputs = given.inputs()
-        row: dict[str, Any] = {name: tensor.nbytes / _MIB for name, tensor in zip(("query", "table"), inputs[::3], strict=True)}
+        row: dict[str, Any] = {
+            name: tensor.nbytes / _MIB for name, tensor in zip(("query", "table"), inputs[::3], strict=True)
+        }
         for passed in _PASSES:
             call = step(PEERS[OWN].make(given), inputs, passed == "train")
             try:
@@ -199,7 +221,9 @@ def decoding(keys: int, head_dim: int, batch: int, key_heads: int, seconds: floa
             is_causal=True, enable_gqa=True,
         )  # fmt: skip
         with torch.no_grad():
-            times = timed({backend: functools.partial(call, backend=backend) for backend in ("triton", "blocked")}, seconds)
+            times = timed(
+                {backend: functools.partial(call, backend=backend) for backend in ("triton", "blocked")}, seconds
+            )
         row = found[f"{queries} queries"] = dict(times)
         if isinstance(times["triton"], float):
             row["GB/s of the cache"] = round(2 * key.nbytes / times["triton"] / 1e6, 1)

@@ -1,4 +1,4 @@
-"""Stage `train`: whole models, a minute each, beside what they replace: steps per second, memory, the loss they start with."""
+"""Stage `train`: whole models, a minute each, beside what they replace: steps per second, memory, first losses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,13 @@ def _trained(model: nn.Module, loss: Callable[[nn.Module], Tensor], seconds: flo
     synchronize()
     speed = (len(losses) - warm) / (time.perf_counter() - start)
     memory = torch.cuda.max_memory_allocated() / 2**20 if not is_dry() else None
-    return {"first loss": losses[0], "last loss": losses[-1], "steps": len(losses), "steps per second": round(speed, 3), "MiB": memory}
+    return {
+        "first loss": losses[0],
+        "last loss": losses[-1],
+        "steps": len(losses),
+        "steps per second": round(speed, 3),
+        "MiB": memory,
+    }
 
 
 def _compared(sides: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
@@ -73,7 +79,9 @@ def _compared(sides: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
 # ---- the chorale decoder ----
 
 
-def _materialising(query: Tensor, key: Tensor, value: Tensor, *, rel_k: Tensor, max_relative_position, **_: Any) -> Tensor:
+def _materialising(
+    query: Tensor, key: Tensor, value: Tensor, *, rel_k: Tensor, max_relative_position, **_: Any
+) -> Tensor:
     """Attention as the Music Transformer's ports compute it, the table clipped; without dropout and masks."""
     length, left = query.shape[2], max_relative_position[0]
     rows = torch.arange(1 - length, 1, device=query.device).clamp(min=-left) + left
@@ -173,7 +181,8 @@ def encoder(model: str, layers: int, audio: float, batch: int, seconds: float) -
             with torch.device(device()):
                 chosen = spec.build(layers).to(torch.bfloat16).eval()
             inputs = {
-                name: torch.cat([tensor] * batch).to(device(), torch.bfloat16) for name, tensor in spec.inputs(audio).items()
+                name: torch.cat([tensor] * batch).to(device(), torch.bfloat16)
+                for name, tensor in spec.inputs(audio).items()
             }
             chosen = convert(chosen) if converted else chosen
             noise: list[Tensor] = []
@@ -181,7 +190,9 @@ def encoder(model: str, layers: int, audio: float, batch: int, seconds: float) -
             def loss(model: nn.Module) -> Tensor:
                 output = model(**inputs)[0].float()
                 if not noise:
-                    noise.append(torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.device))
+                    noise.append(
+                        torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.device)
+                    )
                 return F.mse_loss(output, noise[0])
 
             return _trained(chosen, loss, seconds)
@@ -205,8 +216,18 @@ def plan(dry: bool) -> list[Group]:
         Group(
             [
                 Job("decoder", decoder, dict(preset="paper", seconds=25.0), 150.0),
-                Job("w2v-BERT, 30 s of audio", encoder, dict(model="w2v-bert", layers=24, audio=30, batch=4, seconds=25.0), 130.0),
-                Job("w2v-BERT, 2 minutes", encoder, dict(model="w2v-bert", layers=24, audio=120, batch=1, seconds=20.0), 110.0),
+                Job(
+                    "w2v-BERT, 30 s of audio",
+                    encoder,
+                    dict(model="w2v-bert", layers=24, audio=30, batch=4, seconds=25.0),
+                    130.0,
+                ),
+                Job(
+                    "w2v-BERT, 2 minutes",
+                    encoder,
+                    dict(model="w2v-bert", layers=24, audio=120, batch=1, seconds=20.0),
+                    110.0,
+                ),
                 Job("train_decoder", command, dict(preset="paper", pieces=64, options=few), 110.0),
             ]
         )
