@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Watch, attempt
+from benchmarks.measure import matrix_ceiling
 from benchmarks.peers import PASSES, PEERS, Problem
+from benchmarks.processes import Watch, attempt
 from benchmarks.runs import FINAL, GOES_ON, allowed_memory, begin, chosen_device, integers, names, positive
-from benchmarks.trial import flops, matrix_ceiling, trial
+from benchmarks.trial import flops, trial
 from examples.chorales.storage import write_json
 from examples.chorales.terminal import exit_code
 
@@ -105,7 +106,8 @@ def measure(options: argparse.Namespace, results: dict[str, Any], path: Path) ->
     with tqdm(total=len(waiting), unit="row", disable=None, file=sys.stderr, dynamic_ncols=True) as bar:
         for problem, peer in waiting:
             bar.set_description(f"L = {problem.length}, {problem.passed}, {peer}")
-            row = {"pass": problem.passed, "length": problem.length, "peer": peer} | _row(options, rows, problem, peer)
+            row: dict[str, Any] = {"pass": problem.passed, "length": problem.length, "peer": peer}
+            row |= _row(options, rows, problem, peer)
             if "median_ms" in row:
                 count = flops(problem, PEERS[peer].relative)
                 tflops = count / row["median_ms"] / 1e9

@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
-# The GPU check: correctness on the device, sanitizer, determinism, speed against peers, and the configurations' timings, in under nine
-# minutes and without a network. Needs what is installed: torch 2.11 or newer with its Triton. `bash benchmarks/gpu_check.sh [OUT]`
-# Any other module of the clone instead, from a clone that is not installed: `bash benchmarks/gpu_check.sh OUT benchmarks --quick`
+# The GPU check, also from a clone that is not installed, without a network; needs torch 2.11 or newer with its Triton.
+#   bash benchmarks/gpu_check.sh OUT first|speed|profile|train [--seconds N]   one stage, under nine minutes
+#   bash benchmarks/gpu_check.sh OUT benchmarks --quick                       any other module that has --out
+# What is compiled is kept in RELATTN_GPU_CACHE (default /tmp/relattn-gpu), so that a later stage finds it.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-gpu_check}
+what=${2:-first}
 mkdir -p "$out"
+absolute=$(cd "$out" && pwd)
 # A clone that was not installed: the kernels stand beside the package, which looks for them inside it.
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r relattn "$work/relattn"
 cp -r kernels "$work/relattn/kernels"
 cp -r tests benchmarks examples "$work/"
+cache=${RELATTN_GPU_CACHE:-/tmp/relattn-gpu}
+mkdir -p "$cache"
 export PYTHONPATH="$work${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$work/triton}"
-absolute=$(cd "$out" && pwd)
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$cache/triton}" TORCHINDUCTOR_CACHE_DIR="$cache/inductor"
+export RELATTN_CACHE="$cache" CUDA_CACHE_PATH="$cache/cuda"
 cd "$work"
-exec_python=${PYTHON:-python3}
-shift $(($# > 0))
-"$exec_python" -m "${1:-benchmarks.gpu_check}" --out "$absolute" "${@:2}"
+case $what in
+first | speed | profile | train) "${PYTHON:-python3}" -m benchmarks.gpu_check "$what" --out "$absolute" "${@:3}" ;;
+*) "${PYTHON:-python3}" -m "$what" --out "$absolute" "${@:3}" ;;
+esac

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import TensorStep, Watch, attempt, interleave
+from benchmarks.measure import TensorStep, interleave, peak_memory
+from benchmarks.processes import Watch, attempt, is_out_of_memory, limit_memory
 from benchmarks.report import judged
 from benchmarks.runs import FINAL, GOES_ON, allowed_memory, begin, chosen_device, integers, names, positive
-from benchmarks.trial import is_out_of_memory, limit_memory, peak_memory, time_step
 from examples.chorales.storage import atomic_write, read_json, write_json, write_part
 from examples.chorales.terminal import exit_code
 
@@ -62,7 +62,8 @@ def _seamless(version: str) -> Callable[[int], nn.Module]:
 def _wav2vec2_conformer(layers: int) -> nn.Module:
     from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel
 
-    sizes = dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, hidden_act="swish", feat_extract_norm="layer")
+    sizes: dict[str, Any] = dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096)
+    sizes |= dict(hidden_act="swish", feat_extract_norm="layer")
     return Wav2Vec2ConformerModel(Wav2Vec2ConformerConfig(num_hidden_layers=layers, conv_bias=True, **sizes))
 
 
@@ -83,7 +84,7 @@ def _fastspeech2(layers: int) -> nn.Module:
     from transformers.models.fastspeech2_conformer.modeling_fastspeech2_conformer import FastSpeech2ConformerEncoder
 
     config = FastSpeech2ConformerConfig(decoder_layers=layers)
-    model = FastSpeech2ConformerEncoder(config, config.decoder_config)
+    model: Any = FastSpeech2ConformerEncoder(config, config.decoder_config)
     for layer in model.conformer_layers:
         nn.init.xavier_uniform_(layer.self_attn.pos_bias_u)
         nn.init.xavier_uniform_(layer.self_attn.pos_bias_v)
@@ -107,14 +108,16 @@ def _vits(layers: int) -> nn.Module:
     from transformers import VitsConfig
     from transformers.models.vits.modeling_vits import VitsTextEncoder
 
-    return VitsTextEncoder(VitsConfig(num_hidden_layers=layers, attn_implementation="eager"))
+    settings: dict[str, Any] = dict(num_hidden_layers=layers, attn_implementation="eager")
+    return VitsTextEncoder(VitsConfig(**settings))
 
 
 def _deberta(version: str) -> Callable[[int], nn.Module]:
     def build(layers: int) -> nn.Module:
         import transformers
 
-        sizes = dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072, vocab_size=1000, num_hidden_layers=layers)
+        sizes: dict[str, Any] = dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072)
+        sizes |= dict(vocab_size=1000, num_hidden_layers=layers)
         sizes |= dict(relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False)
         if version:
             sizes |= dict(position_buckets=256, share_att_key=True, norm_rel_ebd="layer_norm")
@@ -278,9 +281,7 @@ def times(subject: Mapping[str, Any], sides: list[str], seconds: float) -> dict[
         result["error"] = float(f"{((after - before).abs().max() / before.abs().max()).item():.2e}")
         del before, after
     outputs.clear()
-    if subject["device"] == "cpu":
-        return result | interleave(steps, seconds * len(sides), warm=False)
-    return result | {side: time_step(step, subject["device"], seconds) for side, step in steps.items()}
+    return result | interleave(steps, seconds * len(sides), device=subject["device"], warm=False)
 
 
 # ---- all cases ----

@@ -8,7 +8,7 @@ Every peer turns a `Problem` into a function of (query, key, value, rel_k); `PEE
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import relattn
+from benchmarks.measure import TensorStep
 from relattn import skew
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -65,12 +66,12 @@ class Problem(NamedTuple):
         torch.manual_seed(0)
         dtype = getattr(torch, self.dtype)
         several = (self.batch, self.heads)
-        shapes = [(*several, self.queries, self.head_dim), *[(*several, self.length, self.head_dim)] * 2]
-        shapes.append((sum(self.reach) + 1, self.head_dim))
+        sizes: list[tuple[int, ...]] = [(*several, self.queries), (*several, self.length), (*several, self.length)]
+        sizes.append((sum(self.reach) + 1,))
         scales = (1.0, 1.0, 1.0, 0.5)
         return [
-            (torch.randn(shape, device=self.device) * scale).to(dtype).requires_grad_(self.passed == "train")
-            for shape, scale in zip(shapes, scales, strict=True)
+            (torch.randn(*size, self.head_dim, device=self.device) * scale).to(dtype).requires_grad_(self.passed == "train")
+            for size, scale in zip(sizes, scales, strict=True)
         ]
 
     def rows(self) -> Tensor:
@@ -95,6 +96,26 @@ class Problem(NamedTuple):
         return torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).triu(1)
 
 
+def step(attention: Attention, inputs: Sequence[Tensor], train: bool, grad_output: Tensor | None = None) -> TensorStep:
+    """A call: its output and, if `train`, the gradients of the inputs, of those that it uses."""
+    if not train:
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (attention(*inputs),)
+
+        return forward
+    if grad_output is None:
+        grad_output = torch.randn_like(inputs[0])
+
+    def training() -> tuple[Tensor, ...]:
+        output = attention(*inputs)
+        gradients = torch.autograd.grad(output, list(inputs), grad_output, allow_unused=True)
+        return (output.detach(), *(gradient for gradient in gradients if gradient is not None))
+
+    return training
+
+
 def materialising_skew(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
     """Relative attention as the field's code does it: Q E^T at L x (2L-1), pad, reshape, drop, slice (Huang et al. 2018).
 
@@ -110,9 +131,9 @@ def materialising_skew(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor)
 
 
 def materialising_causal_skew(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
-    """Music Transformer's own, to the left only: rel_k (L, D), Q E^T at L x L, pad, reshape, slice, mask."""
+    """Music Transformer's own, to the left only: rel_k (L, D) or (H, L, D), Q E^T at L x L, pad, reshape, slice, mask."""
     batch, heads, length, size = query.shape
-    logits = F.pad(query @ rel_k.transpose(0, 1), (1, 0)).reshape(batch, heads, length + 1, length)[:, :, 1:]
+    logits = F.pad(query @ rel_k.transpose(-2, -1), (1, 0)).reshape(batch, heads, length + 1, length)[:, :, 1:]
     hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
     scores = (query @ key.transpose(-2, -1) + logits) / size**0.5
     return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value
@@ -127,12 +148,30 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Ten
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
+def sdpa_by(backend: str) -> Callable[[Problem], Attention]:
+    """torch's attention by one of its own backends, FLASH_ATTENTION for instance."""
+
+    def make(problem: Problem) -> Attention:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        side = ceiling(problem)
+
+        def attention(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Tensor:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return side(query, key, value, rel_k)
+
+        return attention
+
+    return make
+
+
 def own(backend: str) -> Callable[[Problem], Attention]:
     def make(problem: Problem) -> Attention:
         options: dict[str, Any] = dict(max_relative_position=problem.reach, backend=backend)
         if problem.sees_left_only:
             options |= dict(is_causal=True, query_offset=problem.offset)
-        return lambda query, key, value, rel_k: relattn.relative_attention(query, key, value, rel_k, **options)
+        attention: Any = relattn.relative_attention
+        return functools.partial(attention, **options)
 
     return make
 
@@ -235,7 +274,7 @@ def w2v_bert(problem: Problem) -> Attention:
     from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
 
     left, right = problem.reach
-    config = Wav2Vec2BertConfig(
+    settings: dict[str, Any] = dict(
         hidden_size=problem.heads * problem.head_dim,
         num_attention_heads=problem.heads,
         position_embeddings_type="relative_key",
@@ -243,7 +282,8 @@ def w2v_bert(problem: Problem) -> Attention:
         right_max_position_embeddings=right,
         attn_implementation="sdpa",
     )
-    module = Wav2Vec2BertSelfAttention(config).to(problem.device).eval()
+    config = Wav2Vec2BertConfig(**settings)
+    module: Any = Wav2Vec2BertSelfAttention(config).to(problem.device).eval()
     module.linear_q, module.linear_k, module.linear_v = _Given(), _Given(), _Given()
     module.linear_out = torch.nn.Identity()
     del module.distance_embedding.weight
@@ -262,13 +302,14 @@ def parakeet(problem: Problem) -> Attention:
     from transformers import ParakeetEncoderConfig
     from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderAttention
 
-    config = ParakeetEncoderConfig(
+    settings: dict[str, Any] = dict(
         hidden_size=problem.heads * problem.head_dim,
         num_attention_heads=problem.heads,
         num_key_value_heads=problem.heads,
         attn_implementation="sdpa",
     )
-    module = ParakeetEncoderAttention(config, layer_idx=0).to(problem.device, getattr(torch, problem.dtype)).eval()
+    config = ParakeetEncoderConfig(**settings)
+    module: Any = ParakeetEncoderAttention(config, layer_idx=0).to(problem.device, getattr(torch, problem.dtype)).eval()
     module.q_proj, module.k_proj, module.v_proj = _Given(), _Given(), _Given()
     module.o_proj = module.relative_k_proj = torch.nn.Identity()
     for bias in (module.bias_u, module.bias_v):
@@ -369,6 +410,8 @@ PEERS = {
             "disentangled-flash", "DisentangledFlash", disentangled_flash, _SEQUENCE, ("cuda",), "disentangled_flash", False, compiled=True
         ),
         Peer("sdpa", "SDPA, no relative term", ceiling, relative=False),
+        Peer("sdpa-flash", "SDPA flash, no relative term", sdpa_by("FLASH_ATTENTION"), _SEQUENCE, ("cuda",), relative=False),
+        Peer("sdpa-cudnn", "SDPA cuDNN, no relative term", sdpa_by("CUDNN_ATTENTION"), _SEQUENCE, ("cuda",), relative=False),
     )
 }
 

@@ -36,6 +36,8 @@ _STYLE = {
     "flash-deberta": ("#B8A600", "<", 1.4),
     "disentangled-flash": ("#17A2B8", ">", 1.4),
     _CEILING: ("#000000", "", 1.6),
+    "sdpa-flash": ("#444444", "|", 1.0),
+    "sdpa-cudnn": ("#888888", "_", 1.0),
 }
 
 

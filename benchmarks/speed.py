@@ -1,27 +1,252 @@
 """The figures that the native CPU kernel is held to: `python -m benchmarks.speed [--out DIR] [--only NAME ...] [--quick]`.
 
-Every case runs in a process of its own; what is compared takes turns within it, with equal threads. Medians, quartiles and (rounds).
-"torch, no relative term" is F.scaled_dot_product_attention on the same query, key and value: less work, so a bound, not a peer.
-float32, B * H = 8, torch's default threads and one table row per distance unless said. About five minutes; --quick, under one, stays at
-L = 1024, and shows no goals that are set for longer sequences.
+Every case runs in a process of its own; what is compared takes turns within it, with equal threads. Medians, quartiles
+and (rounds). "torch, no relative term" is F.scaled_dot_product_attention on the same query, key and value: less work, so
+a bound, not a peer. float32, B * H = 8, torch's default threads and one table row per distance unless said. About five
+minutes; --quick, under one, stays at L = 1024, and shows no goals that are set for longer sequences.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import os
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import relattn
-from benchmarks.cases import BLOCKED, BOTH, FORWARD, OWN, SKEW, TORCH, attention, decoding, features, layer, overhead, variants
-from benchmarks.measure import Watch, in_fresh_process
-from benchmarks.memory import growth, memory
-from benchmarks.report import Table, goals, text
+from benchmarks.measure import Step, TensorStep, extra_memory, interleave
+from benchmarks.peers import PEERS, Problem, step
+from benchmarks.processes import Watch, in_fresh_process
+from benchmarks.report import Table, costs, goals, judged, speeds, text
+
+OWN, BLOCKED, TORCH, SKEW = "relattn cpu", "relattn blocked", "torch, no relative term", "materialising skew"
+_PEERS = {OWN: "relattn-cpu", BLOCKED: "relattn-blocked", TORCH: "sdpa", SKEW: "skew"}
+FORWARD, BOTH = "forward", "forward + backward"
+_PASSES = {FORWARD: "forward", BOTH: "train"}
+_MIB = 2**20
+
+
+def _steps(problem: Problem, sides: Sequence[str], inputs: Sequence[Tensor] | None = None) -> dict[str, TensorStep]:
+    inputs = problem.inputs() if inputs is None else inputs
+    return {name: step(PEERS[_PEERS[name]].make(problem), inputs, problem.passed == "train") for name in sides}
+
+
+# ---- time ----
+
+
+def attention(
+    length: int,
+    size: int,
+    seconds: float,
+    sides: Sequence[str],
+    goals: Mapping[str, Mapping[str, float]] | None = None,
+    limits: Mapping[str, int] | None = None,
+    heads: int = 8,
+    dtype: str = "float32",
+    clip: int | None = None,
+    causal: bool = False,
+) -> list[Table]:
+    """Forward and forward + backward against `sides`; `limits`: rounds at most, of slow ones; `seconds` for each pass."""
+    problem = Problem(length, "train", 1, heads, size, dtype, causal=causal, clip=clip)
+    # On a short sequence all sides warm up, and those that compute the same are compared.
+    outputs = {name: call()[0].float() for name, call in _steps(problem._replace(length=256, heads=8), sides).items()}
+    differences = [
+        (output - outputs[OWN]).abs().max().item() for name, output in outputs.items() if name not in (OWN, TORCH)
+    ]
+
+    inputs = problem.inputs()
+    setting = f"L = {length}, D = {size}" + (f", B * H = {heads}" if heads != 8 else "")
+    setting += ", clip 64" * (clip == 64) + ", causal" * causal + f", {dtype}" * (dtype != "float32")
+    tables = []
+    for kind, passed in _PASSES.items():
+        steps = _steps(problem._replace(passed=passed), sides, inputs)
+        timings = interleave(steps, seconds, limits=limits, warm=length <= 4096)
+        tables.append(speeds(f"{kind}, {setting}", OWN, timings, (goals or {}).get(kind)))
+    if differences:
+        tables[0]["largest_difference"] = max(differences)
+    return tables
+
+
+def decoding(dtype: str, seconds: float, keys: int = 4096, size: int = 64) -> list[Table]:
+    """One and four new queries behind a cache of keys; torch's attention sees all keys, with neither mask nor relative term."""
+    tables = []
+    query, key, value, rel_k = Problem(keys, head_dim=size, dtype=dtype, causal=True).inputs()
+    for queries in (1, 4):
+        inputs = [query[:, :, -queries:].contiguous(), key, value, rel_k]
+        call = functools.partial(
+            relattn.relative_attention, max_relative_position=(keys - 1, 0), is_causal=True, query_offset=keys - queries
+        )
+        sides: dict[str, Callable[..., Any]] = {
+            OWN: functools.partial(call, backend="cpu"),
+            TORCH: PEERS["sdpa"].make(Problem(keys)),
+            BLOCKED: functools.partial(call, backend="blocked"),
+        }
+        timings = interleave({name: step(side, inputs, False) for name, side in sides.items()}, seconds)
+        tables.append(speeds(f"decoding, Lq = {queries}, {keys} keys, D = {size}, {dtype}", OWN, timings))
+    return tables
+
+
+def layer(lengths: list[int], seconds: float, goals: Mapping[str, float]) -> list[Table]:
+    """A training step of the layer against torch's; `goals` by length: at most so many times torch's time."""
+    tables = []
+    for length in lengths:
+        torch.manual_seed(0)
+        options: dict[str, Any] = dict(embed_dim=128, num_heads=4, batch_first=True)
+        layers = {
+            "nn.MultiheadAttention": torch.nn.MultiheadAttention(**options),
+            "RelativeMultiheadAttention": relattn.RelativeMultiheadAttention(
+                **options, max_relative_position=length - 1
+            ),
+        }
+        x = torch.randn(32, length, 128, requires_grad=True)
+        steps = {name: functools.partial(_train_layer, layer, x) for name, layer in layers.items()}
+        title = f"layer, training step, L = {length}, batch 32, embed 128, 4 heads"
+        goal = {"RelativeMultiheadAttention": goals[str(length)]} if str(length) in goals else None
+        tables.append(costs(title, "nn.MultiheadAttention", interleave(steps, seconds), goal))
+    return tables
+
+
+def _train_layer(layer: torch.nn.Module, x: Tensor) -> None:
+    layer(x, x, x, need_weights=False)[0].sum().backward()
+
+
+def overhead(seconds: float) -> list[Table]:
+    """Microseconds of a call that has next to nothing to compute."""
+    tables = []
+    for length in (1, 16, 64):
+        for kind, passed in _PASSES.items():
+            problem = Problem(length, passed, heads=1, head_dim=32)
+            timings = interleave(_steps(problem, (TORCH, OWN)), seconds)
+            tables.append(costs(f"one call, {kind}, L = {length}, D = 32, B * H = 1", TORCH, timings, unit="us"))
+    return tables
+
+
+def variants(seconds: float, length: int = 1024, size: int = 64) -> list[Table]:
+    """The instruction sets that the library is built for and this processor has."""
+    default = str(relattn.backends.cpu.variant())
+    tables = []
+    for dtype in ("float32", "bfloat16"):
+        call = _steps(Problem(length, head_dim=size, dtype=dtype), [OWN])[OWN]
+        steps = {
+            name: _with_variant(name, call) for name in ("amx", "avx512", "avx2", "portable") if _has_variant(name)
+        }
+        tables.append(costs(f"{FORWARD}, L = {length}, D = {size}, {dtype}", default, interleave(steps, seconds)))
+    return tables
+
+
+def _has_variant(name: str) -> bool:
+    try:
+        relattn.backends.cpu.use_variant(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _with_variant(name: str, call: Step) -> Step:
+    def with_variant() -> object:
+        relattn.backends.cpu.use_variant(name)
+        return call()
+
+    return with_variant
+
+
+def features(seconds: float, length: int = 1024, size: int = 64) -> list[Table]:
+    """Training steps with one more argument each, beside the plain call."""
+    inputs = Problem(length, "train", head_dim=size).inputs()
+    table = torch.randn_like(inputs[3]).requires_grad_()
+    padding = (torch.arange(length) < 3 * length // 4)[None]
+    options: dict[str, dict[str, Any]] = {
+        "plain (rel_k)": {},
+        "dropout 0.1": {"dropout_p": 0.1},
+        "rel_q": {"rel_q": table},
+        "rel_v": {"rel_v": table},
+        "window of 64 to both sides": {"window": (64, 64)},
+        "boolean mask, 10 % hidden": {"attn_mask": torch.rand(length, length) > 0.1},
+        "key padding, last quarter": {"key_mask": padding},
+    }
+    steps = {}
+    for name, more in options.items():
+        extra = [tensor for tensor in more.values() if isinstance(tensor, Tensor) and tensor.requires_grad]
+        steps[name] = _step_with(more, inputs + extra)
+    return [costs(f"{BOTH}, L = {length}, D = {size}", "plain (rel_k)", interleave(steps, seconds))]
+
+
+def _step_with(options: dict[str, Any], inputs: list[Tensor]) -> TensorStep:
+    """`inputs`: query, key, value and rel_k, then tensors among the options that get gradients too."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor, *_: Tensor) -> Any:
+        return relattn.relative_attention(query, key, value, rel_k, backend="cpu", **options)
+
+    return step(attention, inputs, True)
+
+
+# ---- memory, of a process's first call ----
+
+
+def one_call(kind: str, length: int, heads: int, size: int) -> tuple[int, int]:
+    """Bytes at the peak beyond inputs and results, and bytes of the results (output, gradients)."""
+    # What any first use loads and starts; by another backend, for this one's may keep memory for the next call.
+    problem = Problem(length, _PASSES[kind], heads=heads, head_dim=size)
+    _steps(problem._replace(length=64, heads=8), [BLOCKED])[BLOCKED]()
+    return extra_memory(_steps(problem, [OWN])[OWN])
+
+
+def memory(length: int, heads: int, size: int = 64) -> list[Table]:
+    """Peak memory beyond inputs, outputs and gradients, in multiples of the query's size.
+
+    The goal is 4 of them, a float32 table for each thread and 8 MB.
+    """
+    query, table = 4 * heads * length * size, 4 * (2 * length - 1) * size
+    allowed = 4 * query + torch.get_num_threads() * table + 8e6
+    rows = []
+    for kind in _PASSES:
+        extra, _ = in_fresh_process(one_call, dict(kind=kind, length=length, heads=heads, size=size))
+        rows.append(
+            {"name": kind, "value": round(extra / _MIB, 2), "unit": "MiB"}
+            | judged(extra / query, allowed / query, at_most=True)
+        )
+    title = f"extra memory, L = {length}, D = {size}, B * H = {heads} (query: {query / _MIB:.1f} MiB)"
+    return [{"title": title, "figure": "times the query's size", "rows": rows}]
+
+
+def growth(longest: int, seconds: float, size: int = 64) -> list[Table]:
+    """Time and memory of the forward pass of one head, lengths doubling; memory beyond the inputs, with the output."""
+    lengths = [2**power for power in range(9, longest.bit_length())]
+    rows: list[dict[str, Any]] = []
+    for length in lengths:
+        timing = interleave(_steps(Problem(length, heads=1, head_dim=size), [OWN]), seconds)[OWN]
+        extra, output = in_fresh_process(one_call, dict(kind=FORWARD, length=length, heads=1, size=size))
+        rows.append(
+            {"name": f"L = {length}", "value": timing["median_ms"], "unit": "ms", "quartiles": timing["quartiles_ms"]}
+        )
+        rows[-1] |= {"rounds": timing["rounds"], "figure": round((extra + output) / _MIB, 3)}
+    exponents = {}
+    for name, field in (("time", "value"), ("memory", "figure")):
+        points = [
+            (math.log(length), math.log(max(row[field], 1e-3))) for length, row in zip(lengths, rows, strict=True)
+        ]
+        exponents[name] = [_slope(points), _slope(points[len(points) // 2 :])]
+    notes = [
+        f"{name} grows as L^{whole:.2f}; over the longer half of the lengths, L^{half:.2f}"
+        for name, (whole, half) in exponents.items()
+    ]
+    title = f"growth, forward, D = {size}, B * H = 1"
+    return [{"title": title, "figure": "MiB, output included", "rows": rows, "exponents": exponents, "notes": notes}]
+
+
+def _slope(points: list[tuple[float, float]]) -> float:
+    return round(statistics.linear_regression(*zip(*points, strict=True)).slope, 3)
+
+
+# ---- all cases, and the command ----
 
 
 class Case(NamedTuple):
@@ -72,7 +297,9 @@ def cases(quick: bool) -> list[Case]:
         listed.append(Case(name, attention, long | setting | {"goals": {} if quick else goal}))
     few = 0.3 if quick else 1.0
     listed += [Case("decoding", decoding, dict(dtype=dtype, seconds=few)) for dtype in ("float32", "bfloat16")]
-    listed.append(Case("layer", layer, dict(lengths=[16, 64, 128], seconds=0.7 if quick else 3.0, goals={"16": 1.0}), threads=1))
+    listed.append(
+        Case("layer", layer, dict(lengths=[16, 64, 128], seconds=0.7 if quick else 3.0, goals={"16": 1.0}), threads=1)
+    )
     listed.append(Case("overhead", overhead, dict(seconds=few), threads=1))
     listed += [Case("memory", memory, dict(length=length, heads=8)) for length in lengths]
     listed += [] if quick else [Case("memory", memory, dict(length=16384, heads=1))]
@@ -85,16 +312,24 @@ def cases(quick: bool) -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for speed.json")
-    parser.add_argument("--only", nargs="+", choices=list(NAMES), metavar="NAME", help=f"only these: {', '.join(NAMES)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(NAMES), metavar="NAME", help=f"only these: {', '.join(NAMES)}"
+    )
     parser.add_argument("--quick", action="store_true", help="L = 1024, few rounds")
     options = parser.parse_args()
     reason = relattn.backends.cpu.unavailable()
     if reason is not None:
         raise SystemExit(f"No native CPU kernel to measure: {reason}")
 
-    results: dict[str, Any] = {"torch": torch.__version__, "relattn": relattn.__version__, "variant": relattn.backends.cpu.variant()}
+    results: dict[str, Any] = {
+        "torch": torch.__version__,
+        "relattn": relattn.__version__,
+        "variant": relattn.backends.cpu.variant(),
+    }
     results |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "quick": options.quick, "cases": []}
-    print(f"relattn {relattn.__version__} ({results['variant']}), torch {torch.__version__}, {results['threads']} threads")
+    print(
+        f"relattn {relattn.__version__} ({results['variant']}), torch {torch.__version__}, {results['threads']} threads"
+    )
     tables: list[Table] = []
     heading = None
     for case in cases(options.quick):
@@ -106,7 +341,9 @@ def main() -> None:
         with Watch() as watch:
             measured = in_fresh_process(case.function, case.arguments, case.threads)
         tables += measured
-        results["cases"].append({"name": case.name, "threads": case.threads or results["threads"], **watch.seen, "tables": measured})
+        results["cases"].append(
+            {"name": case.name, "threads": case.threads or results["threads"], **watch.seen, "tables": measured}
+        )
         print("\n".join(text(table) for table in measured))
         print(f"  [{_conditions(watch.seen)}]", flush=True)
 

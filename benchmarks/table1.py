@@ -12,21 +12,21 @@ import argparse
 import ctypes
 import gc
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import in_fresh_process
+from benchmarks.measure import peak_memory
 from benchmarks.peers import PEERS, Problem, own_fastest
-from benchmarks.trial import peak_memory
+from benchmarks.processes import in_fresh_process
 from examples.chorales.storage import atomic_write, write_json
 
 LENGTHS = (650, 2048, 3500)
 # MB of relative tensors by row and length: the paper's Table 1, with the digits that its formulas give (it prints 108, 1100, 3100).
-PAPER = {"shaw": {650: 108, 2048: 1074, 3500: 3136}, "skew": {650: 0.17, 2048: 0.52, 3500: 0.90}}
+PAPER: dict[str, dict[int, float]] = {"shaw": {650: 108, 2048: 1074, 3500: 3136}, "skew": {650: 0.17, 2048: 0.52, 3500: 0.90}}
 _MB = 1e6
 _METHODS = {"shaw": "Shaw et al., embeddings (L, L, D)", "skew": "Huang et al., skew", "relattn": "relattn"}
 
@@ -112,7 +112,7 @@ def _in_process(function: Callable[..., int], **arguments: Any) -> int:
     return in_fresh_process(function, arguments)
 
 
-def text(rows: list[Mapping[str, Any]], device: str) -> str:
+def text(rows: Sequence[Mapping[str, Any]], device: str) -> str:
     """The table in Markdown, MB."""
     lengths = sorted({row["length"] for row in rows})
     lines = ["| relative tensors + logits, MB | " + " | ".join(f"L = {length}" for length in lengths) + " |"]

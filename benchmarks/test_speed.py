@@ -6,6 +6,8 @@ Each also asserts that what it timed is right, in shape and finite; tests/ holds
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -79,9 +81,11 @@ def test_decoding(benchmark, peer):
 @pytest.mark.parametrize("kind", ["RelativeMultiheadAttention", "nn.MultiheadAttention"])
 def test_layer(benchmark, kind):
     benchmark.group = "layer, training step, L = 128, batch 8, embed 256, 4 heads"
-    options = dict(embed_dim=256, num_heads=4, batch_first=True, device=DEVICE)
+    options: dict[str, Any] = dict(embed_dim=256, num_heads=4, batch_first=True, device=DEVICE)
     own = kind == "RelativeMultiheadAttention"
-    layer = relattn.RelativeMultiheadAttention(**options, max_relative_position=127) if own else torch.nn.MultiheadAttention(**options)
+    layer: torch.nn.Module = torch.nn.MultiheadAttention(**options)
+    if own:
+        layer = relattn.RelativeMultiheadAttention(**options, max_relative_position=127)
     x = torch.randn(8, 128, 256, device=DEVICE, requires_grad=True)
 
     def step():
@@ -89,4 +93,5 @@ def test_layer(benchmark, kind):
         layer(x, x, x, need_weights=False)[0].sum().backward()
 
     timed(benchmark, step)
-    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+    gradients = [parameter.grad for parameter in layer.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import statistics
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import relattn
-from benchmarks.measure import Step, TensorStep, extra_memory, interleave
-from benchmarks.peers import PEERS, Attention, Problem
+from benchmarks.measure import peak_memory, time_step
+from benchmarks.peers import PEERS, Attention, Problem, step
+from benchmarks.processes import is_out_of_memory, limit_memory
 
 _STRIP = 16  # queries of each strip that the reference is asked for
 # Largest deviation from the float64 reference, in multiples of the plain implementation's in the same dtype, that counts as rounding.
@@ -37,26 +35,6 @@ def flops(problem: Problem, relative: bool = True) -> float:
     return 2.0 * problem.batch * problem.heads * problem.head_dim * products
 
 
-def _step(attention: Attention, inputs: Sequence[Tensor], train: bool, grad_output: Tensor | None = None) -> TensorStep:
-    """A call, its output and gradients; those of unused inputs left out."""
-    if not train:
-
-        def forward() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return (attention(*inputs),)
-
-        return forward
-    if grad_output is None:
-        grad_output = torch.randn_like(inputs[0])
-
-    def training() -> tuple[Tensor, ...]:
-        output = attention(*inputs)
-        gradients = torch.autograd.grad(output, list(inputs), grad_output, allow_unused=True)
-        return (output.detach(), *(gradient for gradient in gradients if gradient is not None))
-
-    return training
-
-
 def strips(problem: Problem) -> list[range]:
     """Queries to look at: all if they are few; else some from the start, behind the middle and at the end. They do not overlap."""
     if problem.queries <= 8 * _STRIP:
@@ -75,7 +53,7 @@ def check(problem: Problem, attention: Attention, inputs: Sequence[Tensor], rela
     grad_output = torch.zeros_like(inputs[0])
     for part in parts:
         grad_output[:, :, part.start : part.stop] = torch.randn_like(grad_output[:, :, part.start : part.stop])
-    found = list(_step(attention, inputs, train, grad_output)())
+    found = list(step(attention, inputs, train, grad_output)())
     exact, plain = (_reference(problem, inputs, parts, grad_output, dtype, relative) for dtype in (torch.float64, inputs[0].dtype))
     found[0] = torch.cat([found[0][:, :, part.start : part.stop] for part in parts], 2)
     errors = {}
@@ -91,7 +69,7 @@ def _reference(
     problem: Problem, inputs: Sequence[Tensor], parts: Sequence[range], grad_output: Tensor, dtype: torch.dtype, relative: bool
 ) -> list[Tensor]:
     query, key, value, rel_k = (tensor.detach().to(dtype).requires_grad_() for tensor in inputs)
-    outputs = [
+    outputs: list[Any] = [
         relattn.relative_attention(
             query[:, :, part.start : part.stop],
             key,
@@ -112,42 +90,6 @@ def _reference(
     return [output.detach(), *torch.autograd.grad(output, wanted, grad)]
 
 
-def peak_memory(step: TensorStep, device: str) -> tuple[int, int]:
-    """Bytes at the peak beyond the inputs, results included, and bytes of the results."""
-    if device == "cpu":
-        extra, returned = extra_memory(step)
-        return extra + returned, returned
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    results = step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before, sum(tensor.untyped_storage().nbytes() for tensor in results)
-
-
-def time_step(step: Step, device: str, seconds: float, warm: bool = True) -> dict[str, Any]:
-    """Median, quartiles and number of rounds; on a GPU each round between two events, with its L2 cache emptied before."""
-    if device == "cpu":
-        return interleave({"": step}, seconds, warm=warm)[""]
-    emptying = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    step()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-    while len(events) < 3 or (time.perf_counter() - start < seconds and len(events) < 400):
-        for _ in range(10 if events else 3):
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            emptying.zero_()
-            pair[0].record()
-            step()
-            pair[1].record()
-            events.append(pair)
-        torch.cuda.synchronize()
-    times = [first.elapsed_time(second) for first, second in events]
-    low, median, high = (round(value, 5) for value in statistics.quantiles(times, n=4, method="inclusive"))
-    return {"median_ms": median, "quartiles_ms": [low, high], "rounds": len(times)}
-
-
 def trial(peer: str, problem: Mapping[str, Any], seconds: float, memory_limit: int | None = None) -> dict[str, Any]:
     """The result of one peer on one problem: status, errors, memory in bytes, milliseconds."""
     case, side = Problem(**problem), PEERS[peer]
@@ -159,47 +101,21 @@ def trial(peer: str, problem: Mapping[str, Any], seconds: float, memory_limit: i
         inputs = case.inputs()
         if not side.compiled:  # what any first use loads and starts
             small = case._replace(length=64)
-            _step(side.make(small), small.inputs(), train)()
+            step(side.make(small), small.inputs(), train)()
         attention = side.make(case)
-        step = _step(attention, inputs, train)
+        call = step(attention, inputs, train)
         if side.compiled:  # the compiler's memory is not the kernel's
-            step()
+            call()
         start = time.perf_counter()
-        result["peak_bytes"], result["returned_bytes"] = peak_memory(step, device)
+        result["peak_bytes"], result["returned_bytes"] = peak_memory(call, device)
         first = time.perf_counter() - start
         result["errors"] = check(case, attention, inputs, side.relative)
         if max(result["errors"].values()) > _ROUNDING:
             result["status"] = "wrong"
         gc.collect()
-        result |= time_step(step, device, seconds, warm=first < 1.0)  # a second call has been made anyway
+        result |= time_step(call, device, seconds, warm=first < 1.0)  # a second call has been made anyway
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         result = {"status": "out of memory", "detail": str(error).splitlines()[0][:200]}
     return result
-
-
-def limit_memory(limit: int) -> None:
-    """Let this process take `limit` bytes more address space: beyond, an allocation fails instead of the machine."""
-    import resource
-
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        status = Path("/proc/self/status").read_text().splitlines()
-        used = 1024 * int(next(line for line in status if line.startswith("VmSize")).split()[1])
-        resource.setrlimit(resource.RLIMIT_AS, (used + limit, resource.RLIM_INFINITY))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    known = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "defaultcpuallocator")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in text for part in known)
-
-
-def matrix_ceiling(dtype: str, device: str, seconds: float = 1.0) -> float:
-    """TFLOP/s of the best of torch's own products of square matrices: the machine's "speed of light" for this dtype."""
-    best = 0.0
-    for size in (512, 1024, 2048) if device == "cpu" else (4096, 8192):
-        left, right = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        timing = time_step(lambda left=left, right=right: left @ right, device, seconds / 3)
-        best = max(best, 2 * size**3 / timing["median_ms"] / 1e9)
-    return best

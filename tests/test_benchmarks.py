@@ -1,5 +1,6 @@
 """The benchmarks' measuring and their list of cases; not what they measure."""
 
+import importlib
 import inspect
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -14,9 +16,14 @@ import pytest
 import torch
 
 from benchmarks import __main__ as sweep
-from benchmarks import measure, peers, render, report, speed, table1, trial
-from benchmarks.cases import OWN, SKEW, TORCH, attention
+from benchmarks import measure, peers, processes, render, report, speed, table1, trial
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import first as gpu_check_first
+from benchmarks.gpu_check import profile as gpu_check_profile
+from benchmarks.gpu_check import running
+from benchmarks.gpu_check import train as gpu_check_train
 from benchmarks.peers import PEERS, Problem
+from benchmarks.speed import OWN, SKEW, TORCH, attention
 from examples.chorales.storage import read_json, write_json
 from relattn.backends import cpu
 
@@ -45,12 +52,12 @@ def test_extra_memory_is_what_a_step_frees():
 
 
 def test_fresh_process():
-    with measure.Watch() as watch:
-        result = measure.in_fresh_process(_double, {"number": 21}, threads=1)
+    with processes.Watch() as watch:
+        result = processes.in_fresh_process(_double, {"number": 21}, threads=1)
     assert result == [42, 1]
     assert watch.seen["seconds"] > 0
     with pytest.raises(RuntimeError, match="must be a number"):
-        measure.in_fresh_process(_double, {"number": "x"})
+        processes.in_fresh_process(_double, {"number": "x"})
 
 
 def _double(number):
@@ -111,7 +118,7 @@ def _ends(how):
     ],
 )
 def test_what_becomes_of_a_process_is_a_row(how, status, detail):
-    row = measure.attempt(_ends, {"how": how}, timeout=3 if how == "hang" else 120, threads=1)
+    row = processes.attempt(_ends, {"how": how}, timeout=3 if how == "hang" else 120, threads=1)
     assert row["status"] == status
     assert detail in row["detail"]
 
@@ -190,7 +197,12 @@ def test_sweep_from_command_line_to_report(tmp_path, capsys, monkeypatch):
         assert row["status"] == "ok"
         low, high = row["quartiles_ms"]
         assert 0 < low <= row["median_ms"] <= high
-        assert 0 < row["percent_of_matrix_ceiling"] < 100
+        # Of the operations and the times; under 100 it is only on a machine that is left alone.
+        tflops = trial.flops(Problem(length), PEERS[peer].relative) / row["median_ms"] / 1e9
+        assert row["tflops"] == pytest.approx(tflops, abs=1e-5)
+        percent = 100 * tflops / results["matrix_tflops"]
+        assert row["percent_of_matrix_ceiling"] == pytest.approx(percent, abs=0.01, rel=0.02)
+        assert row["percent_of_matrix_ceiling"] > 0
         assert row["returned_bytes"] == 4 * 8 * 64 * length
         assert row["peak_bytes"] >= row["returned_bytes"]
     text = (out / "report.md").read_text()
@@ -231,7 +243,7 @@ def test_longer_ones_are_not_tried_after_memory_ran_out():
 def test_the_least_disturbed_try_counts(monkeypatch):
     times, busy = iter((5.0, 3.0, 4.0, 1.0)), iter((0.9, 0.3, 0.5, 0.0))
 
-    class Disturbed(measure.Watch):
+    class Disturbed(processes.Watch):
         def __exit__(self, *_):
             self.seen = {"other_processes_cores": next(busy)}
 
@@ -343,3 +355,113 @@ def test_timed_tests_run():
     result = subprocess.run(command, capture_output=True, text=True, cwd=CLONE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout
     assert " passed" in result.stdout
+
+
+# ---- the GPU check ----
+
+
+def test_stages_of_the_gpu_check_run_dry(tmp_path):
+    """Every job's lines, in tiny sizes and with Triton's interpreter: no typo shall cost time on a GPU."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry", "--out", str(tmp_path), *gpu_check.STAGES]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=CLONE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{stage}{end}" for stage in gpu_check.STAGES for end in (".json", "_logs.tar.gz")
+    )
+    parts = {stage: read_json(tmp_path / f"{stage}.json")["parts"] for stage in gpu_check.STAGES}
+    assert all(part["status"] == "ok" for stage in parts.values() for part in stage.values())
+    assert max(parts["first"]["right"]["result"]["L 9"].values()) < trial._ROUNDING
+    assert parts["first"]["fuzz"]["result"]["calls"] == 1
+    times = parts["speed"]["sweep"]["result"]["times"]
+    assert set(times) == {"forward", "query", "key", "table"}
+    assert all(milliseconds > 0 for kernel in times.values() for milliseconds in kernel.values())
+    sides = parts["speed"]["peers"]["result"]["train"]
+    assert sides["skew"]["relattn's speed"] == pytest.approx(sides["skew"]["ms"] / sides["relattn-triton"]["ms"], rel=0.01)
+    assert parts["train"]["decoder"]["result"]["first losses apart"] < 1e-4
+    assert parts["train"]["w2v-BERT"]["result"]["first losses apart"] < gpu_check_train._APART
+    assert parts["train"]["command"]["result"]["tokens per second"] > 0
+
+
+@pytest.mark.parametrize("stage", ["first", "speed", "profile", "train"])
+def test_jobs_on_a_gpu_can_be_called(stage, monkeypatch):
+    """As they are planned there: names are unlike, arguments fit and go through JSON, the parts end in time."""
+    pytest.importorskip("triton")
+    module = importlib.import_module(f"benchmarks.gpu_check.{stage}")
+    if hasattr(module, "tool"):
+        monkeypatch.setattr(module, "tool", lambda name: f"/opt/{name}")
+    jobs = [job for group in module.plan(dry=False) for job in group.jobs]
+    assert len({job.name for job in jobs}) == len(jobs)
+    for job in jobs:
+        inspect.signature(job.function).bind(**json.loads(json.dumps(job.arguments)))
+        assert 0 < job.limit < 300
+
+
+def _job(how):
+    """What may become of a job. (A process calls it by its name.)"""
+    print(json.dumps({"so far": 1}), flush=True)
+    if how == "fail":
+        raise SystemExit("it was wrong")
+    return {"how": how}
+
+
+def test_jobs_end_in_time_with_what_they_started(tmp_path):
+    well = running.Job("well", _job, {"how": "well"}, 100.0)
+    shout = well._replace(name="parsed", parse=lambda log: log.upper().splitlines()[-1])
+    hangs = well._replace(name="hang", limit=2.0, prefix=("sh", "-c", 'sleep 600 & echo "{\\"child\\": $!}"; wait'))
+    groups = [
+        running.Group([well, hangs, shout], at_once=3),
+        running.Group([well._replace(name="wrong", arguments={"how": "fail"})], essential=True),
+        running.Group([well._replace(name="never")]),
+    ]
+    report = running.run_stage("some", groups, tmp_path, 300.0)
+    assert read_json(tmp_path / "some.json") == report
+    parts = report["parts"]
+    assert parts["well"]["result"] == {"how": "well"}
+    assert parts["parsed"]["result"] == '{"HOW": "WELL"}'
+    assert parts["hang"]["status"].startswith("stopped after")
+    assert not _alive(parts["hang"]["result"]["child"])
+    assert parts["wrong"]["status"] == "exit status 1"
+    assert parts["wrong"]["result"] == {"so far": 1}
+    assert parts["wrong"]["log"][-1] == "it was wrong"
+    assert "never" not in parts
+    assert "ended" in report
+    with tarfile.open(tmp_path / "some_logs.tar.gz") as archive:
+        assert sorted(archive.getnames()) == ["hang.log", "parsed.log", "well.log", "wrong.log"]
+
+    late = running.run_stage("late", groups[:1], tmp_path, 0.0)  # the stage's own time is over
+    assert {part["status"] for part in late["parts"].values()} == {"no time left"}
+
+
+def _alive(pid):
+    """Whether a process still runs; one that ended and is not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_what_the_tools_print_is_read():
+    ncu = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","gpu__time_duration.sum","smsp__average_warps_issue_stalled_wait_per_issue_active.ratio","other"
+"","","","us","inst",""
+"0","7","forward_kernel","1,234.5","0.25","9"
+"1","7","void at::native::fill<4>(int)","3","0.5","9"
+"2","7","forward_kernel","8","0.5","n/a"
+==PROF== Disconnected
+"""
+    found = gpu_check_profile.counters(ncu)
+    assert list(found) == ["forward_kernel", "forward_kernel 1"]
+    stalled = "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio [inst]"
+    assert found["forward_kernel"] == {"gpu__time_duration.sum [us]": 1234.5, stalled: 0.25}
+    sanitizer = """========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 4 bytes
+=========     at forward_kernel+0x10
+{"finite": true}
+========= ERROR SUMMARY: 1 error
+"""
+    found = gpu_check_first.summary(sanitizer)
+    assert found["summary"] == "ERROR SUMMARY: 1 error"
+    assert found["wrong"]
+    assert not gpu_check_first.summary("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)")["wrong"]
+    assert found["first"][0].startswith("Invalid __global__ read")
