@@ -1,4 +1,4 @@
-// The C interface: what Python hands over for one call. The cpu backend (cpu.py) packs the same fields in the same order.
+// The C interface: what Python hands over for one call. relattn/backends/cpu.py packs the same fields in the same order.
 #pragma once
 #include <cstdint>
 

@@ -59,7 +59,7 @@ INLINE int64_t table_position(const Keys& keys, int64_t query) {
   return clamp(keys.offset, -kFar, kFar) + query;
 }
 
-INLINE float hidden_from(int64_t dtype) {  // as hidden_from in the reference backend
+INLINE float hidden_from(int64_t dtype) {  // as relattn.arguments.hidden_from
   switch (dtype) {
     case kFloat32:
       return -1.7014117331926443e38f;
