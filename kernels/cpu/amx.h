@@ -1,8 +1,8 @@
 // Products of bfloat16 tiles on AMX: C (rows, columns) float32 = or += A (rows, k) B (k, columns).
 //
-// A's rows are bfloat16, zero beyond k up to a multiple of 32. B's columns come in panels of 16: for each pair of k steps 16 pairs, so that
-// a panel of keys is their rows' 32-bit words transposed. As with the register tiles (tiles.h), C's rows may each begin one element further
-// right, which skews for free: the tile store takes any stride.
+// A's rows are bfloat16, zero beyond k up to a multiple of 32. B's columns come in panels of 16: for each pair of k
+// steps 16 pairs, so that a panel of keys is their rows' 32-bit words transposed. As with the register tiles (tiles.h),
+// C's rows may each begin one element further right, which skews for free: the tile store takes any stride.
 
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileDepth = 32;    // k steps of one instruction
@@ -93,4 +93,6 @@ static void amx_multiply(int rows, int64_t panels, HalfLeft a, HalfRight b, int6
 
 INLINE void store_half(Half* to, Vec v) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
 
-INLINE Vec widen(__m256i halves) { return (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+INLINE Vec widen(__m256i halves) {
+  return (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}

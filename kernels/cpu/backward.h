@@ -1,13 +1,16 @@
-// The backward pass: the tiles of scores once more, and from each of them every gradient (Dao et al. 2022, with the relative terms).
+// The backward pass: the tiles of scores once more, and from each of them every gradient (Dao et al. 2022; with the
+// relative terms).
 //
-// A block of queries stays while the keys pass. Its query gradient is its own; those of keys and values belong to one thread at a time
-// (see gradients.h); those of the tables are summed for each thread.
+// A block of queries stays while the keys pass. Its query gradient is its own; those of keys and values belong to one
+// thread at a time (see gradients.h); those of the tables are summed for each thread.
 
 // What one head of one thread adds to. Null: not needed. Keys and values are shared by the query heads of a key head.
 struct Gradients {
-  Result key, value;               // key: still to be multiplied by ln 2
-  float *content, *position;       // of the block's rows, (rows, padded size), perhaps the same; still to be multiplied by the scale
-  float *rel_k, *rel_q, *rel_v;    // (R, padded); rel_k to be multiplied by ln 2 except for its bias column, rel_q by the scale
+  Result key, value;  // key: still to be multiplied by ln 2
+  // Of the block's rows, (rows, padded size), perhaps the same; still to be multiplied by the scale.
+  float *content, *position;
+  // (R, padded); rel_k to be multiplied by ln 2 except for its bias column, rel_q by the scale.
+  float *rel_k, *rel_q, *rel_v;
   float *pos_bias_u, *pos_bias_v;  // (D,)
 };
 
@@ -31,8 +34,8 @@ static int64_t carve_backward(const Problem& p, char* base, Workspace& w) {
 }
 
 // Gradients of a tile's weights, before dropout: upstream times (value + rel_v).
-static void tile_weights_gradient(const Problem& p, const Head& head, const Block& block, const Tile& tile, const Workspace& w,
-                                  const Result& gradient) {
+static void tile_weights_gradient(const Problem& p, const Head& head, const Block& block, const Tile& tile,
+                                  const Workspace& w, const Result& gradient) {
   const Left upstream = {w.upstream, p.padded_value_size, 1};
   const float* values = head.value_panels + tile.first_key * p.value_size;
   if (p.call.rel_v.data) {
@@ -66,9 +69,10 @@ static void subtract_lse_gradient(const Problem& p, const Head& head, const Bloc
       w.delta[row] -= element(p.call.grad_lse, head.batch, head.head, block.first + row);
 }
 
-// Weights are 2^(score - base) * inverse. Where the log-sum-exp is moderate it is the base. A row whose scores share a large constant (a
-// mask of -1e9) has one that no longer holds the logarithm of the sum; and in half precision the rounded output does not give the exact
-// sum_j w_ij dw_ij. Then one more pass over the keys finds the maximum, the sum, and that.
+// Weights are 2^(score - base) * inverse. Where the log-sum-exp is moderate it is the base. A row whose scores share a
+// large constant (a mask of -1e9) has one that no longer holds the logarithm of the sum; and in half precision the
+// rounded output does not give the exact sum_j w_ij dw_ij. Then one more pass over the keys finds the maximum, the sum,
+// and that.
 static void row_statistics(const Problem& p, const Head& head, const Block& block, Workspace& w, bool find_delta) {
   const Result scores = {w.scores + kSlack, p.leading}, gradient = {w.weights_gradient + kSlack, p.leading};
   fill(w.base, -kInfinity, block.rows);
@@ -99,7 +103,8 @@ static void row_statistics(const Problem& p, const Head& head, const Block& bloc
 // Upstream gradients of a block's rows, and what turns scores into weights and their gradients.
 static void prepare_backward(const Problem& p, const Head& head, const Block& block, Workspace& w) {
   const Call& call = p.call;
-  const Matrix grad_output = matrix(call.grad_output, head.batch, head.head), output = matrix(call.output, head.batch, head.head);
+  const Matrix grad_output = matrix(call.grad_output, head.batch, head.head),
+               output = matrix(call.output, head.batch, head.head);
   const bool half = call.output.dtype != kFloat32;
   bool large = false;
   for (int64_t row = 0; row < block.rows; ++row) {
@@ -116,26 +121,28 @@ static void prepare_backward(const Problem& p, const Head& head, const Block& bl
     w.delta[row] = dot_row(upstream, w.scratch, p.padded_value_size);
   }
   if (call.rel_v.data) {
-    // Hidden columns beyond the table get these even where no visible one needs them: a weight of 0 times what was left there before.
+    // Hidden columns beyond the table get these even where no visible one needs them: a weight of 0 times what was left
+    // there before.
     fill(w.value_edges.left, 0.0f, block.rows);
     fill(w.value_edges.right, 0.0f, block.rows);
-    edge_products(lay_over(head.rel_v, block.rows, block.position, 0), block.keys, {w.upstream, p.padded_value_size, 1}, w.value_edges,
-                  w.scratch);
+    edge_products(lay_over(head.rel_v, block.rows, block.position, 0), block.keys, {w.upstream, p.padded_value_size, 1},
+                  w.value_edges, w.scratch);
   }
   if (half || large) row_statistics(p, head, block, w, half);
   if (call.grad_lse.data) subtract_lse_gradient(p, head, block, w);
 }
 
-// One row's scores of these keys become weights after dropout, and gradients of its weights become gradients of its scores.
-INLINE void weights_and_gradients_row(const Problem& p, const Head& head, const Block& block, int64_t row, const Range& keys,
-                                      const Workspace& w, float* weights, float* gradient) {
+// One row's scores of these keys become weights after dropout, gradients of its weights gradients of its scores.
+INLINE void weights_and_gradients_row(const Problem& p, const Head& head, const Block& block, int64_t row,
+                                      const Range& keys, const Workspace& w, float* weights, float* gradient) {
   const Vec base = splat(w.base[row]), inverse = splat(w.inverse[row]), delta = splat(w.delta[row]);
   const int64_t count = keys.last - keys.first;
   if (p.dropout.used()) {
     dropout_keep(p.dropout, head.batch, head.head, block.first + row, keys.first, keys.last, w.keep);
     const Vec factor = splat(1.0f / p.dropout.kept_share);
     for (int64_t column = 0; column < count; column += kWidth) {
-      const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse, kept = load(w.keep + column) * factor;
+      const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse,
+                kept = load(w.keep + column) * factor;
       store(gradient + column, weight * (load(gradient + column) * kept - delta));
       store(weights + column, weight * kept);
     }
@@ -149,8 +156,8 @@ INLINE void weights_and_gradients_row(const Problem& p, const Head& head, const 
 }
 
 // The same for a tile; zero wherever nothing is seen, slack included.
-static void weights_and_gradients(const Problem& p, const Head& head, const Block& block, const Tile& tile, Workspace& w,
-                                  const Result& scores, const Result& gradient) {
+static void weights_and_gradients(const Problem& p, const Head& head, const Block& block, const Tile& tile,
+                                  Workspace& w, const Result& scores, const Result& gradient) {
   int64_t next = 0;
   auto clear = [&](int64_t row, int64_t first, int64_t last) {
     fill(scores.data + row * scores.row + first, 0.0f, last - first);
@@ -174,7 +181,8 @@ static void weights_and_gradients(const Problem& p, const Head& head, const Bloc
 }
 
 // gradient[key] += sum over the tile's rows of a[row][key] * right[row], for the keys of the tile.
-static void add_over_rows(const Block& block, const Tile& tile, const Result& a, const Right& right, int64_t size, const Result& gradient) {
+static void add_over_rows(const Block& block, const Tile& tile, const Result& a, const Right& right, int64_t size,
+                          const Result& gradient) {
   int64_t begin = 0, end = 0;
   const int64_t first = tile.keys.first - tile.first_key, last = tile.keys.last - tile.first_key;
   for (int64_t column = first; column < last; column += kRows) {
@@ -190,7 +198,8 @@ static void add_over_rows(const Block& block, const Tile& tile, const Result& a,
 // rel_q's share in the gradients: its tile is the transposed one.
 static void key_score_gradients(const Problem& p, const Head& head, const Block& block, const Tile& tile, Workspace& w,
                                 const Result& gradient, const Gradients& out) {
-  const int64_t columns = round_up(block.rows, kPanel), leading = columns + 2 * kSlack, count = tile.keys.last - tile.keys.first;
+  const int64_t columns = round_up(block.rows, kPanel), leading = columns + 2 * kSlack,
+                count = tile.keys.last - tile.keys.first;
   const Result by_key = {w.by_key + kSlack, leading};
   for (int64_t key = 0; key < count; key += kPanel) {
     for (int64_t row = 0; row < columns; row += kPanel)
@@ -220,7 +229,8 @@ static void key_score_gradients(const Problem& p, const Head& head, const Block&
 }
 
 // Everything that the block's rows and the keys in `keys` contribute. The block has been prepared.
-static void backward_keys(const Problem& p, const Head& head, const Block& block, Range keys, Workspace& w, const Gradients& out) {
+static void backward_keys(const Problem& p, const Head& head, const Block& block, Range keys, Workspace& w,
+                          const Gradients& out) {
   const Call& call = p.call;
   const Result scores = {w.scores + kSlack, p.leading}, gradient = {w.weights_gradient + kSlack, p.leading};
   Block part = block;
@@ -240,14 +250,15 @@ static void backward_keys(const Problem& p, const Head& head, const Block& block
     if (out.key.data) add_over_rows(part, tile, gradient, content, p.padded_size, out.key);
     if (call.rel_q.data) key_score_gradients(p, head, part, tile, w, gradient, out);
     if (out.rel_v)
-      relative_table_gradient(lay_over(head.rel_v, block.rows, block.position, first_key), seen, scores, upstream, p.padded_value_size,
-                              {out.rel_v, p.padded_value_size});
+      relative_table_gradient(lay_over(head.rel_v, block.rows, block.position, first_key), seen, scores, upstream,
+                              p.padded_value_size, {out.rel_v, p.padded_value_size});
     if (out.rel_k)
-      relative_table_gradient(lay_over(head.rel_k, block.rows, block.position, first_key), seen, gradient, position, p.padded_depth,
-                              {out.rel_k, p.padded_depth});
+      relative_table_gradient(lay_over(head.rel_k, block.rows, block.position, first_key), seen, gradient, position,
+                              p.padded_depth, {out.rel_k, p.padded_depth});
     if (!out.content) continue;
     add_over_columns(tile, gradient, head.key.from(first_key), p.padded_size, {out.content, p.padded_size});
-    if (call.rel_k.data) add_over_distances(part, tile, gradient, head.rel_k, p.padded_size, {out.position, p.padded_size});
+    if (call.rel_k.data)
+      add_over_distances(part, tile, gradient, head.rel_k, p.padded_size, {out.position, p.padded_size});
   }
 }
 

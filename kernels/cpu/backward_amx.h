@@ -1,9 +1,12 @@
-// The backward pass in bfloat16 on AMX. B of a product over queries is a pair of rows interleaved, which the pass over the scores writes;
-// so gradients of keys, values and tables are summed transposed, (size, rows), and no tile is ever transposed:
+// The backward pass in bfloat16 on AMX. B of a product over queries is a pair of rows interleaved, which the pass over
+// the scores writes; so gradients of keys, values and tables are summed transposed, (size, rows), and no tile is ever
+// transposed:
 //
 //   dV^T (Dv, keys)  += upstream^T x weights          dK^T (D, keys) += content^T x dS
-//   dE^T (D, rows)   += position^T x dS, in which row 2t + 1 is taken one column further right, and pair t two columns further: unskewed
-//   dQ   (rows, D)   += dS x keys                     dQ' (rows, D)  += dS, each row read one element further right, x table
+//   dE^T (D, rows)   += position^T x dS, in which row 2t + 1 is taken one column further right, and pair t two columns
+//                       further: unskewed
+//   dQ   (rows, D)   += dS x keys
+//   dQ'  (rows, D)   += dS, each row read one element further right, x table
 
 constexpr int64_t kWideSlack = 64;  // elements, zero, on both sides of what is read skewed in steps of 32
 
@@ -25,7 +28,8 @@ struct AmxBackwardWorkspace {
   AmxWorkspace forward;
   Half *upstream, *content_t, *position_t, *upstream_t;
   uint32_t *weights, *gradient;  // pairs of rows: a word holds (row 2t, row 2t + 1)
-  // Gradients of scores as the sum of two bfloat16 numbers, for the products with tables: sums of many that nearly cancel.
+  // Gradients of scores as the sum of two bfloat16 numbers, for the products with tables: sums of many that nearly
+  // cancel.
   uint32_t* skewed[2];  // pairs of rows, the second taken one column further right
   Half* gradient_rows[2];
   float* weights_gradient;  // of a group
@@ -59,7 +63,8 @@ struct AmxBackward {
     const bool table = p.call.rel_k.data != nullptr;
     for (int part = 0; part < 2; ++part) {
       w.skewed[part] = table ? (uint32_t*)carver.floats((rows / 2 + kTileRows) * words) : nullptr;
-      w.gradient_rows[part] = part == 0 || table || p.call.grad_pos_bias_u.data ? carver.halves((rows + kGroupRows) * halves) : nullptr;
+      w.gradient_rows[part] =
+          part == 0 || table || p.call.grad_pos_bias_u.data ? carver.halves((rows + kGroupRows) * halves) : nullptr;
     }
     w.weights_gradient = carver.floats(kGroupRows * p.leading + 2 * kGroupRows);
     w.beyond = {carver.floats(rows), carver.floats(rows)};
@@ -86,7 +91,8 @@ struct AmxBackward {
     const Head& head = operands.head;
     const Block block = prepare_block_amx(p, head, w.forward, index);
     if (block.keys.empty()) return block;
-    const HalfSource grad = {matrix(p.call.grad_output, head.batch, head.head), p.call.queries, p.value_size, p.deep_value_size};
+    const HalfSource grad = {matrix(p.call.grad_output, head.batch, head.head), p.call.queries, p.value_size,
+                             p.deep_value_size};
     for (int64_t row = 0; row < block.rows; ++row)
       read_halves(grad, block.first + row, w.upstream + row * p.deep_value_size, w.forward.scratch.row);
     zero_halves(w.upstream + block.rows * p.deep_value_size, (rows - block.rows) * p.deep_value_size);
@@ -107,8 +113,8 @@ struct AmxBackward {
     const int64_t size = p.deep_value_size;
     group_products(p, operands, block, tile, group, w.forward, scores);
     amx_multiply<false>(group.rows, (columns.last - columns.first) / kPanel, {w.upstream + group.row * size, size},
-                        {operands.keys.value_panels + (tile.first_key + columns.first) * size, kPanel * size}, size / kTileDepth,
-                        {gradient.data + columns.first, gradient.row});
+                        {operands.keys.value_panels + (tile.first_key + columns.first) * size, kPanel * size},
+                        size / kTileDepth, {gradient.data + columns.first, gradient.row});
     const float unit = (float)(p.absolute_scale() * kLog2E);
     const Skew skew = lay_over(head.rel_k, block, tile, group);
     for (int r = 0; r < group.rows; ++r) {
@@ -129,7 +135,8 @@ struct AmxBackward {
     fill(base.delta, 0.0f, block.rows);
     Tile tile;
     TileRegisters registers;
-    for (int64_t first_key = block.keys.first / kTileDepth * kTileDepth; first_key < block.keys.last; first_key += p.block_keys) {
+    for (int64_t first_key = block.keys.first / kTileDepth * kTileDepth; first_key < block.keys.last;
+         first_key += p.block_keys) {
       cut_tile(p, head, block, first_key, kGroupRows, tile);
       if (tile_hidden(p, head, block, tile.keys)) continue;
       for (int g = 0; g < tile.count; ++g) {
@@ -140,7 +147,8 @@ struct AmxBackward {
           const int64_t row = group.row + r;
           float* weights = scores.data + r * scores.row + begin;
           softmax_row(weights, columns, {base.base[row], base.inverse[row], base.delta + row, 1});
-          if (p.dropout.used()) drop_row(p.dropout, head, block.first + row, first_key + begin, columns, weights, base.keep);
+          if (p.dropout.used())
+            drop_row(p.dropout, head, block.first + row, first_key + begin, columns, weights, base.keep);
           base.delta[row] += dot_row(weights, gradient.data + r * gradient.row + begin, columns);
         }
       }
@@ -165,9 +173,10 @@ struct AmxBackward {
       if (skewed) zero_pairs(skewed, pair, -kWideSlack, p.block_keys + kWideSlack);
   }
 
-  // A group's weights after dropout and gradients of its scores, in place; of these also what concerns rel_bias and the table's edges.
-  void group_gradients(const AmxHead& operands, const Block& block, const Tile& tile, const Group& group, float* bias_sum,
-                       const AmxBackwardWorkspace& w) const {
+  // A group's weights after dropout and gradients of its scores, in place; of these also what concerns rel_bias and the
+  // table's edges.
+  void group_gradients(const AmxHead& operands, const Block& block, const Tile& tile, const Group& group,
+                       float* bias_sum, const AmxBackwardWorkspace& w) const {
     const Result scores = scores_of(w), gradient = gradient_of(w);
     const Range& columns = group.columns;
     const Range keys = {tile.first_key + columns.first, tile.first_key + columns.last};
@@ -175,14 +184,15 @@ struct AmxBackward {
     for (int r = 0; r < group.rows; ++r) {
       const int64_t row = group.row + r;
       float* of_scores = gradient.data + r * gradient.row;
-      weights_and_gradients_row(p, operands.head, block, row, keys, w.forward.base, scores.data + r * scores.row + columns.first,
-                                of_scores + columns.first);
+      weights_and_gradients_row(p, operands.head, block, row, keys, w.forward.base,
+                                scores.data + r * scores.row + columns.first, of_scores + columns.first);
       if (!p.position) continue;
       const Range within = skew.within(r, columns);
       w.beyond.left[row] += sum_row(of_scores + columns.first, within.first - columns.first);
       w.beyond.right[row] += sum_row(of_scores + within.last, columns.last - within.last);
       if (bias_sum && !within.empty())
-        add_scaled(bias_sum + within.first - skew.shift - r, of_scores + within.first, 1.0f, within.last - within.first);
+        add_scaled(bias_sum + within.first - skew.shift - r, of_scores + within.first, 1.0f,
+                   within.last - within.first);
     }
   }
 
@@ -204,17 +214,20 @@ struct AmxBackward {
     for (int64_t r = last_row; r < kGroupRows; r += 2) clear_pair(w, (group.row + r) / 2);
   }
 
-  void write_pair(const AmxBackwardWorkspace& w, int64_t pair, const Range& columns, const Result& scores, const Result& gradient) const {
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-                                                19, 3, 18, 2, 17, 1, 16, 0);
-    const float *low = scores.data, *high = low + scores.row, *low_gradient = gradient.data, *high_gradient = low_gradient + gradient.row;
+  void write_pair(const AmxBackwardWorkspace& w, int64_t pair, const Range& columns, const Result& scores,
+                  const Result& gradient) const {
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const float *low = scores.data, *high = low + scores.row, *low_gradient = gradient.data,
+                *high_gradient = low_gradient + gradient.row;
     uint32_t *weights = w.weights + pair * words + kWideSlack, *of_scores = w.gradient + pair * words + kWideSlack;
     Half *low_row = w.gradient_rows[0] + 2 * pair * halves + kWideSlack, *high_row = low_row + halves;
     Half* rest = w.gradient_rows[1] ? w.gradient_rows[1] + 2 * pair * halves + kWideSlack : nullptr;
     for (int64_t column = columns.first; column < columns.last; column += kWidth) {
       const __m512i of_weights = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(high + column), (__m512)load(low + column));
       _mm512_storeu_si512(weights + column, _mm512_permutexvar_epi16(interleave, of_weights));
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(high_gradient + column), (__m512)load(low_gradient + column));
+      const __m512i both =
+          (__m512i)_mm512_cvtne2ps_pbh((__m512)load(high_gradient + column), (__m512)load(low_gradient + column));
       _mm512_storeu_si512(of_scores + column, _mm512_permutexvar_epi16(interleave, both));
       _mm256_storeu_si256((__m256i*)(low_row + column), _mm512_castsi512_si256(both));
       _mm256_storeu_si256((__m256i*)(high_row + column), _mm512_extracti64x4_epi64(both, 1));
@@ -229,7 +242,8 @@ struct AmxBackward {
   void write_skewed_pair(const AmxBackwardWorkspace& w, int part, int64_t pair, const Range& columns) const {
     const Half *first_row = w.gradient_rows[part] + 2 * pair * halves + kWideSlack, *second_row = first_row + halves;
     uint32_t* skewed = w.skewed[part] + pair * words + kWideSlack;
-    const int64_t begin = columns.first - kPanel;  // the second row's first column stands one column before the first row's
+    // The second row's first column stands one column before the first row's.
+    const int64_t begin = columns.first - kPanel;
     for (int64_t column = begin; column < columns.last; column += kPanel) {
       const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(first_row + column)));
       const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(second_row + column + 1)));
@@ -239,15 +253,19 @@ struct AmxBackward {
     zero_pairs(w.skewed[part], pair, columns.last, p.block_keys + kWideSlack);
   }
 
-  // A tile's rows [rows.first, rows.last), in whole groups, of a block's transposed ones: A of the products for transposed sums.
-  HalfLeft of_block(const Half* transposed, int64_t column, int64_t row) const { return {transposed + column * rows + row, rows}; }
+  // A tile's rows [rows.first, rows.last), in whole groups, of a block's transposed ones: A of the products for
+  // transposed sums.
+  HalfLeft of_block(const Half* transposed, int64_t column, int64_t row) const {
+    return {transposed + column * rows + row, rows};
+  }
 
   // gradient^T (size, keys) += rows^T x pairs, over these rows.
-  void add_over_rows(const Tile& tile, const Range& of, const Half* rows_t, int64_t size, const uint32_t* pairs, float* gradient) const {
-    const int64_t first = (tile.keys.first - tile.first_key) / kPanel, last = panels_of(tile.keys.last - tile.first_key),
-                  steps = (of.last - of.first) / kTileDepth;
-    const HalfRight right = {(const Half*)(pairs + of.first / 2 * words + kWideSlack + first * kPanel), 2 * kPanel, 2 * words,
-                             2 * kTileRows * words};
+  void add_over_rows(const Tile& tile, const Range& of, const Half* rows_t, int64_t size, const uint32_t* pairs,
+                     float* gradient) const {
+    const int64_t first = (tile.keys.first - tile.first_key) / kPanel,
+                  last = panels_of(tile.keys.last - tile.first_key), steps = (of.last - of.first) / kTileDepth;
+    const HalfRight right = {(const Half*)(pairs + of.first / 2 * words + kWideSlack + first * kPanel), 2 * kPanel,
+                             2 * words, 2 * kTileRows * words};
     for (int64_t d = 0; d < size; d += kGroupRows)
       amx_multiply<true>((int)least(kGroupRows, size - d), last - first, of_block(rows_t, d, of.first), right, steps,
                          {gradient + d * key_columns + tile.first_key + first * kPanel, key_columns});
@@ -269,8 +287,8 @@ struct AmxBackward {
       if (begin == end) continue;
       const int64_t panels = least<int64_t>(2, panels_of(highest + 1 - r));
       for (const uint32_t* part : w.skewed) {
-        const HalfRight right = {(const Half*)(part + begin / 2 * words + kWideSlack + r + shift + begin), 2 * kPanel, 2 * (words + 2),
-                                 2 * kTileRows * (words + 2)};
+        const HalfRight right = {(const Half*)(part + begin / 2 * words + kWideSlack + r + shift + begin), 2 * kPanel,
+                                 2 * (words + 2), 2 * kTileRows * (words + 2)};
         for (int64_t d = 0; d < p.deep_size; d += kGroupRows)
           amx_multiply<true>((int)least(kGroupRows, p.deep_size - d), panels, of_block(w.position_t, d, begin), right,
                              (end - begin) / kTileDepth, {gradient + d * table_columns + r, table_columns});
@@ -279,21 +297,25 @@ struct AmxBackward {
   }
 
   // A group's share in the gradients of its queries.
-  void query_gradient(const AmxHead& operands, const Block& block, const Tile& tile, const Group& group, const AmxBackwardWorkspace& w,
-                      const Gradients& out) const {
+  void query_gradient(const AmxHead& operands, const Block& block, const Tile& tile, const Group& group,
+                      const AmxBackwardWorkspace& w, const Gradients& out) const {
     const int64_t panels = p.padded_size / kPanel, place = group.row * p.padded_size;
-    auto of_group = [&](int part, int64_t column) { return w.gradient_rows[part] + group.row * halves + kWideSlack + column; };
+    auto of_group = [&](int part, int64_t column) {
+      return w.gradient_rows[part] + group.row * halves + kWideSlack + column;
+    };
     const int64_t first = group.columns.first, steps = (group.columns.last - first + kTileDepth - 1) / kTileDepth;
     for (int part = 0; part < (out.pos_bias_u ? 2 : 1); ++part)  // that gradient is a sum over all of them
-      amx_multiply<true>(group.rows, panels, {of_group(part, first), halves}, operands.keys.key_pairs.from(tile.first_key + first), steps,
+      amx_multiply<true>(group.rows, panels, {of_group(part, first), halves},
+                         operands.keys.key_pairs.from(tile.first_key + first), steps,
                          {out.content + place, p.padded_size});
     if (!p.call.rel_k.data) return;
     const Skew skew = lay_over(operands.head.rel_k, block, tile, group);
     const Range touched = skew.touched(group.seen);
     const int64_t lowest = touched.first / 2 * 2;  // whole pairs
     for (int part = 0; part < 2 && lowest < touched.last; ++part)
-      amx_multiply<true>(group.rows, panels, {of_group(part, lowest + skew.shift), halves + 1}, operands.table_pairs.from(lowest),
-                         (touched.last - 1 - lowest) / kTileDepth + 1, {out.position + place, p.padded_size});
+      amx_multiply<true>(group.rows, panels, {of_group(part, lowest + skew.shift), halves + 1},
+                         operands.table_pairs.from(lowest), (touched.last - 1 - lowest) / kTileDepth + 1,
+                         {out.position + place, p.padded_size});
   }
 
   // Everything that the block's rows and the keys in `keys` contribute. The block has been prepared.
@@ -306,7 +328,8 @@ struct AmxBackward {
     fill(w.beyond.right, 0.0f, block.rows);
     Tile tile;
     TileRegisters registers;
-    for (int64_t first_key = block.keys.first / kPanel * kPanel; first_key < block.keys.last; first_key += p.block_keys) {
+    for (int64_t first_key = block.keys.first / kPanel * kPanel; first_key < block.keys.last;
+         first_key += p.block_keys) {
       cut_tile(p, head, block, first_key, kGroupRows, tile);
       if (tile.count == 0 || tile_hidden(p, head, block, tile.keys)) continue;
       const Range of = {tile.groups[0].row, tile.groups[tile.count - 1].row + kGroupRows};  // rows of the block
@@ -328,7 +351,8 @@ struct AmxBackward {
   }
 
   // What lies beyond the table's edges, from the rows' sums there.
-  void add_edges(const AmxHead& operands, const Block& block, const AmxSums& sums, const Gradients& out, AmxBackwardWorkspace& w) const {
+  void add_edges(const AmxHead& operands, const Block& block, const AmxSums& sums, const Gradients& out,
+                 AmxBackwardWorkspace& w) const {
     const Matrix table = matrix(p.call.rel_k, 0, operands.head.head);
     for (int side = 0; side < 2; ++side) {
       const bool right = side == 1;
@@ -341,7 +365,8 @@ struct AmxBackward {
         if (sums.bias) sums.bias[table_row] += total[row];
         if (!table.data) continue;
         const Half* position = w.forward.position + row * p.deep_size;
-        for (int64_t column = 0; gradient && column < p.size; ++column) gradient[column] += total[row] * from_bfloat16(position[column]);
+        for (int64_t column = 0; gradient && column < p.size; ++column)
+          gradient[column] += total[row] * from_bfloat16(position[column]);
         if (out.content) add_scaled(out.position + row * p.padded_size, edge, total[row], p.size);
       }
     }

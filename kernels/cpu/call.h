@@ -1,4 +1,4 @@
-// The C interface: what Python hands over for one call. relattn/backends/cpu.py packs the same fields in the same order.
+// The C interface: what Python hands over for one call. relattn/backends/cpu.py packs these fields in this order.
 #pragma once
 #include <cstdint>
 
@@ -16,7 +16,7 @@ struct Tensor {
 // B batch, Hq / Hkv query / key heads, Lq / Lk lengths, D / Dv head sizes, R table rows.
 struct Call {
   int64_t batch, heads, key_heads, queries, keys, size, value_size, rows;
-  int64_t left, right;                                                   // table row 0 is distance -left, the last +right
+  int64_t left, right;  // table row 0 is distance -left, the last +right
   int64_t has_window_left, window_left, has_window_right, window_right;  // causal calls have window_right = 0
   int64_t query_offset;
   int64_t seed;

@@ -1,18 +1,20 @@
-// The forward pass of few queries against many keys, as in decoding: it reads keys, values and tables once, where they are, since packing
-// them costs more than all products. Heads that share keys are taken together, and the keys in parts of fixed length, so that one head
-// occupies several threads and the result does not depend on how many there are.
+// The forward pass of few queries against many keys, as in decoding: it reads keys, values and tables once, where they
+// are, since packing them costs more than all products. Heads that share keys are taken together, and the keys in parts
+// of fixed length, so that one head occupies several threads and the result does not depend on how many there are.
 
 constexpr int64_t kFewQueries = 2;  // more share what was packed
 constexpr int64_t kFewRows = 8;     // query heads of a key head, times queries
 constexpr int64_t kKeysOfPart = 1024;
 constexpr int64_t kBlockKeysFew = 256;  // of a tile of scores
 
-INLINE bool whole_vectors(const Tensor& tensor, int64_t size) { return !tensor.data || (tensor.stride[3] == 1 && size % kWidth == 0); }
+INLINE bool whole_vectors(const Tensor& tensor, int64_t size) {
+  return !tensor.data || (tensor.stride[3] == 1 && size % kWidth == 0);
+}
 
 static bool takes_few(const Call& call) {
   return call.queries <= kFewQueries && call.queries * (call.heads / call.key_heads) <= kFewRows && !call.rel_q.data &&
-         whole_vectors(call.key, call.size) && whole_vectors(call.value, call.value_size) && whole_vectors(call.rel_k, call.size) &&
-         whole_vectors(call.rel_v, call.value_size);
+         whole_vectors(call.key, call.size) && whole_vectors(call.value, call.value_size) &&
+         whole_vectors(call.rel_k, call.size) && whole_vectors(call.rel_v, call.value_size);
 }
 
 // kWidth elements from `index` on, as floats.
@@ -21,10 +23,12 @@ INLINE Vec load_as(const char* data, int64_t index) {
   if constexpr (kType == kFloat32) return load((const float*)data + index);
 #if defined(__AVX512F__)
   const __m256i bits = _mm256_loadu_si256((const __m256i*)((const uint16_t*)data + index));
-  return kType == kBFloat16 ? (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)) : (Vec)_mm512_cvtph_ps(bits);
+  return kType == kBFloat16 ? (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))
+                            : (Vec)_mm512_cvtph_ps(bits);
 #elif defined(__AVX2__)
   const __m128i bits = _mm_loadu_si128((const __m128i*)((const uint16_t*)data + index));
-  return kType == kBFloat16 ? (Vec)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)) : (Vec)_mm256_cvtph_ps(bits);
+  return kType == kBFloat16 ? (Vec)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))
+                            : (Vec)_mm256_cvtph_ps(bits);
 #else
   Vec result;
   for (int lane = 0; lane < kWidth; ++lane) result[lane] = read_element(data, kType, index + lane);
@@ -32,8 +36,9 @@ INLINE Vec load_as(const char* data, int64_t index) {
 #endif
 }
 
-// Products of the matrix's rows with each of kCount vectors of whole floats: to[v][row - rows.first], or added to it. What is addressed
-// comes by value here: behind a reference it would be read again after every store (vectors may alias anything), 2% of a decoding step.
+// Products of the matrix's rows with each of kCount vectors of whole floats: to[v][row - rows.first], or added to it.
+// What is addressed comes by value here: behind a reference it would be read again after every store (vectors may alias
+// anything), 2% of a decoding step.
 template <int64_t kType, int kCount>
 static void dots_of(const Matrix& m, Range rows, Left vectors, int64_t size, bool add, Result to) {
   float sums[kCount][kPanel * kWidth], turned[kWidth * kPanel];
@@ -124,7 +129,8 @@ INLINE void with_constants(int64_t dtype, int64_t count, const Call_& call) {
   }
 }
 
-static void dots(const Matrix& m, const Range& rows, const Left& vectors, int64_t count, int64_t size, bool add, const Result& to) {
+static void dots(const Matrix& m, const Range& rows, const Left& vectors, int64_t count, int64_t size, bool add,
+                 const Result& to) {
   if (rows.empty()) return;
   for (int64_t v = 0; v < count; v += 4)
     with_constants(m.dtype, least<int64_t>(4, count - v), [&](auto type, auto taken) {
@@ -132,7 +138,8 @@ static void dots(const Matrix& m, const Range& rows, const Left& vectors, int64_
     });
 }
 
-static void weighted(const Matrix& m, const Range& rows, const Left& weights, int64_t count, int64_t size, const Result& result) {
+static void weighted(const Matrix& m, const Range& rows, const Left& weights, int64_t count, int64_t size,
+                     const Result& result) {
   if (rows.empty()) return;
   for (int64_t v = 0; v < count; v += 4)
     with_constants(m.dtype, least<int64_t>(4, count - v), [&](auto type, auto taken) {
@@ -167,7 +174,8 @@ static void position_scores(const Problem& p, const TileRow& row, const float* q
       dots(table, {table_row, table_row + 1}, single(query), 1, p.size, false, single(&score));
       fill(scores + first, score, last - first);
     };
-    dots(table, {within.first - row.shift, within.last - row.shift}, single(query), 1, p.size, false, single(scores + within.first));
+    dots(table, {within.first - row.shift, within.last - row.shift}, single(query), 1, p.size, false,
+         single(scores + within.first));
     edge(0, columns.first, within.first);
     edge(call.rows - 1, within.last, columns.last);
   } else {
@@ -196,7 +204,8 @@ static void value_positions(const Problem& p, const TileRow& row, const float* w
   if (within.last < columns.last) add({rows - 1, rows}, &right);
 }
 
-static void part_of_keys(const Problem& p, const Keys& keys, int64_t batch, int64_t key_head, Range range, Workspace& w, const Part& part) {
+static void part_of_keys(const Problem& p, const Keys& keys, int64_t batch, int64_t key_head, Range range, Workspace& w,
+                         const Part& part) {
   const Call& call = p.call;
   const int64_t rows = p.ratio * call.queries;
   const Matrix key = matrix(call.key, batch, key_head), value = matrix(call.value, batch, key_head);
@@ -231,17 +240,20 @@ static void part_of_keys(const Problem& p, const Keys& keys, int64_t batch, int6
     if (p.position)
       for (int64_t row = 0; row < rows; ++row)
         position_scores(p, tile_row(row), w.position + row * p.padded_depth, scores.data + row * scores.row);
-    dots(key, tile.keys, {w.content, p.padded_size, 1}, rows, p.size, p.position, {scores.data + seen.first, scores.row});
+    dots(key, tile.keys, {w.content, p.padded_size, 1}, rows, p.size, p.position,
+         {scores.data + seen.first, scores.row});
     for (int64_t row = 0; row < rows; ++row) {
       float *weights = scores.data + row * scores.row, *result = part.result + row * p.padded_value_size;
       const int64_t query = row % call.queries, count = columns.last - columns.first;
       head.head = head_of(row);
       hide(p, head, block, tile, query, columns, w, weights);
       softmax_row(weights + columns.first, count, {part.highest[row], part.total[row], result, p.padded_value_size});
-      if (p.dropout.used()) drop_row(p.dropout, head, query, first_key + columns.first, count, weights + columns.first, w.keep);
+      if (p.dropout.used())
+        drop_row(p.dropout, head, query, first_key + columns.first, count, weights + columns.first, w.keep);
       if (call.rel_v.data) value_positions(p, tile_row(row), weights, result);
     }
-    weighted(value, tile.keys, {scores.data + seen.first, scores.row, 1}, rows, p.value_size, {part.result, p.padded_value_size});
+    weighted(value, tile.keys, {scores.data + seen.first, scores.row, 1}, rows, p.value_size,
+             {part.result, p.padded_value_size});
   }
 }
 
@@ -275,7 +287,8 @@ static int forward_few(const Call& call, const Team& team) {
   const int64_t parts = most<int64_t>((call.keys + kKeysOfPart - 1) / kKeysOfPart, 1);
   const int64_t part_floats = round_up(rows * (p.padded_value_size + 2), kPanel);
   Memory memory = {team};
-  Workspace* workspaces = carve_for_threads<Workspace>(memory, [&](char* base, Workspace& w) { return carve_few(p, base, w); });
+  Workspace* workspaces =
+      carve_for_threads<Workspace>(memory, [&](char* base, Workspace& w) { return carve_few(p, base, w); });
   const Keys* keys = find_keys(call, memory);
   float* results = memory.floats(true, units * parts * part_floats);
   if (!memory.enough) return 1;
@@ -286,7 +299,8 @@ static int forward_few(const Call& call, const Team& team) {
   };
   parallel(team, units * parts, [&](int64_t index, int64_t thread) {
     const int64_t unit = index / parts, first = index % parts * kKeysOfPart, b = unit / call.key_heads;
-    part_of_keys(p, keys[b], b, unit % call.key_heads, {first, first + kKeysOfPart}, workspaces[thread], part_of(index));
+    part_of_keys(p, keys[b], b, unit % call.key_heads, {first, first + kKeysOfPart}, workspaces[thread],
+                 part_of(index));
   });
   for (int64_t unit = 0; unit < units; ++unit) {
     const Part sum = part_of(unit * parts);

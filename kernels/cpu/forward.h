@@ -1,5 +1,5 @@
-// The forward pass: for each block of queries a running softmax over tiles of keys (Milakov and Gimelshein 2018; Dao et al. 2022), a group
-// of rows at a time so that scores never leave the first cache.
+// The forward pass: for each block of queries a running softmax over tiles of keys (Milakov and Gimelshein 2018; Dao et
+// al. 2022), a group of rows at a time so that scores never leave the first cache.
 
 // A row's softmax so far: its highest score, the sum of 2^(score - highest), and what is summed with these weights.
 struct RunningRow {
@@ -7,7 +7,7 @@ struct RunningRow {
   float* result;
   int64_t size;
 
-  // What is subtracted from a score when some have `highest` for their maximum: nothing seen so far makes every weight 0.
+  // What is subtracted from a score when some have `highest` for their maximum: every weight is 0 if nothing was seen.
   static float base_of(float highest) { return highest == -kInfinity ? 0.0f : highest; }
 
   // Weights with a new maximum, whose sum is `added`, come to those so far.
@@ -44,10 +44,11 @@ INLINE void softmax_row(float* scores, int64_t columns, RunningRow running) {
 }
 
 // Multiply a row's weights by dropout's 1 or 0.
-INLINE void drop_row(const Dropout& dropout, const Head& head, int64_t query, int64_t first_key, int64_t columns, float* weights,
-                     float* keep) {
+INLINE void drop_row(const Dropout& dropout, const Head& head, int64_t query, int64_t first_key, int64_t columns,
+                     float* weights, float* keep) {
   dropout_keep(dropout, head.batch, head.head, query, first_key, first_key + columns, keep);
-  for (int64_t column = 0; column < columns; column += kWidth) store(weights + column, load(weights + column) * load(keep + column));
+  for (int64_t column = 0; column < columns; column += kWidth)
+    store(weights + column, load(weights + column) * load(keep + column));
 }
 
 // The block's output and log-sum-exp.
@@ -58,7 +59,8 @@ static void write_block(const Problem& p, const Head& head, const Block& block, 
     const float total = w.total[row];
     const float factor = total == 0.0f ? 0.0f : 1.0f / (total * p.dropout.kept_share);
     write_row(output, query, p.value_size, w.result + row * p.padded_value_size, factor);
-    element(p.call.lse, head.batch, head.head, query) = total == 0.0f ? -kInfinity : (float)(w.highest[row] * kLn2) + __builtin_logf(total);
+    element(p.call.lse, head.batch, head.head, query) =
+        total == 0.0f ? -kInfinity : (float)(w.highest[row] * kLn2) + __builtin_logf(total);
   }
 }
 
@@ -67,12 +69,14 @@ static void pack_tile(const Problem& p, const Tile& tile, Head& head, const Work
   const int64_t key_head = head.head / p.ratio;
   const PanelSource key = p.key_source(head.batch, key_head), value = p.value_source(head.batch, key_head);
   const int64_t first = tile.keys.first / kPanel, last = panels_of(tile.keys.last);
-  for (int64_t panel = first; panel < last; ++panel) pack_panel(key, panel, w.keys + (panel * kPanel - tile.first_key) * p.size, w.scratch);
+  for (int64_t panel = first; panel < last; ++panel)
+    pack_panel(key, panel, w.keys + (panel * kPanel - tile.first_key) * p.size, w.scratch);
   head.key_panels = w.keys;
   head.first_key = tile.first_key;
   if (!w.values) return;
   for (int64_t row = tile.keys.first; row < tile.keys.last; ++row)
-    read_padded(value.matrix, row, p.value_size, p.padded_value_size, w.values + (row - tile.first_key) * p.padded_value_size);
+    read_padded(value.matrix, row, p.value_size, p.padded_value_size,
+                w.values + (row - tile.first_key) * p.padded_value_size);
   head.value = {w.values, p.padded_value_size, kPanel};
   head.first_value = tile.first_key;
 }
@@ -95,7 +99,8 @@ static void forward_block(const Problem& p, Head head, Workspace& w, int64_t ind
       const int64_t begin = group.columns.first, columns = group.columns.last - begin;
       for (int64_t row = group.row; row < group.row + group.rows; ++row) {
         float* weights = scores.data + row * scores.row + begin;
-        softmax_row(weights, columns, {w.highest[row], w.total[row], w.result + row * p.padded_value_size, p.padded_value_size});
+        softmax_row(weights, columns,
+                    {w.highest[row], w.total[row], w.result + row * p.padded_value_size, p.padded_value_size});
         if (p.dropout.used()) drop_row(p.dropout, head, block.first + row, first_key + begin, columns, weights, w.keep);
         if (call.rel_v.data) {
           fill(weights - kPanel, 0.0f, kPanel);
@@ -110,9 +115,11 @@ static void forward_block(const Problem& p, Head head, Workspace& w, int64_t ind
   write_block(p, head, block, w);
 }
 
-// One block of queries per head of keys, as in decoding: keys and values are packed a tile at a time where they are used.
+// One block of queries per head of keys, as in decoding: keys and values are packed a tile at a time, where used.
 static bool used_once(const Problem& p) { return p.query_blocks() == 1 && p.ratio == 1; }
-static bool values_in_place(const Problem& p) { return readable_in_place(matrix(p.call.value, 0, 0), p.call.keys, p.value_size); }
+static bool values_in_place(const Problem& p) {
+  return readable_in_place(matrix(p.call.value, 0, 0), p.call.keys, p.value_size);
+}
 
 static int64_t carve_forward(const Problem& p, char* base, Workspace& w) {
   Carver carver = {base, 0};
@@ -135,8 +142,8 @@ constexpr int64_t kPackedBytes = (int64_t)16 << 20;
 // A tile of scores, and the keys, values and table rows it meets, should stay in the second cache.
 constexpr int64_t kLargeCache = (int64_t)3 << 19, kBlockKeysLarge = 768, kBlockKeysSmall = 256;
 
-// Large blocks read the keys less often; few of them would leave threads without work. (Not a question of how many threads there are: a
-// result should not depend on that.)
+// Large blocks read the keys less often; few of them would leave threads without work. (Not a question of how many
+// threads there are: a result should not depend on that.)
 static int64_t rows_of_block(const Call& call) {
   int64_t rows = kBlockRows;
   while (rows > 48 && call.batch * call.heads * ((call.queries + rows - 1) / rows) < 64) rows /= 2;
@@ -144,9 +151,10 @@ static int64_t rows_of_block(const Call& call) {
 }
 
 // Units are the key heads of all batch elements. Those whose packed keys and values are held at once make a chunk:
-// pack(batch, key_head, place in the chunk, task, thread) packs them, then work(batch, head, place, block, thread) uses them.
+// pack(batch, key_head, place in the chunk, task, thread) packs, then work(batch, head, place, block, thread) uses it.
 template <class Pack, class Work>
-static void in_chunks(const Problem& p, const Team& team, int64_t chunk, int64_t tasks, const Pack& pack, const Work& work) {
+static void in_chunks(const Problem& p, const Team& team, int64_t chunk, int64_t tasks, const Pack& pack,
+                      const Work& work) {
   const int64_t key_heads = p.call.key_heads, units = p.call.batch * key_heads, blocks = p.query_blocks();
   for (int64_t start = 0; start < units; start += chunk) {
     const int64_t count = least(chunk, units - start);
@@ -170,7 +178,8 @@ INLINE int64_t units_of_chunk(const Call& call, int64_t unit_floats) {
 static int forward(const Call& call, const Team& team) {
   const Problem p(call, rows_of_block(call), team.cache_bytes >= kLargeCache ? kBlockKeysLarge : kBlockKeysSmall);
   Memory memory = {team};
-  Workspace* workspaces = carve_for_threads<Workspace>(memory, [&](char* base, Workspace& w) { return carve_forward(p, base, w); });
+  Workspace* workspaces =
+      carve_for_threads<Workspace>(memory, [&](char* base, Workspace& w) { return carve_forward(p, base, w); });
   const Keys* keys = find_keys(call, memory);
   Tables tables;
   tables.plan(p, memory, kRelK, kPanelsForm);
@@ -197,7 +206,8 @@ static int forward(const Call& call, const Team& team) {
         const KeyPack pack = pack_of(place);
         Head head = tables.head(p, batch, index, keys[batch]);
         head.key_panels = pack.key_panels;
-        head.value = rows_of(matrix(call.value, batch, index / p.ratio), once ? nullptr : pack.value_rows, p.padded_value_size);
+        head.value =
+            rows_of(matrix(call.value, batch, index / p.ratio), once ? nullptr : pack.value_rows, p.padded_value_size);
         forward_block(p, head, workspaces[thread], block);
       });
   return 0;

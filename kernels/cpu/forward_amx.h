@@ -1,5 +1,5 @@
-// The forward pass in bfloat16 on AMX: forward.h's algorithm with tiles of 32 rows, which hold raw products; scale and units of ln 2 come
-// with the softmax. rel_q and rel_v have no such form: their calls take the float32 kernel.
+// The forward pass in bfloat16 on AMX: forward.h's algorithm with tiles of 32 rows, which hold raw products; scale and
+// units of ln 2 come with the softmax. rel_q and rel_v have no such form: their calls take the float32 kernel.
 
 constexpr int64_t kBlockKeysAmx = 256;
 
@@ -12,10 +12,13 @@ struct AmxWorkspace {
   HalfScratch scratch;
 };
 
-static bool takes_amx(const Call& call) { return call.query.dtype == kBFloat16 && !call.rel_q.data && !call.rel_v.data; }
+static bool takes_amx(const Call& call) {
+  return call.query.dtype == kBFloat16 && !call.rel_q.data && !call.rel_v.data;
+}
 
 // (q + bias) of a block's rows times the sign of the scale, in bfloat16.
-static void read_queries(const AmxProblem& p, const Head& head, const Block& block, const Tensor& bias, Half* to, float* scratch) {
+static void read_queries(const AmxProblem& p, const Head& head, const Block& block, const Tensor& bias, Half* to,
+                         float* scratch) {
   const HalfSource query = {matrix(p.call.query, head.batch, head.head), p.call.queries, p.size, p.deep_size};
   float* added = scratch + p.padded_size;
   if (bias.data) read_row(matrix(bias, 0, head.head), 0, p.size, added);
@@ -35,8 +38,8 @@ static void read_queries(const AmxProblem& p, const Head& head, const Block& blo
 }
 
 // The block's rows times one row of rel_k.
-static void half_edge_products(const AmxProblem& p, const Matrix& table, int64_t table_row, int64_t rows, const Half* position, float* edge,
-                               float* scratch) {
+static void half_edge_products(const AmxProblem& p, const Matrix& table, int64_t table_row, int64_t rows,
+                               const Half* position, float* edge, float* scratch) {
   read_row(table, table_row, p.size, scratch);
   for (int64_t row = 0; row < rows; ++row) {
     float sum = 0;
@@ -47,7 +50,8 @@ static void half_edge_products(const AmxProblem& p, const Matrix& table, int64_t
 }
 
 // One row's scores [0, columns) times `unit` become weights in bfloat16. `keep`: dropout's 1 or 0 for each, or null.
-INLINE void softmax_row_half(const float* scores, int64_t columns, float unit, const float* keep, RunningRow running, Half* weights) {
+INLINE void softmax_row_half(const float* scores, int64_t columns, float unit, const float* keep, RunningRow running,
+                             Half* weights) {
   const float next = most(running.highest, max_row(scores, columns) * unit);
   Vec sum[2] = {};
   const Vec factor = splat(unit), subtracted = splat(RunningRow::base_of(next));
@@ -69,23 +73,27 @@ INLINE void softmax_row_half(const float* scores, int64_t columns, float unit, c
 static void add_bias(const Skew& skew, int64_t m, const Range& columns, const float* bias, float* to) {
   const Range within = skew.within(m, columns);
   for (int64_t column = columns.first; column < within.first; ++column) to[column] += bias[0];
-  if (!within.empty()) add_scaled(to + within.first, bias + within.first - m - skew.shift, 1.0f, within.last - within.first);
+  if (!within.empty())
+    add_scaled(to + within.first, bias + within.first - m - skew.shift, 1.0f, within.last - within.first);
   for (int64_t column = within.last; column < columns.last; ++column) to[column] += bias[skew.table.rows - 1];
 }
 
 // The raw products of a group of rows with its columns of a tile: scores[row of the group][column].
-static void group_products(const AmxProblem& p, const AmxHead& operands, const Block& block, const Tile& tile, const Group& group,
-                           const AmxWorkspace& w, const Result& scores) {
+static void group_products(const AmxProblem& p, const AmxHead& operands, const Block& block, const Tile& tile,
+                           const Group& group, const AmxWorkspace& w, const Result& scores) {
   const Range& columns = group.columns;
-  const int64_t steps = p.deep_size / kTileDepth, panel = kPanel * p.deep_size, count = (columns.last - columns.first) / kPanel;
-  const HalfRight key = {operands.keys.key_panels + (tile.first_key - operands.first_key + columns.first) * p.deep_size, panel};
+  const int64_t steps = p.deep_size / kTileDepth, panel = kPanel * p.deep_size,
+                count = (columns.last - columns.first) / kPanel;
+  const HalfRight key = {operands.keys.key_panels + (tile.first_key - operands.first_key + columns.first) * p.deep_size,
+                         panel};
   const HalfLeft content = {w.content + group.row * p.deep_size, p.deep_size};
   const HalfLeft position = {w.position + group.row * p.deep_size, p.deep_size};
   const Result target = {scores.data + columns.first, scores.row};
   if (!p.call.rel_k.data) return amx_multiply<false>(group.rows, count, content, key, steps, target);
   const Skew skew = lay_over(operands.head.rel_k, block, tile, group);
   const Range panels = skew.panels(columns);
-  amx_multiply<false>(group.rows, panels.last - panels.first, position, {operands.table_panels + panels.first * panel, panel}, steps,
+  amx_multiply<false>(group.rows, panels.last - panels.first, position,
+                      {operands.table_panels + panels.first * panel, panel}, steps,
                       {scores.data + panels.first * kPanel + skew.shift, scores.row + 1});
   relative_edges(skew, columns, panels, w.base.edges.from(group.row), scores);
   amx_multiply<true>(group.rows, count, content, key, steps, target);
@@ -101,7 +109,8 @@ static Block prepare_block_amx(const AmxProblem& p, const Head& head, AmxWorkspa
   if (!call.rel_k.data) return block;
   const Skew skew = lay_over(head.rel_k, block.rows, block.position, 0);
   const Matrix table = matrix(call.rel_k, 0, head.head);
-  if (skew.beyond_left(block.keys)) half_edge_products(p, table, 0, block.rows, w.position, w.base.edges.left, w.base.scratch);
+  if (skew.beyond_left(block.keys))
+    half_edge_products(p, table, 0, block.rows, w.position, w.base.edges.left, w.base.scratch);
   if (skew.beyond_right(block.keys))
     half_edge_products(p, table, call.rows - 1, block.rows, w.position, w.base.edges.right, w.base.scratch);
   return block;
@@ -128,11 +137,13 @@ static void forward_block_amx(const AmxProblem& p, AmxHead operands, AmxWorkspac
   fill(base.highest, -kInfinity, block.rows);
   fill(base.total, 0.0f, block.rows);
   const float unit = (float)(p.absolute_scale() * kLog2E);
-  const bool adjusted = operands.bias || call.attn_mask.data || unit == 0.0f;  // hidden scores are -inf: not to be multiplied by 0
+  // (unit == 0: hidden scores are -inf, not to be multiplied by it.)
+  const bool adjusted = operands.bias || call.attn_mask.data || unit == 0.0f;
   const Result scores = {base.scores + kSlack, p.leading};
   Tile tile;
   TileRegisters registers;
-  for (int64_t first_key = block.keys.first / kTileDepth * kTileDepth; first_key < block.keys.last; first_key += p.block_keys) {
+  for (int64_t first_key = block.keys.first / kTileDepth * kTileDepth; first_key < block.keys.last;
+       first_key += p.block_keys) {
     cut_tile(p, head, block, first_key, kGroupRows, tile);
     if (tile_hidden(p, head, block, tile.keys)) continue;
     if (w.keys.key_panels) pack_tile_amx(p, tile, operands, w);
@@ -141,7 +152,8 @@ static void forward_block_amx(const AmxProblem& p, AmxHead operands, AmxWorkspac
       const Range& columns = group.columns;
       const Skew skew = lay_over(head.rel_k, block, tile, group);
       group_products(p, operands, block, tile, group, w, scores);
-      const int64_t first_depth = columns.first / kTileDepth * kTileDepth, last_depth = round_up(columns.last, kTileDepth);
+      const int64_t first_depth = columns.first / kTileDepth * kTileDepth,
+                    last_depth = round_up(columns.last, kTileDepth);
       for (int r = 0; r < group.rows; ++r) {
         const int64_t row = group.row + r, count = columns.last - columns.first;
         float *of_row = scores.data + r * scores.row, *keep = p.dropout.used() ? base.keep : nullptr;
@@ -150,10 +162,12 @@ static void forward_block_amx(const AmxProblem& p, AmxHead operands, AmxWorkspac
         if (operands.bias) add_bias(skew, r, columns, operands.bias, of_row);
         hide(p, head, block, tile, row, columns, base, of_row);
         if (keep)
-          dropout_keep(p.dropout, head.batch, head.head, block.first + row, first_key + columns.first, first_key + columns.last, keep);
-        softmax_row_half(of_row + columns.first, count, adjusted ? 1.0f : unit, keep,
-                         {base.highest[row], base.total[row], base.result + row * p.padded_value_size, p.padded_value_size},
-                         weights + columns.first);
+          dropout_keep(p.dropout, head.batch, head.head, block.first + row, first_key + columns.first,
+                       first_key + columns.last, keep);
+        softmax_row_half(
+            of_row + columns.first, count, adjusted ? 1.0f : unit, keep,
+            {base.highest[row], base.total[row], base.result + row * p.padded_value_size, p.padded_value_size},
+            weights + columns.first);
         zero_halves(weights + first_depth, columns.first - first_depth);
         zero_halves(weights + columns.last, last_depth - columns.last);
       }
@@ -161,7 +175,8 @@ static void forward_block_amx(const AmxProblem& p, AmxHead operands, AmxWorkspac
         zero_halves(w.weights + row * w.weights_row + first_depth, last_depth - first_depth);
       amx_multiply<true>(group.rows, p.padded_value_size / kPanel, {w.weights + first_depth, w.weights_row},
                          operands.keys.value_pairs.from(first_key - operands.first_key + first_depth),
-                         (last_depth - first_depth) / kTileDepth, {base.result + group.row * p.padded_value_size, p.padded_value_size});
+                         (last_depth - first_depth) / kTileDepth,
+                         {base.result + group.row * p.padded_value_size, p.padded_value_size});
     }
   }
   write_block(p, head, block, base);
@@ -203,7 +218,8 @@ static int forward_amx(const Call& call, const Team& team) {
   const Keys* keys = find_keys(call, memory);
   AmxTables tables = {};
   tables.plan(p, memory, kPanelsForm);
-  const int64_t panel_halves = panels_of(call.keys) * kPanel * p.deep_size, pair_halves = p.deep_keys * p.padded_value_size;
+  const int64_t panel_halves = panels_of(call.keys) * kPanel * p.deep_size,
+                pair_halves = p.deep_keys * p.padded_value_size;
   const int64_t unit_floats = once ? 0 : (panel_halves + pair_halves) / 2, chunk = units_of_chunk(call, unit_floats);
   float* packed = memory.floats(true, chunk * unit_floats);
   if (!memory.enough) return 1;

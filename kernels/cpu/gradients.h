@@ -1,11 +1,12 @@
 // Who computes which gradients, so that every sum has one owner and the result depends on the number of threads only.
 //
-// A unit is a key head of a batch element with its query heads; where tables differ by head, of all batch elements (a head's table gradient
-// then has one owner too). Units are dealt out one to a thread, as long as there are enough. The last ones are each shared by a team:
-// member m has its own queries all the time, and in step s the keys of part (m + s) mod team, so that no two members ever add to the same
-// keys. To even out causal masks both are cut in 2 x team pieces, and piece i goes with piece 2 x team - 1 - i.
+// A unit is a key head of a batch element with its query heads; where tables differ by head, of all batch elements (a
+// head's table gradient then has one owner too). Units are dealt out one to a thread, as long as there are enough. The
+// last ones are each shared by a team: member m has its own queries all the time, and in step s the keys of part (m +
+// s) mod team, so that no two members ever add to the same keys. To even out causal masks both are cut in 2 x team
+// pieces, and piece i goes with piece 2 x team - 1 - i.
 
-// Sums of one member. Tables with one gradient per head are flushed when their unit is done, the others at the end of the call.
+// Sums of one member. Tables with one gradient per head are flushed when their unit is done, the others at the end.
 struct Sums {
   PerHead<float> tables[3];  // (R, padded) for each query head of a unit where they differ by head, else once
   // rel_k and rel_bias where only one of them differs by head: what the other sums over heads.
@@ -18,14 +19,14 @@ struct Parts {
   Range ranges[2];
 };
 
-// Which part of the work a kernel is asked for: a member of a unit's team, on some thread. (A unit that one thread does alone: a team
-// of 1.)
+// Which part of the work a kernel is asked for: a member of a unit's team, on some thread. (A unit that one thread does
+// alone: a team of 1.)
 struct Job {
   int64_t batch, key_head, unit, member, thread;
 };
 
-// One block of queries of one head, and some of the keys. A team's member visits its blocks once for each part of the keys: the query
-// gradient starts from zero at the first visit and is complete after the last.
+// One block of queries of one head, and some of the keys. A team's member visits its blocks once for each part of the
+// keys: the query gradient starts from zero at the first visit and is complete after the last.
 struct Visit {
   int64_t head, block;
   Parts keys;
@@ -49,8 +50,8 @@ struct Shared {
 };
 
 // Where a visit adds to the gradients of the queries and of the two biases.
-static void find_query_sums(const Problem& p, const Sums& own, const Visit& visit, const QuerySums& of_unit, const Workspace& w,
-                            Gradients& out) {
+static void find_query_sums(const Problem& p, const Sums& own, const Visit& visit, const QuerySums& of_unit,
+                            const Workspace& w, Gradients& out) {
   if (own.pos_bias_u) out.pos_bias_u = own.pos_bias_u + visit.head * p.size;
   if (own.pos_bias_v) out.pos_bias_v = own.pos_bias_v + visit.head * p.size;
   if (!p.call.grad_query.data && !own.pos_bias_u && !own.pos_bias_v) return;
@@ -63,7 +64,8 @@ static void find_query_sums(const Problem& p, const Sums& own, const Visit& visi
 struct FloatKernel {
   const Problem& p;
   const Shared& shared;
-  bool key_in_place, value_in_place, key_readable;  // gradients are summed in their tensors; keys are read where they are
+  bool key_in_place, value_in_place;  // gradients are summed in their tensors
+  bool key_readable;                  // keys are read where they are
 
   // Memory of a unit while it is worked on.
   struct Unit {
@@ -74,7 +76,8 @@ struct FloatKernel {
   Unit* units;
   Workspace* workspaces;
 
-  FloatKernel(const Problem& problem, const Shared& of_call) : p(problem), shared(of_call), units(nullptr), workspaces(nullptr) {
+  FloatKernel(const Problem& problem, const Shared& of_call)
+      : p(problem), shared(of_call), units(nullptr), workspaces(nullptr) {
     auto in_place = [](const Tensor& grad, int64_t size) {
       return grad.data && grad.dtype == kFloat32 && grad.stride[3] == 1 && size % kPanel == 0 && grad.stride[2] >= size;
     };
@@ -85,7 +88,8 @@ struct FloatKernel {
 
   void take_memory(Memory& memory, int64_t unit_count, int64_t, bool teams) {
     const Call& call = p.call;
-    workspaces = carve_for_threads<Workspace>(memory, [&](char* base, Workspace& w) { return carve_backward(p, base, w); });
+    workspaces =
+        carve_for_threads<Workspace>(memory, [&](char* base, Workspace& w) { return carve_backward(p, base, w); });
     units = memory.array<Unit>(unit_count);
     const int64_t padded_keys = panels_of(call.keys) * kPanel;
     for (int64_t index = 0; memory.enough && index < unit_count; ++index) {
@@ -103,7 +107,8 @@ struct FloatKernel {
 
   Result key_sum(const Job& job) const {
     if (!p.call.grad_key.data) return {nullptr, 0};
-    return key_in_place ? in_tensor(p.call.grad_key, job.batch, job.key_head) : Result{units[job.unit].key_gradient, p.padded_size};
+    return key_in_place ? in_tensor(p.call.grad_key, job.batch, job.key_head)
+                        : Result{units[job.unit].key_gradient, p.padded_size};
   }
   Result value_sum(const Job& job) const {
     if (!p.call.grad_value.data) return {nullptr, 0};
@@ -124,7 +129,8 @@ struct FloatKernel {
 
   // Scale and write the gradients of some of the unit's keys and values.
   void end(const Job& job, int64_t task) const {
-    const Matrix key = matrix(p.call.grad_key, job.batch, job.key_head), value = matrix(p.call.grad_value, job.batch, job.key_head);
+    const Matrix key = matrix(p.call.grad_key, job.batch, job.key_head),
+                 value = matrix(p.call.grad_value, job.batch, job.key_head);
     const Result key_total = key_sum(job), value_total = value_sum(job);
     const Range keys = keys_of_task(p, task);
     for (int64_t row = keys.first; row < keys.last; ++row) {
@@ -135,7 +141,8 @@ struct FloatKernel {
         else
           write_row(key, row, p.size, total, (float)kLn2);
       }
-      if (value.data && !value_in_place) write_row(value, row, p.value_size, value_total.data + row * value_total.row, 1.0f);
+      if (value.data && !value_in_place)
+        write_row(value, row, p.value_size, value_total.data + row * value_total.row, 1.0f);
     }
   }
 
@@ -170,8 +177,8 @@ struct FloatKernel {
   void collect(int64_t) const {}  // they are in that form
 };
 
-// The schedule, of any kernel: `begin` packs some of a unit's keys, `queries` makes a visit, `end` writes gradients of keys and values,
-// `collect` brings a member's sums into the form of Sums.
+// The schedule, of any kernel: `begin` packs some of a unit's keys, `queries` makes a visit, `end` writes gradients of
+// keys and values, `collect` brings a member's sums into the form of Sums.
 template <class Kernel>
 struct Backward {
   const Problem& p;
@@ -201,10 +208,11 @@ struct Backward {
     for (int64_t b = 0; b < batches; ++b) {
       auto job_of = [&](int64_t unit, int64_t member, int64_t thread) {
         const int64_t index = first + unit;
-        return Job{p.per_head ? b : index / call.key_heads, p.per_head ? index : index % call.key_heads, unit, unit * members + member,
-                   thread};
+        return Job{p.per_head ? b : index / call.key_heads, p.per_head ? index : index % call.key_heads, unit,
+                   unit * members + member, thread};
       };
-      parallel(team, count * tasks, [&](int64_t index, int64_t thread) { kernel.begin(job_of(index / tasks, 0, thread), index % tasks); });
+      parallel(team, count * tasks,
+               [&](int64_t index, int64_t thread) { kernel.begin(job_of(index / tasks, 0, thread), index % tasks); });
       for (int64_t local = 0; local < p.ratio; ++local)
         for (int64_t step = 0; step < members; ++step)
           parallel(team, count * members, [&](int64_t index, int64_t thread) {
@@ -214,13 +222,16 @@ struct Backward {
             for (Range& range : parts.ranges) range = {range.first * kPanel, least(range.last * kPanel, call.keys)};
             for (const Range& blocks : pieces(member, members, p.query_blocks()).ranges)
               for (int64_t block = blocks.first; block < blocks.last; ++block)
-                kernel.queries(job, {job.key_head * p.ratio + local, block, parts, true, step == 0, step == members - 1});
+                kernel.queries(job,
+                               {job.key_head * p.ratio + local, block, parts, true, step == 0, step == members - 1});
           });
-      parallel(team, count * tasks, [&](int64_t index, int64_t thread) { kernel.end(job_of(index / tasks, 0, thread), index % tasks); });
+      parallel(team, count * tasks,
+               [&](int64_t index, int64_t thread) { kernel.end(job_of(index / tasks, 0, thread), index % tasks); });
     }
   }
 
-  // Add members' sums of tables that differ by head for the heads of one key head, write them, and clear the sums for the next.
+  // Add members' sums of tables that differ by head for the heads of one key head, write them, and clear the sums for
+  // the next.
   void flush(int64_t key_head, int64_t first_member, int64_t members) const {
     const int64_t rows = p.call.rows;
     const Sums* of = shared.sums + first_member;
@@ -235,7 +246,8 @@ struct Backward {
           write_table_row(name, true, key_head * p.ratio + local, row, total);
           if (name == kRelK && of->rel_k_shared) add_scaled(of->rel_k_shared + row * padded, total, 1.0f, padded);
         }
-      for (int64_t member = 0; member < members; ++member) fill(of[member].tables[name].data, 0.0f, p.ratio * rows * padded);
+      for (int64_t member = 0; member < members; ++member)
+        fill(of[member].tables[name].data, 0.0f, p.ratio * rows * padded);
     }
   }
 
@@ -250,7 +262,8 @@ struct Backward {
   // One row of a table's gradient, where the table differs by head or where it does not.
   void write_table_row(TableName name, bool per_head, int64_t head, int64_t row, const float* total) const {
     const Call& call = p.call;
-    auto write = [&](const Tensor& table, const Tensor& grad, int64_t to_row, int64_t size, const float* from, float factor) {
+    auto write = [&](const Tensor& table, const Tensor& grad, int64_t to_row, int64_t size, const float* from,
+                     float factor) {
       if (grad.data && differs_by_head(table) == per_head) write_row(matrix(grad, 0, head), to_row, size, from, factor);
     };
     if (name == kRelQ) return write(call.rel_q, call.grad_rel_q, call.rows - 1 - row, p.size, total, (float)call.scale);
@@ -271,7 +284,9 @@ struct Backward {
         if (!all->tables[name].data || (shared.tables[name].per_head && !mixed)) continue;
         const int64_t padded = shared.tables[name].padded;
         for (int64_t row = task * kRowsOfTask; row < least((task + 1) * kRowsOfTask, call.rows); ++row) {
-          auto place = [&](const Sums& sums) { return (mixed ? sums.rel_k_shared : sums.tables[name].data) + row * padded; };
+          auto place = [&](const Sums& sums) {
+            return (mixed ? sums.rel_k_shared : sums.tables[name].data) + row * padded;
+          };
           write_table_row(name, false, 0, row, add_members(all, members, place, padded));
         }
       }
@@ -279,7 +294,8 @@ struct Backward {
     for (int64_t head = 0; head < call.heads; ++head) {
       auto finish_bias = [&](auto sum, const Tensor& grad) {  // a member of Sums
         if (!(all->*sum)) return;
-        const float* total = add_members(all, members, [&](const Sums& sums) { return sums.*sum + head * p.size; }, p.size);
+        const float* total =
+            add_members(all, members, [&](const Sums& sums) { return sums.*sum + head * p.size; }, p.size);
         write_row(matrix(grad, 0, head), 0, p.size, total, 1.0f);
       };
       finish_bias(&Sums::pos_bias_u, call.grad_pos_bias_u);
@@ -305,9 +321,10 @@ static int backward_with(const Problem& p, Kernel& kernel, Shared& shared, Memor
 
   kernel.take_memory(memory, unit_count, sum_count, teams > 0);
   shared.sums = memory.array<Sums>(sum_count);
-  const bool needed[] = {call.grad_rel_k.data || call.grad_rel_bias.data, call.grad_rel_q.data != nullptr, call.grad_rel_v.data != nullptr};
-  const bool mixed =
-      needed[kRelK] && call.rel_k.data && call.rel_bias.data && differs_by_head(call.rel_k) != differs_by_head(call.rel_bias);
+  const bool needed[] = {call.grad_rel_k.data || call.grad_rel_bias.data, call.grad_rel_q.data != nullptr,
+                         call.grad_rel_v.data != nullptr};
+  const bool mixed = needed[kRelK] && call.rel_k.data && call.rel_bias.data &&
+                     differs_by_head(call.rel_k) != differs_by_head(call.rel_bias);
   for (int64_t member = 0; memory.enough && member < sum_count; ++member) {
     Sums& sums = shared.sums[member];
     for (TableName name : kTables) {

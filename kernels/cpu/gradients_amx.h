@@ -15,7 +15,8 @@ struct AmxKernel {
 
   void take_memory(Memory& memory, int64_t unit_count, int64_t members, bool teams) {
     const Call& call = p.call;
-    workspaces = carve_for_threads<AmxBackwardWorkspace>(memory, [&](char* base, AmxBackwardWorkspace& w) { return amx.carve(base, w); });
+    workspaces = carve_for_threads<AmxBackwardWorkspace>(
+        memory, [&](char* base, AmxBackwardWorkspace& w) { return amx.carve(base, w); });
     units = memory.array<AmxUnit>(unit_count);
     sums = memory.array<AmxSums>(members * heads);
     const int64_t padded_queries = p.query_blocks() * p.block_rows, pair_rows = p.deep_keys + kTileDepth;
@@ -45,7 +46,8 @@ struct AmxKernel {
   void begin(const Job& job, int64_t task) const {
     const AmxUnit& unit = units[job.unit];
     pack_keys_amx(p, job.batch, job.key_head, unit.keys, task, workspaces[job.thread].forward.scratch);
-    const int64_t first = task * kPanelsOfTask * kPanel, columns = least(kPanelsOfTask * kPanel, amx.key_columns - first);
+    const int64_t first = task * kPanelsOfTask * kPanel,
+                  columns = least(kPanelsOfTask * kPanel, amx.key_columns - first);
     auto clear = [&](float* sum, int64_t size) {
       for (int64_t d = 0; sum && d < size; ++d) fill(sum + d * amx.key_columns + first, 0.0f, columns);
     };
@@ -108,7 +110,8 @@ struct AmxKernel {
       if (!to) return;
       if (from.table) {
         for (int64_t d = 0; d < p.size; ++d)
-          for (int64_t row = 0; row < rows; ++row) to[row * p.padded_depth + d] += factor * from.table[d * amx.table_columns + row];
+          for (int64_t row = 0; row < rows; ++row)
+            to[row * p.padded_depth + d] += factor * from.table[d * amx.table_columns + row];
         add_scaled(to, from.edges.left, factor, p.size);
         add_scaled(to + (rows - 1) * p.padded_depth, from.edges.right, factor, p.size);
         fill(from.table, 0.0f, p.deep_size * amx.table_columns);

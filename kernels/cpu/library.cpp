@@ -1,5 +1,5 @@
-// The library's entry points, and what the kernels ask of the machine: its instruction set, its threads, memory. Baseline instructions
-// only.
+// The library's entry points, and what the kernels ask of the machine: its instruction set, its threads, memory.
+// Baseline instructions only.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -53,8 +53,8 @@ bool has_f16c() {
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && has_avx2();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_avx2();
 }
 #endif
 
@@ -62,8 +62,9 @@ bool has_avx512() {
 // The kernel lets a process use the tile registers, which are large, only when asked.
 bool has_amx() {
   unsigned a, b, c, d;
-  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24)) return false;  // amx-bf16, amx-tile
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;                                       // avx512-bf16
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24))
+    return false;                                                                // amx-bf16, amx-tile
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;  // avx512-bf16
 #ifdef __linux__
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -103,9 +104,11 @@ const Named* current() {
   return named;
 }
 
-// ---- Threads: those of the OpenMP runtime that torch has loaded, so that there is one pool and it never waits for another ----
+// ---- Threads ----
+// Those of the OpenMP runtime that torch has loaded, so that there is one pool and it never waits for another.
 
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel: GCC's runtime, and LLVM's on Linux
+// GOMP_parallel: GCC's runtime, and LLVM's on Linux.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 Parallel openmp_parallel() {
   static const Parallel found = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
@@ -145,8 +148,8 @@ void run(const Team& team, int64_t count, void (*task)(void*, int64_t, int64_t),
 
 // ---- Memory: blocks that are handed out piece by piece during a call ----
 
-// Some blocks are kept for the next call: fresh pages are zeroed by the system, which takes as long as the work on them where sequences
-// are short or only decoded.
+// Some blocks are kept for the next call: fresh pages are zeroed by the system, which takes as long as the work on them
+// where sequences are short or only decoded.
 
 constexpr int64_t kBlock = (int64_t)4 << 20;      // bytes of a block, at least
 constexpr int64_t kMostKept = (int64_t)32 << 20;  // bytes of all blocks that are kept
@@ -181,14 +184,16 @@ MemoryBlock new_block(int64_t bytes) {
   const bool huge = bytes >= kHugePage;
   if (posix_memalign(&data, huge ? (size_t)kHugePage : 64, (size_t)bytes) != 0) return {nullptr, 0, 0};
 #ifdef MADV_HUGEPAGE
-  if (huge) madvise(data, (size_t)bytes, MADV_HUGEPAGE);  // packed operands are read at many strides: fewer misses of the TLB
+  if (huge)
+    madvise(data, (size_t)bytes, MADV_HUGEPAGE);  // packed operands are read at many strides: fewer misses of the TLB
 #endif
   return {(char*)data, bytes, 0};
 }
 
 MemoryBlock take_block(int64_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-  // A block for each piece, so that what is written past its end is noticed; full of NaN, so that what is read too early is.
+  // A block for each piece, so that what is written past its end is noticed; full of NaN, so that what is read too
+  // early is.
   MemoryBlock block = new_block(bytes);
   if (block.data) std::memset(block.data, 0xFF, (size_t)bytes);
   return block;
@@ -200,7 +205,8 @@ MemoryBlock take_block(int64_t bytes) {
       std::vector<MemoryBlock>& blocks = kept().blocks;
       size_t best = blocks.size();
       for (size_t index = 0; index < blocks.size(); ++index)
-        if (blocks[index].size >= bytes && (best == blocks.size() || blocks[index].size < blocks[best].size)) best = index;
+        if (blocks[index].size >= bytes && (best == blocks.size() || blocks[index].size < blocks[best].size))
+          best = index;
       if (best < blocks.size()) {
         MemoryBlock block = blocks[best];
         blocks[best] = blocks.back();
@@ -284,5 +290,9 @@ EXPORT int relattn_use_variant(const char* name) {
 }
 
 // 0: done; 1: out of memory.
-EXPORT int relattn_forward(const relattn::Call* call) { return relattn::dispatch(*call, relattn::current()->variant->forward); }
-EXPORT int relattn_backward(const relattn::Call* call) { return relattn::dispatch(*call, relattn::current()->variant->backward); }
+EXPORT int relattn_forward(const relattn::Call* call) {
+  return relattn::dispatch(*call, relattn::current()->variant->forward);
+}
+EXPORT int relattn_backward(const relattn::Call* call) {
+  return relattn::dispatch(*call, relattn::current()->variant->backward);
+}

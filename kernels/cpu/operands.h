@@ -1,4 +1,4 @@
-// Packing the operands that blocks of queries share: tables once for a call, keys and values once for each of their heads.
+// Packing the operands that blocks of queries share: tables once a call, keys and values once for each of their heads.
 
 constexpr int64_t kPanelsOfTask = 32;
 
@@ -28,8 +28,8 @@ struct Tables {
     table.per_head = p.table_per_head(name);
     table.depth = source.depth();
     table.padded = round_up(table.depth, kPanel);
-    table.natural_in_place =
-        (forms & kNaturalForm) && !source.bias.data && !source.reversed && readable_in_place(source.matrix, source.rows, source.size);
+    table.natural_in_place = (forms & kNaturalForm) && !source.bias.data && !source.reversed &&
+                             readable_in_place(source.matrix, source.rows, source.size);
     const int64_t heads = table.per_head ? p.call.heads : 1, natural = source.rows * table.padded;
     table.panels.data = memory.floats(forms & kPanelsForm, heads * source.floats());
     table.natural.data = memory.floats((forms & kNaturalForm) && !table.natural_in_place, heads * natural);
@@ -76,7 +76,8 @@ static void pack_natural(const PanelSource& source, int64_t first, int64_t last,
   }
 }
 
-// The table's rows that distances of the call can reach, in whole panels: one query against many keys needs half of a table at most.
+// The table's rows that distances of the call can reach, in whole panels: one query against many keys needs half of a
+// table at most.
 static Range reached_panels(const Problem& p, const Keys* keys, bool reversed) {
   int64_t lowest = p.call.rows - 1, highest = 0;
   for (int64_t b = 0; b < p.call.batch; ++b) {
@@ -94,7 +95,8 @@ static Range reached_panels(const Problem& p, const Keys* keys, bool reversed) {
 }
 
 // Pack all tables that are in use, in parallel. The forms were planned.
-static void pack_tables(const Problem& p, const Team& team, const Keys* keys, const Tables& tables, const Workspace* workspaces) {
+static void pack_tables(const Problem& p, const Team& team, const Keys* keys, const Tables& tables,
+                        const Workspace* workspaces) {
   struct Job {
     TableName name;
     int64_t heads, tasks;
@@ -136,7 +138,8 @@ INLINE Range keys_of_task(const Problem& p, int64_t task) {
   return {task * kPanelsOfTask * kPanel, least((task + 1) * kPanelsOfTask * kPanel, p.call.keys)};
 }
 
-static void pack_keys(const Problem& p, int64_t batch, int64_t key_head, const KeyPack& pack, int64_t task, float* scratch) {
+static void pack_keys(const Problem& p, int64_t batch, int64_t key_head, const KeyPack& pack, int64_t task,
+                      float* scratch) {
   const PanelSource key = p.key_source(batch, key_head), value = p.value_source(batch, key_head);
   const int64_t first = task * kPanelsOfTask, last = least(first + kPanelsOfTask, panels_of(p.call.keys));
   const int64_t first_row = first * kPanel, last_row = least(last * kPanel, p.call.keys);
@@ -158,6 +161,7 @@ INLINE Right rows_of(const Matrix& m, const float* packed, int64_t padded) {
 static const Keys* find_keys(const Call& call, Memory& memory) {
   Keys* keys = memory.array<Keys>(call.batch);
   float* holes = memory.floats(call.key_mask.data, call.batch * call.keys);
-  for (int64_t b = 0; memory.enough && b < call.batch; ++b) keys[b] = visible_keys(call, b, holes ? holes + b * call.keys : nullptr);
+  for (int64_t b = 0; memory.enough && b < call.batch; ++b)
+    keys[b] = visible_keys(call, b, holes ? holes + b * call.keys : nullptr);
   return keys;
 }

@@ -59,7 +59,8 @@ static void pack_half_panel(const HalfSource& source, int64_t index, Half* to, c
 }
 
 // These rows (the first even), of which `origin` is the first of `to`.
-static void pack_half_pairs(const HalfSource& source, const Range& rows, int64_t origin, const HalfPairs& to, const HalfScratch& scratch) {
+static void pack_half_pairs(const HalfSource& source, const Range& rows, int64_t origin, const HalfPairs& to,
+                            const HalfScratch& scratch) {
   const int64_t padded = source.padded;
   for (int64_t row = rows.first; row < rows.last; row += 2) {
     Half* pair[2] = {scratch.rows, scratch.rows + padded};
@@ -73,13 +74,15 @@ static void pack_half_pairs(const HalfSource& source, const Range& rows, int64_t
     for (int64_t column = 0; column < padded; column += kPanel) {
       const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(pair[0] + column)));
       const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(pair[1] + column)));
-      _mm512_storeu_si512(to.data + column * to.rows + (row - origin) * kPanel, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      _mm512_storeu_si512(to.data + column * to.rows + (row - origin) * kPanel,
+                          _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
 }
 
 struct AmxProblem : Problem {
-  int64_t deep_size, deep_value_size, deep_keys;  // head sizes and keys, rounded up to whole instructions of a product over them
+  // Head sizes and keys, rounded up to whole instructions of a product over them.
+  int64_t deep_size, deep_value_size, deep_keys;
 
   AmxProblem(const Call& c, int64_t rows_of_block, int64_t keys_of_block) : Problem(c, rows_of_block, keys_of_block) {
     deep_size = round_up(size, kTileDepth);
@@ -107,12 +110,15 @@ struct AmxTables {
   // The memory for the forms (panels, natural) that are needed.
   void plan(const AmxProblem& p, Memory& memory, int forms) {
     const Call& call = p.call;
-    const bool tables = call.rel_k.data, per_head = differs_by_head(call.rel_k), bias_per_head = differs_by_head(call.rel_bias);
+    const bool tables = call.rel_k.data, per_head = differs_by_head(call.rel_k),
+               bias_per_head = differs_by_head(call.rel_bias);
     const int64_t heads = per_head ? call.heads : 1, panel_halves = panels_of(call.rows) * kPanel * p.deep_size;
     pair_rows = round_up(call.rows, kTileDepth) + kTileDepth;  // products begin at any even row
     panels = {memory.halves(tables && (forms & kPanelsForm), heads * panel_halves), per_head ? panel_halves : 0};
-    pairs = {memory.halves(tables && (forms & kNaturalForm), heads * pair_rows * p.padded_size), per_head ? pair_rows * p.padded_size : 0};
-    bias = {memory.floats(call.rel_bias.data, (bias_per_head ? call.heads : 1) * call.rows), bias_per_head ? call.rows : 0};
+    pairs = {memory.halves(tables && (forms & kNaturalForm), heads * pair_rows * p.padded_size),
+             per_head ? pair_rows * p.padded_size : 0};
+    bias = {memory.floats(call.rel_bias.data, (bias_per_head ? call.heads : 1) * call.rows),
+            bias_per_head ? call.rows : 0};
   }
 
   // In parallel; scratch(thread) is a thread's HalfScratch.
@@ -127,12 +133,15 @@ struct AmxTables {
     if (!panels.data) return;
     const int64_t tasks = tasks_of(pair_rows / kPanel);
     parallel(team, (panels.stride ? call.heads : 1) * tasks, [&](int64_t index, int64_t thread) {
-      const int64_t head = index / tasks, first = index % tasks * kPanelsOfTask, last = least(first + kPanelsOfTask, pair_rows / kPanel);
-      HalfSource source = {matrix(call.rel_k, 0, head), call.rows, p.size, p.deep_size, true};  // see Problem::table_source
+      const int64_t head = index / tasks, first = index % tasks * kPanelsOfTask,
+                    last = least(first + kPanelsOfTask, pair_rows / kPanel);
+      // As in Problem::table_source.
+      HalfSource source = {matrix(call.rel_k, 0, head), call.rows, p.size, p.deep_size, true};
       for (int64_t panel = first; panel < least(last, panels_of(call.rows)); ++panel)
         pack_half_panel(source, panel, panels.of(head) + panel * kPanel * p.deep_size, scratch(thread));
       source.padded = p.padded_size;
-      if (pairs.data) pack_half_pairs(source, {first * kPanel, last * kPanel}, 0, {pairs.of(head), pair_rows}, scratch(thread));
+      if (pairs.data)
+        pack_half_pairs(source, {first * kPanel, last * kPanel}, 0, {pairs.of(head), pair_rows}, scratch(thread));
     });
   }
 };
@@ -146,16 +155,21 @@ struct AmxKeys {
 static void pack_keys_amx(const AmxProblem& p, int64_t batch, int64_t key_head, const AmxKeys& pack, int64_t task,
                           const HalfScratch& scratch) {
   const HalfSource key = p.keys(batch, key_head, p.deep_size), value = p.values(batch, key_head, p.deep_value_size);
-  const int64_t panels = panels_of(p.call.keys), first = task * kPanelsOfTask, last = least(first + kPanelsOfTask, panels);
+  const int64_t panels = panels_of(p.call.keys), first = task * kPanelsOfTask,
+                last = least(first + kPanelsOfTask, panels);
   for (int64_t panel = first; panel < last; ++panel) {
     if (pack.key_panels) pack_half_panel(key, panel, pack.key_panels + panel * kPanel * p.deep_size, scratch);
-    if (pack.value_panels) pack_half_panel(value, panel, pack.value_panels + panel * kPanel * p.deep_value_size, scratch);
+    if (pack.value_panels)
+      pack_half_panel(value, panel, pack.value_panels + panel * kPanel * p.deep_value_size, scratch);
   }
-  auto rows_of_task = [&](const HalfPairs& pairs) { return Range{first * kPanel, last == panels ? pairs.rows : last * kPanel}; };
+  auto rows_of_task = [&](const HalfPairs& pairs) {
+    return Range{first * kPanel, last == panels ? pairs.rows : last * kPanel};
+  };
   if (pack.key_pairs.data)
     pack_half_pairs(p.keys(batch, key_head, p.padded_size), rows_of_task(pack.key_pairs), 0, pack.key_pairs, scratch);
   if (pack.value_pairs.data)
-    pack_half_pairs(p.values(batch, key_head, p.padded_value_size), rows_of_task(pack.value_pairs), 0, pack.value_pairs, scratch);
+    pack_half_pairs(p.values(batch, key_head, p.padded_value_size), rows_of_task(pack.value_pairs), 0, pack.value_pairs,
+                    scratch);
 }
 
 // What a query head of a batch element is multiplied with.

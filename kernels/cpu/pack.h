@@ -7,7 +7,8 @@ struct Matrix {
 };
 
 INLINE Matrix matrix(const Tensor& tensor, int64_t batch, int64_t head) {
-  return {tensor.data, tensor.dtype, batch * tensor.stride[0] + head * tensor.stride[1], tensor.stride[2], tensor.stride[3]};
+  return {tensor.data, tensor.dtype, batch * tensor.stride[0] + head * tensor.stride[1], tensor.stride[2],
+          tensor.stride[3]};
 }
 
 // Whether each head has a table of its own: a shared one is handed over with stride 0.
@@ -60,10 +61,11 @@ INLINE void read_padded(const Matrix& from, int64_t row, int64_t count, int64_t 
   for (int64_t column = count; column < padded; ++column) to[column] = 0.0f;
 }
 
-// Whether products can read the matrix's rows where they are, as Right{data, row stride, 16}: whole panels of floats, and not so far
-// apart that they compete for the same few sets of the cache.
+// Whether products can read the matrix's rows where they are, as Right{data, row stride, 16}: whole panels of floats,
+// and not so far apart that they compete for the same few sets of the cache.
 INLINE bool readable_in_place(const Matrix& m, int64_t rows, int64_t size) {
-  return m.dtype == kFloat32 && m.column == 1 && size % kPanel == 0 && m.row >= size && (m.row <= 2 * size || rows <= 32);
+  return m.dtype == kFloat32 && m.column == 1 && size % kPanel == 0 && m.row >= size &&
+         (m.row <= 2 * size || rows <= 32);
 }
 
 // to[c][r] = from[r][c] for 16 rows, `stride` apart, of kWidth elements; those of the result are `to_stride` apart.
@@ -87,7 +89,8 @@ INLINE void transpose(const float* from, int64_t stride, float* to, int64_t to_s
 #pragma GCC unroll 16
   for (int c = 0; c < 4; ++c) {
     const __m512 low02 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), low13 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xDD);
-    const __m512 high02 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88), high13 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xDD);
+    const __m512 high02 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88),
+                 high13 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xDD);
     _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(low02, high02, 0x88));
     _mm512_storeu_ps(to + (4 + c) * to_stride, _mm512_shuffle_f32x4(low13, high13, 0x88));
     _mm512_storeu_ps(to + (8 + c) * to_stride, _mm512_shuffle_f32x4(low02, high02, 0xDD));
@@ -122,7 +125,8 @@ INLINE void transpose(const float* from, int64_t stride, float* to, int64_t to_s
 #endif
 }
 
-// What becomes panels: rows of a matrix times `factor`, and below them (as one more step of k) a single column times `bias_factor`.
+// What becomes panels: rows of a matrix times `factor`, and below them (as one more step of k) a single column times
+// `bias_factor`.
 struct PanelSource {
   Matrix matrix;  // no data: there is only the bias
   int64_t rows, size;
@@ -137,7 +141,8 @@ struct PanelSource {
   int64_t floats() const { return panels() * kPanel * depth(); }
 };
 
-// Panel `index` of the source: to[step * 16 + c] = element `step` of row 16 * index + c. `scratch` holds 16 rows of round_up(size, 16).
+// Panel `index` of the source: to[step * 16 + c] = element `step` of row 16 * index + c. `scratch` holds 16 rows of
+// round_up(size, 16).
 static void pack_panel(const PanelSource& source, int64_t index, float* to, float* scratch) {
   const int64_t first = index * kPanel, depth = source.depth(), size = source.matrix.data ? source.size : 0;
   const int64_t whole = size / kWidth * kWidth;
@@ -160,7 +165,8 @@ static void pack_panel(const PanelSource& source, int64_t index, float* to, floa
         }
       }
     }
-    for (int64_t column = 0; column < whole; column += kWidth) transpose(rows + column, stride, to + column * kPanel, kPanel);
+    for (int64_t column = 0; column < whole; column += kWidth)
+      transpose(rows + column, stride, to + column * kPanel, kPanel);
     for (int64_t column = whole; column < size; ++column)
       for (int64_t r = 0; r < kPanel; ++r) to[column * kPanel + r] = rows[r * stride + column];
     if (source.factor != 1.0f) scale_row(to, source.factor, size * kPanel);
@@ -169,7 +175,8 @@ static void pack_panel(const PanelSource& source, int64_t index, float* to, floa
     for (int64_t r = 0; r < kPanel; ++r) {
       const int64_t row = least(first + r, source.rows - 1);
       const Matrix& bias = source.bias;
-      const float value = read_element(bias.data, bias.dtype, bias.first + (source.reversed ? source.rows - 1 - row : row) * bias.row);
+      const float value =
+          read_element(bias.data, bias.dtype, bias.first + (source.reversed ? source.rows - 1 - row : row) * bias.row);
       to[(depth - 1) * kPanel + r] = value * source.bias_factor;
     }
   }

@@ -1,5 +1,5 @@
-// Dropout's random numbers: Philox4x32-7 with the counters of relattn/philox.py, so that every backend drops the same weights.
-// (Salmon, Moraes, Dror and Shaw, SC 2011.)
+// Dropout's random numbers: Philox4x32-7 with the counters of relattn/philox.py, so that every backend drops the same
+// weights. (Salmon, Moraes, Dror and Shaw, SC 2011.)
 
 struct Dropout {
   uint64_t threshold;  // a weight is kept where its random word is at least this; 0: no dropout
@@ -16,9 +16,11 @@ static Dropout make_dropout(const Call& call) {
           kept > 0 ? (float)kept : 1.0f};
 }
 
-// 1 or 0 for each of the keys [first, last), at to[0 ...]. Whole counters are written: up to 3 elements before, and 66 after.
+// 1 or 0 for each of the keys [first, last), at to[0 ...]. Whole counters are written: up to 3 elements before, and 66
+// after.
 constexpr int64_t kKeepBefore = 16, kKeepAfter = 80;
-static void dropout_keep(const Dropout& dropout, int64_t batch, int64_t head, int64_t query, int64_t first, int64_t last, float* to) {
+static void dropout_keep(const Dropout& dropout, int64_t batch, int64_t head, int64_t query, int64_t first,
+                         int64_t last, float* to) {
   constexpr int kLanes = 16;  // counters at a time
   float* out = to - (first & 3);
   for (int64_t quarter = first >> 2; quarter * 4 < last; quarter += kLanes, out += 4 * kLanes) {

@@ -3,7 +3,8 @@
 //
 // The rel_q term is the same with keys for rows and queries for columns, and the table reversed.
 
-// Floats on both sides of a tile's rows, which panels that begin or end outside may write to: a panel and a group's rows.
+// Floats on both sides of a tile's rows, which panels that begin or end outside may write to: a panel and a group's
+// rows.
 #if defined(__AMX_BF16__)
 constexpr int64_t kSlack = 48;
 #else
@@ -18,8 +19,8 @@ struct Table {
   int64_t depth, rows, left;
 };
 
-// A table laid over rows at consecutive positions (a group's, or a tile's): in row m, the table's row r belongs to column r + m + shift.
-// Columns beyond the table belong to its edge rows.
+// A table laid over rows at consecutive positions (a group's, or a tile's): in row m, the table's row r belongs to
+// column r + m + shift. Columns beyond the table belong to its edge rows.
 struct Skew {
   const Table& table;
   int64_t rows, shift;
@@ -34,7 +35,8 @@ struct Skew {
   Range touched(const Range& columns) const {
     return {most<int64_t>(columns.first - shift - (rows - 1), 0), least(columns.last - shift, table.rows)};
   }
-  // Row m's columns that have a row of the table of their own. Those before belong to its left edge, those after to its right one.
+  // Row m's columns that have a row of the table of their own. Those before belong to its left edge, those after to its
+  // right one.
   Range within(int64_t m, const Range& columns) const {
     const int64_t first = clamp(shift + m, columns.first, columns.last);
     return {first, clamp(table.rows + shift + m, first, columns.last)};
@@ -56,7 +58,8 @@ struct Edges {
 };
 
 // A times one row of the table, for each of `rows` rows. `scratch` holds 6 x 16 floats.
-static void edge_products(const Table& table, int64_t table_row, int64_t rows, const Left& a, float* edge, float* scratch) {
+static void edge_products(const Table& table, int64_t table_row, int64_t rows, const Left& a, float* edge,
+                          float* scratch) {
   const float* panel = table.panels + table_row / kPanel * kPanel * table.depth;
   for (int64_t row = 0; row < rows; row += kRows) {
     const int count = (int)least<int64_t>(kRows, rows - row);
@@ -74,12 +77,14 @@ static void edge_products(const Skew& skew, const Range& columns, const Left& a,
 // Some panels of a group's products with the table: stored one column further right in each row.
 INLINE void relative_product(const Skew& skew, const Range& panels, const Left& a, const Result& scores) {
   const int64_t panel = kPanel * skew.table.depth;
-  multiply<false>((int)skew.rows, panels.last - panels.first, a, {skew.table.panels + panels.first * panel, kPanel, panel},
-                  skew.table.depth, {scores.data + panels.first * kPanel + skew.shift, scores.row + 1});
+  multiply<false>((int)skew.rows, panels.last - panels.first, a,
+                  {skew.table.panels + panels.first * panel, kPanel, panel}, skew.table.depth,
+                  {scores.data + panels.first * kPanel + skew.shift, scores.row + 1});
 }
 
 // The columns of a group that its panels leave out: products with the table's edges, given for each row.
-static void relative_edges(const Skew& skew, const Range& columns, const Range& panels, const Edges& edges, const Result& scores) {
+static void relative_edges(const Skew& skew, const Range& columns, const Range& panels, const Edges& edges,
+                           const Result& scores) {
   for (int64_t row = 0; row < skew.rows; ++row) {
     float* to = scores.data + row * scores.row;
     const int64_t left_stop = clamp(skew.shift + row, columns.first, columns.last);
@@ -90,9 +95,10 @@ static void relative_edges(const Skew& skew, const Range& columns, const Range& 
   }
 }
 
-// One group's result += the tile times some rows of the table: sum over the columns of tile[m][column] * table[row of (m, column)].
-// The tile's columns are zero for 5 elements beyond what is seen.
-INLINE void relative_values(const Skew& skew, const Range& table_rows, const Result& tile, int64_t size, const Result& result) {
+// One group's result += the tile times some rows of the table: sum over the columns of tile[m][column] * table[row of
+// (m, column)]. The tile's columns are zero for 5 elements beyond what is seen.
+INLINE void relative_values(const Skew& skew, const Range& table_rows, const Result& tile, int64_t size,
+                            const Result& result) {
   const Table& table = skew.table;
   if (!table_rows.empty())
     multiply<true>((int)skew.rows, size / kPanel, {tile.data + table_rows.first + skew.shift, tile.row + 1, 1},
@@ -101,15 +107,18 @@ INLINE void relative_values(const Skew& skew, const Range& table_rows, const Res
 }
 
 // The same for the columns beyond the table's edges.
-static void edge_values(const Skew& skew, const Range& columns, const Result& tile, int64_t size, const Result& result) {
+static void edge_values(const Skew& skew, const Range& columns, const Result& tile, int64_t size,
+                        const Result& result) {
   const Table& table = skew.table;
   const float* last_row = table.natural + (table.rows - 1) * table.natural_stride;
   for (int64_t row = 0; row < skew.rows; ++row) {
     const Range within = skew.within(row, columns);
     const float* weights = tile.data + row * tile.row;
     float* to = result.data + row * result.row;
-    if (columns.first < within.first) add_scaled(to, table.natural, sum_row(weights + columns.first, within.first - columns.first), size);
-    if (within.last < columns.last) add_scaled(to, last_row, sum_row(weights + within.last, columns.last - within.last), size);
+    if (columns.first < within.first)
+      add_scaled(to, table.natural, sum_row(weights + columns.first, within.first - columns.first), size);
+    if (within.last < columns.last)
+      add_scaled(to, last_row, sum_row(weights + within.last, columns.last - within.last), size);
   }
 }
 
@@ -118,10 +127,10 @@ struct Seen {
   const int32_t *first, *last;
 };
 
-// The table's gradient += sum over the tile's rows of tile[m][column of (m, r)] * right[m], for all rows r of the table.
-// The tile is zero where nothing is seen.
-static void relative_table_gradient(const Skew& skew, const Seen& seen, const Result& tile, const Right& right, int64_t size,
-                                    const Result& gradient) {
+// The table's gradient += sum over the tile's rows of tile[m][column of (m, r)] * right[m], for all rows r of the
+// table. The tile is zero where nothing is seen.
+static void relative_table_gradient(const Skew& skew, const Seen& seen, const Result& tile, const Right& right,
+                                    int64_t size, const Result& gradient) {
   const int64_t rows = skew.rows, shift = skew.shift, table_rows = skew.table.rows;
   int64_t lowest = table_rows, highest = -1;  // table rows that any of the tile's rows touches
   for (int64_t row = 0; row < rows; ++row) {
@@ -135,7 +144,8 @@ static void relative_table_gradient(const Skew& skew, const Seen& seen, const Re
     if (columns.first < within.first)
       add_scaled(gradient.data, added, sum_row(weights + columns.first, within.first - columns.first), size);
     if (within.last < columns.last)
-      add_scaled(gradient.data + (table_rows - 1) * gradient.row, added, sum_row(weights + within.last, columns.last - within.last), size);
+      add_scaled(gradient.data + (table_rows - 1) * gradient.row, added,
+                 sum_row(weights + within.last, columns.last - within.last), size);
   }
   lowest = most<int64_t>(lowest, 0);
   highest = least(highest, table_rows - 1);
@@ -146,7 +156,7 @@ static void relative_table_gradient(const Skew& skew, const Seen& seen, const Re
     while (begin > 0 && r + count - 1 + shift + begin - 1 >= seen.first[begin - 1]) --begin;
     while (end > 0 && r + shift + end - 1 >= seen.last[end - 1]) --end;
     if (begin < end)
-      multiply<true>(count, size / kPanel, {tile.data + begin * (tile.row + 1) + r + shift, 1, tile.row + 1}, right.from(begin),
-                     end - begin, gradient.from(r));
+      multiply<true>(count, size / kPanel, {tile.data + begin * (tile.row + 1) + r + shift, 1, tile.row + 1},
+                     right.from(begin), end - begin, gradient.from(r));
   }
 }

@@ -1,10 +1,12 @@
-// A call's sizes, one head's operands, one block of queries, and the scores of a group of its rows: what forward and backward share.
+// A call's sizes, one head's operands, one block of queries, and the scores of a group of its rows: what forward and
+// backward share.
 
 constexpr int64_t kBlockRows = 192;         // queries of a block, at most
 constexpr int64_t kBlockRowsBackward = 96;  // of which tiles of scores and of their gradients are held
 constexpr int64_t kBlockKeysBackward = 256;
 
-// The three tables of a call. rel_bias travels with rel_k: it is one more element of its rows, met by a 1 in the queries.
+// The three tables of a call. rel_bias travels with rel_k: it is one more element of its rows, met by a 1 in the
+// queries.
 enum TableName { kRelK, kRelQ, kRelV };
 constexpr TableName kTables[] = {kRelK, kRelQ, kRelV};
 
@@ -28,27 +30,39 @@ struct Problem {
     padded_depth = round_up(depth, kPanel);
     ratio = c.heads / c.key_heads;
     block_rows = least(c.block_queries > 0 ? least(c.block_queries, rows_of_block) : rows_of_block, c.queries);
-    block_keys = least(c.block_keys > 0 ? round_up(least(c.block_keys, keys_of_block), kPanel) : keys_of_block, round_up(c.keys, kPanel));
+    block_keys = least(c.block_keys > 0 ? round_up(least(c.block_keys, keys_of_block), kPanel) : keys_of_block,
+                       round_up(c.keys, kPanel));
     leading = block_keys + 2 * kSlack;
-    if (leading % (2 * kPanel) == 0) leading += kPanel;  // an odd number of cache lines: columns are spread over all sets
+    if (leading % (2 * kPanel) == 0)
+      leading += kPanel;  // an odd number of cache lines: columns are spread over all sets
     position = depth > 0;
     per_head = false;
     for (TableName name : kTables) per_head |= table_per_head(name);
   }
 
-  // Whether the gradient of the position product's queries is summed apart from the content product's: only the biases' gradients
-  // differ.
+  // Whether the gradient of the position product's queries is summed apart from the content product's: only the biases'
+  // gradients differ.
   bool position_apart() const { return call.rel_k.data && (call.grad_pos_bias_u.data || call.grad_pos_bias_v.data); }
   // Whether the position product's rows are the content product's.
-  bool position_is_content() const { return !position || !(call.rel_bias.data || call.pos_bias_u.data || call.pos_bias_v.data); }
+  bool position_is_content() const {
+    return !position || !(call.rel_bias.data || call.pos_bias_u.data || call.pos_bias_v.data);
+  }
   double absolute_scale() const { return call.scale < 0 ? -call.scale : call.scale; }
   int64_t query_blocks() const { return (call.queries + block_rows - 1) / block_rows; }
 
-  bool table_per_head(TableName name) const { return differs_by_head(table(name)) || (name == kRelK && differs_by_head(call.rel_bias)); }
-  const Tensor& table(TableName name) const { return name == kRelK ? call.rel_k : name == kRelQ ? call.rel_q : call.rel_v; }
+  bool table_per_head(TableName name) const {
+    return differs_by_head(table(name)) || (name == kRelK && differs_by_head(call.rel_bias));
+  }
+  const Tensor& table(TableName name) const {
+    return name == kRelK ? call.rel_k : name == kRelQ ? call.rel_q : call.rel_v;
+  }
 
-  PanelSource key_source(int64_t batch, int64_t key_head) const { return {matrix(call.key, batch, key_head), call.keys, size}; }
-  PanelSource value_source(int64_t batch, int64_t key_head) const { return {matrix(call.value, batch, key_head), call.keys, value_size}; }
+  PanelSource key_source(int64_t batch, int64_t key_head) const {
+    return {matrix(call.key, batch, key_head), call.keys, size};
+  }
+  PanelSource value_source(int64_t batch, int64_t key_head) const {
+    return {matrix(call.value, batch, key_head), call.keys, value_size};
+  }
   PanelSource table_source(TableName name, int64_t head) const {
     PanelSource source = {matrix(table(name), 0, head), call.rows, name == kRelV ? value_size : size};
     source.repeat_last = true;  // the columns that the last panel has beyond the table are the right edge's
@@ -85,9 +99,10 @@ struct Workspace {
   float* result;              // forward: the block's output, not yet divided
   float *highest, *total;     // per row
   // backward
-  float* weights_gradient;        // a block's tile
-  float* upstream;                // gradients of the block's output, rows padded
-  float *base, *inverse, *delta;  // per row, see row_statistics; delta is sum_j w_ij dw_ij less the gradient of the log-sum-exp
+  float* weights_gradient;  // a block's tile
+  float* upstream;          // gradients of the block's output, rows padded
+  // Per row, see row_statistics; delta is sum_j w_ij dw_ij less the gradient of the log-sum-exp.
+  float *base, *inverse, *delta;
   float *content_gradient, *position_gradient;
   Edges value_edges;
   float* row;      // one row of a tile: masks
@@ -157,15 +172,18 @@ static Block prepare_block(const Problem& p, const Head& head, Workspace& w, int
   if (block.keys.empty()) return block;
   read_block(p, head, block, w);
   if (p.position)
-    edge_products(lay_over(head.rel_k, block.rows, block.position, 0), block.keys, {w.position, p.padded_depth, 1}, w.edges, w.scratch);
+    edge_products(lay_over(head.rel_k, block.rows, block.position, 0), block.keys, {w.position, p.padded_depth, 1},
+                  w.edges, w.scratch);
   return block;
 }
 
 // The rel_q term of a block of queries and the keys `keys`, whose columns begin at first_key: by_query[row][column].
-static void key_scores(const Problem& p, const Head& head, const Block& block, int64_t first_key, Range keys, Workspace& w) {
+static void key_scores(const Problem& p, const Head& head, const Block& block, int64_t first_key, Range keys,
+                       Workspace& w) {
   const int64_t columns = round_up(block.rows, kPanel), leading = columns + 2 * kSlack, count = keys.last - keys.first;
   const Matrix source = matrix(p.call.key, head.batch, head.head / p.ratio);
-  for (int64_t key = 0; key < count; ++key) read_padded(source, keys.first + key, p.size, p.padded_size, w.key_rows + key * p.padded_size);
+  for (int64_t key = 0; key < count; ++key)
+    read_padded(source, keys.first + key, p.size, p.padded_size, w.key_rows + key * p.padded_size);
   const Left a = {w.key_rows, p.padded_size, 1};
   edge_products(lay_over(head.rel_q, count, keys.first, block.position), {0, block.rows}, a, w.key_edges, w.scratch);
   float* tile = w.by_key + kSlack;
@@ -176,9 +194,11 @@ static void key_scores(const Problem& p, const Head& head, const Block& block, i
     relative_product(skew, panels, a.from(key), scores);
     relative_edges(skew, {0, columns}, panels, w.key_edges.from(key), scores);
   }
-  for (int64_t key = 0; key < count; key += kPanel)  // the last panel may reach beyond `count`: rows and columns that nobody reads
+  // The last panel may reach beyond `count`: rows and columns that nobody reads.
+  for (int64_t key = 0; key < count; key += kPanel)
     for (int64_t column = 0; column < columns; column += kWidth)
-      transpose(tile + key * leading + column, leading, w.by_query + column * p.leading + keys.first - first_key + key, p.leading);
+      transpose(tile + key * leading + column, leading, w.by_query + column * p.leading + keys.first - first_key + key,
+                p.leading);
 }
 
 // The rows [row, row + rows) of a block against the keys of one tile.
@@ -203,7 +223,8 @@ INLINE Skew lay_over(const Table& table, const Block& block, const Tile& tile, c
   return lay_over(table, group.rows, block.position + group.row, tile.first_key);
 }
 
-static void cut_tile(const Problem& p, const Head& head, const Block& block, int64_t first_key, int64_t group_rows, Tile& tile) {
+static void cut_tile(const Problem& p, const Head& head, const Block& block, int64_t first_key, int64_t group_rows,
+                     Tile& tile) {
   const int64_t last_key = first_key + p.block_keys;
   tile.first_key = first_key;
   tile.keys = {most(first_key, block.keys.first), least(last_key, block.keys.last)};
@@ -225,25 +246,26 @@ static void cut_tile(const Problem& p, const Head& head, const Block& block, int
 }
 
 // Add attn_mask to the scores of one row of a tile, in these columns, and set to -inf what the row does not see.
-INLINE void hide(const Problem& p, const Head& head, const Block& block, const Tile& tile, int64_t row, const Range& columns,
-                 const Workspace& w, float* scores) {
+INLINE void hide(const Problem& p, const Head& head, const Block& block, const Tile& tile, int64_t row,
+                 const Range& columns, const Workspace& w, float* scores) {
   const int64_t first = clamp<int64_t>(tile.first[row], columns.first, columns.last),
                 last = clamp<int64_t>(tile.last[row], first, columns.last);
   if (first < last) {
     if (p.call.attn_mask.data)
-      apply_attn_mask(matrix(p.call.attn_mask, head.batch, head.head), block.first + row, {tile.first_key + first, tile.first_key + last},
-                      scores + first, w.row);
+      apply_attn_mask(matrix(p.call.attn_mask, head.batch, head.head), block.first + row,
+                      {tile.first_key + first, tile.first_key + last}, scores + first, w.row);
     if (head.keys.holes) {  // not by addition: a hidden NaN stays hidden
       const float* hole = head.keys.holes + tile.first_key;
-      for (int64_t column = first; column < last; ++column) scores[column] = hole[column] == 0.0f ? scores[column] : -kInfinity;
+      for (int64_t column = first; column < last; ++column)
+        scores[column] = hole[column] == 0.0f ? scores[column] : -kInfinity;
     }
   }
   fill(scores + columns.first, -kInfinity, first - columns.first);
   fill(scores + last, -kInfinity, columns.last - last);
 }
 
-// result[row] = a[row] times the table's row of each column's distance, for a tile; a few panels at a time, for all groups: they stay in
-// the first cache.
+// result[row] = a[row] times the table's row of each column's distance, for a tile; a few panels at a time, for all
+// groups: they stay in the first cache.
 static void times_distances(const Block& block, const Tile& tile, const Left& a, const Table& table, const Edges& edges,
                             const Result& result) {
   int64_t longest = 0;
@@ -256,7 +278,8 @@ static void times_distances(const Block& block, const Tile& tile, const Left& a,
       const Group& group = tile.groups[g];
       const Skew skew = lay_over(table, block, tile, group);
       const Range panels = skew.panels(group.columns);
-      relative_product(skew, {panels.first + step, least(panels.first + step + 4, panels.last)}, a.from(group.row), result.from(group.row));
+      relative_product(skew, {panels.first + step, least(panels.first + step + 4, panels.last)}, a.from(group.row),
+                       result.from(group.row));
     }
   for (int g = 0; g < tile.count; ++g) {
     const Group& group = tile.groups[g];
@@ -265,21 +288,25 @@ static void times_distances(const Block& block, const Tile& tile, const Left& a,
   }
 }
 
-// result[row] = or += a[row] (k elements) times each column of a tile, where the panels of `columns` begin at the tile's first key.
+// result[row] = or += a[row] (k elements) times each column of a tile, where the panels of `columns` begin at the
+// tile's first key.
 template <bool Accumulate>
 static void times_columns(const Tile& tile, const Left& a, const float* columns, int64_t k, const Result& result) {
   const int64_t last_panel = panels_of(tile.keys.last - tile.first_key);
   for (int64_t panel = (tile.keys.first - tile.first_key) / kPanel; panel < last_panel; panel += 4)
     for (int g = 0; g < tile.count; ++g) {
       const Group& group = tile.groups[g];
-      const int64_t first = most(panel, group.columns.first / kPanel), last = least(panel + 4, group.columns.last / kPanel);
-      multiply<Accumulate>(group.rows, last - first, a.from(group.row), {columns + first * kPanel * k, kPanel, kPanel * k}, k,
+      const int64_t first = most(panel, group.columns.first / kPanel),
+                    last = least(panel + 4, group.columns.last / kPanel);
+      multiply<Accumulate>(group.rows, last - first, a.from(group.row),
+                           {columns + first * kPanel * k, kPanel, kPanel * k}, k,
                            {result.data + group.row * result.row + first * kPanel, result.row});
     }
 }
 
 // Scores of a tile, -inf where hidden, at scores[row of the block][column].
-static void tile_scores(const Problem& p, const Head& head, const Block& block, const Tile& tile, Workspace& w, const Result& scores) {
+static void tile_scores(const Problem& p, const Head& head, const Block& block, const Tile& tile, Workspace& w,
+                        const Result& scores) {
   const Call& call = p.call;
   if (call.rel_q.data) key_scores(p, head, block, tile.first_key, tile.keys, w);
   const Left content = {w.content, p.padded_size, 1};
@@ -308,22 +335,24 @@ static bool tile_hidden(const Problem& p, const Head& head, const Block& block, 
     while (key < keys.last && head.keys.holes[key] != 0.0f) ++key;
     if (key == keys.last) return true;
   }
-  return p.call.attn_mask.data &&
-         attn_mask_hides(matrix(p.call.attn_mask, head.batch, head.head), {block.first, block.first + block.rows}, keys);
+  return p.call.attn_mask.data && attn_mask_hides(matrix(p.call.attn_mask, head.batch, head.head),
+                                                  {block.first, block.first + block.rows}, keys);
 }
 
-constexpr int64_t kStepFloats = 8192;  // of what products over columns read in one step, for all groups: it stays in the first cache
+// Of what products over columns read in one step, for all groups: it stays in the first cache.
+constexpr int64_t kStepFloats = 8192;
 
-// result[row] += sum over the tile's columns of a[row][column] * right[column], where right begins at the tile's first key.
-static void add_over_columns(const Tile& tile, const Result& a, const Right& right, int64_t size, const Result& result) {
+// result[row] += sum over the tile's columns of a[row][column] * right[column]; right begins at the tile's first key.
+static void add_over_columns(const Tile& tile, const Result& a, const Right& right, int64_t size,
+                             const Result& result) {
   const int64_t step = most<int64_t>(kStepFloats / size, kPanel), last_column = tile.keys.last - tile.first_key;
   for (int64_t column = tile.keys.first - tile.first_key; column < last_column; column += step)
     for (int g = 0; g < tile.count; ++g) {
       const Group& group = tile.groups[g];
       const int64_t first = most(column, group.seen.first), last = least(column + step, group.seen.last);
       if (first < last)
-        multiply<true>(group.rows, size / kPanel, {a.data + group.row * a.row + first, a.row, 1}, right.from(first), last - first,
-                       result.from(group.row));
+        multiply<true>(group.rows, size / kPanel, {a.data + group.row * a.row + first, a.row, 1}, right.from(first),
+                       last - first, result.from(group.row));
     }
 }
 
@@ -341,7 +370,8 @@ static void add_over_distances(const Block& block, const Tile& tile, const Resul
       const Group& group = tile.groups[g];
       const Skew skew = lay_over(table, block, tile, group);
       const Range touched = skew.touched(group.seen);
-      relative_values(skew, {most(row, touched.first), least(row + step, touched.last)}, a.from(group.row), size, result.from(group.row));
+      relative_values(skew, {most(row, touched.first), least(row + step, touched.last)}, a.from(group.row), size,
+                      result.from(group.row));
     }
   for (int g = 0; g < tile.count; ++g) {
     const Group& group = tile.groups[g];

@@ -1,5 +1,5 @@
-// The kernels for one instruction set. Compiled once for each (RELATTN_VARIANT is its name), everything in a namespace of its own:
-// functions shared between objects would be merged, and run instructions that an older processor lacks.
+// The kernels for one instruction set. Compiled once for each (RELATTN_VARIANT is its name), everything in a namespace
+// of its own: functions shared between objects would be merged, and run instructions that an older processor lacks.
 #include "call.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -45,9 +45,13 @@ namespace {
 int forward_any(const Call& call, const Team& team) {
   return takes_few(call) ? forward_few(call, team) : takes_amx(call) ? forward_amx(call, team) : forward(call, team);
 }
-int backward_any(const Call& call, const Team& team) { return takes_amx(call) ? backward_amx(call, team) : backward(call, team); }
+int backward_any(const Call& call, const Team& team) {
+  return takes_amx(call) ? backward_amx(call, team) : backward(call, team);
+}
 #else
-int forward_any(const Call& call, const Team& team) { return takes_few(call) ? forward_few(call, team) : forward(call, team); }
+int forward_any(const Call& call, const Team& team) {
+  return takes_few(call) ? forward_few(call, team) : forward(call, team);
+}
 int backward_any(const Call& call, const Team& team) { return backward(call, team); }
 #endif
 

@@ -1,5 +1,6 @@
-// Vectors of floats by the compiler's vector extensions, at the width of the instruction set this file is compiled for, and what the
-// kernels compute on them. Included by variant.cpp inside its own namespace: nothing here may be shared between instruction sets.
+// Vectors of floats by the compiler's vector extensions, at the width of the instruction set this file is compiled for,
+// and what the kernels compute on them. Included by variant.cpp inside its own namespace: nothing here may be shared
+// between instruction sets.
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
@@ -76,9 +77,10 @@ INLINE T clamp(T x, T low, T high) {
   return x < low ? low : (x > high ? high : x);
 }
 
-// 2^x for x <= about 0, to 2 units in the last place; exactly 0 below 2^-125 (no subnormals: they are slow to multiply), NaN for NaN.
-// The power is split by adding and subtracting 1.5 * 2^23, which rounds to an integer and leaves it in the low bits (-ffast-math would
-// delete it), and the polynomial is the minimax one of degree 5 on [-1/2, 1/2] (relative error 7.5e-8).
+// 2^x for x <= about 0, to 2 units in the last place; exactly 0 below 2^-125 (no subnormals: they are slow to
+// multiply), NaN for NaN. The power is split by adding and subtracting 1.5 * 2^23, which rounds to an integer and
+// leaves it in the low bits (-ffast-math would delete it), and the polynomial is the minimax one of degree 5 on [-1/2,
+// 1/2] (relative error 7.5e-8).
 INLINE Vec exp2_nonpositive(Vec x) {
   const Vec magic = splat(12582912.0f);
   const IVec too_low = x <= splat(-125.0f);
@@ -183,15 +185,15 @@ static void read_row(const char* data, int64_t dtype, int64_t first, int64_t str
 #if defined(__AVX512F__)
       for (; done + 16 <= count; done += 16) {
         const __m256i bits = _mm256_loadu_si256((const __m256i*)(from + done));
-        const __m512 wide =
-            dtype == kBFloat16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)) : _mm512_cvtph_ps(bits);
+        const __m512 wide = dtype == kBFloat16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))
+                                               : _mm512_cvtph_ps(bits);
         store(to + done, (Vec)wide);
       }
 #elif defined(__AVX2__)
       for (; done + 8 <= count; done += 8) {
         const __m128i bits = _mm_loadu_si128((const __m128i*)(from + done));
-        const __m256 wide =
-            dtype == kBFloat16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)) : _mm256_cvtph_ps(bits);
+        const __m256 wide = dtype == kBFloat16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))
+                                               : _mm256_cvtph_ps(bits);
         store(to + done, (Vec)wide);
       }
 #else
@@ -203,7 +205,8 @@ static void read_row(const char* data, int64_t dtype, int64_t first, int64_t str
 }
 
 // factor * from[...] to `count` elements from `first` on, `stride` apart.
-static void write_row(char* data, int64_t dtype, int64_t first, int64_t stride, int64_t count, const float* from, float factor) {
+static void write_row(char* data, int64_t dtype, int64_t first, int64_t stride, int64_t count, const float* from,
+                      float factor) {
   int64_t done = 0;
   if (stride == 1 && dtype == kFloat32) {
     float* to = (float*)data + first;

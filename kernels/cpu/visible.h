@@ -16,7 +16,8 @@ struct Keys {
 // `holes` has room for Lk floats, or is null if there is no key_mask.
 static Keys visible_keys(const Call& call, int64_t batch, float* holes) {
   int64_t stop = call.keys, start = 0;
-  if (call.key_lengths.data) stop = clamp<int64_t>(((const int64_t*)call.key_lengths.data)[batch * call.key_lengths.stride[0]], 0, stop);
+  if (call.key_lengths.data)
+    stop = clamp<int64_t>(((const int64_t*)call.key_lengths.data)[batch * call.key_lengths.stride[0]], 0, stop);
   bool any_hole = false;
   if (call.key_mask.data) {
     const uint8_t* mask = (const uint8_t*)call.key_mask.data + batch * call.key_mask.stride[0];
@@ -29,7 +30,8 @@ static Keys visible_keys(const Call& call, int64_t batch, float* holes) {
     }
   }
   int64_t offset = call.query_offset;
-  if (call.query_offsets.data) offset += ((const int64_t*)call.query_offsets.data)[batch * call.query_offsets.stride[0]];
+  if (call.query_offsets.data)
+    offset += ((const int64_t*)call.query_offsets.data)[batch * call.query_offsets.stride[0]];
   return {{start, stop}, any_hole ? holes : nullptr, offset};
 }
 
@@ -53,7 +55,7 @@ INLINE Range window_of(const Call& call, const Keys& keys, int64_t first, int64_
   return {window_of(call, keys, first).first, window_of(call, keys, last - 1).last};
 }
 
-// The query's position as the tables see it. Farther away everything clamps to the edge rows, as it does at this distance.
+// The query's position as the tables see it. Farther away everything clamps to the edge rows, as it does at kFar.
 INLINE int64_t table_position(const Keys& keys, int64_t query) {
   constexpr int64_t kFar = (int64_t)1 << 40;
   return clamp(keys.offset, -kFar, kFar) + query;
@@ -101,13 +103,15 @@ static void apply_attn_mask(const Matrix& mask, int64_t query, const Range& keys
 // Whether attn_mask hides all of these keys from all of these queries. Looks no further than the first that is seen.
 static bool attn_mask_hides(const Matrix& mask, const Range& queries, const Range& keys) {
   // Rows or columns that lie in the same memory are looked at once.
-  const int64_t last_query = mask.row == 0 ? queries.first + 1 : queries.last, last_key = mask.column == 0 ? keys.first + 1 : keys.last;
+  const int64_t last_query = mask.row == 0 ? queries.first + 1 : queries.last,
+                last_key = mask.column == 0 ? keys.first + 1 : keys.last;
   const float hidden = mask.dtype == kBool ? 0.0f : hidden_from(mask.dtype);
   for (int64_t query = queries.first; query < last_query; ++query) {
     const int64_t start = mask.first + query * mask.row;
     for (int64_t key = keys.first; key < last_key; ++key) {
       const int64_t index = start + key * mask.column;
-      if (mask.dtype == kBool ? ((const uint8_t*)mask.data)[index] != 0 : !(read_element(mask.data, mask.dtype, index) <= hidden))
+      if (mask.dtype == kBool ? ((const uint8_t*)mask.data)[index] != 0
+                              : !(read_element(mask.data, mask.dtype, index) <= hidden))
         return false;
     }
   }
