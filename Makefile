@@ -56,10 +56,10 @@ figures: $(INSTALLED) ## reports, pictures and the README's parts of the committ
 resources: $(INSTALLED) ## what the GPU kernels take of each chip, by compiling them
 	$(BIN)/python -m relattn.kernels.gpu.resources
 
-lint: $(INSTALLED) ## ruff, mypy, and what clang-format would change
+lint: $(INSTALLED) ## ruff, mypy, clang-format
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
-	$(BIN)/clang-format --dry-run kernels/cpu/*.h kernels/cpu/*.cpp
+	$(BIN)/clang-format --dry-run --Werror kernels/cpu/*.h kernels/cpu/*.cpp
 
 clean: ## delete builds and caches (not .venv: remove it yourself to set up anew)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

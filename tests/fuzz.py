@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -39,9 +39,9 @@ class Call:
 
     seed: int
     tensors: dict[str, Tensor]  # floating tensors that require a gradient
-    arguments: dict[str, object] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
 
-    def cast(self, dtype: torch.dtype, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, object]]:
+    def cast(self, dtype: torch.dtype, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {}
         for name, tensor in self.tensors.items():
             # Tensor.to alone would pack what has gaps or repeats.
@@ -191,7 +191,8 @@ def run(call: Call, backend: str, dtype: torch.dtype, rounded_to: torch.dtype | 
     if "attn_mask" in tensors and backend in WITHOUT_MASK_GRADIENT:
         tensors["attn_mask"].requires_grad_(False)
     torch.manual_seed(call.seed)  # dropout's seed is drawn from torch's generator
-    output, lse = relattn.relative_attention(**tensors, **arguments, return_lse=True, backend=backend)
+    given: dict[str, Any] = tensors | arguments
+    output, lse = relattn.relative_attention(**given, return_lse=True, backend=backend)
     generator = torch.Generator().manual_seed(call.seed)
     loss = (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(rounded_to or dtype).to(DEVICE, dtype)).sum()
     if call.seed % 2:
@@ -240,7 +241,7 @@ def native_variants() -> list[str]:
     """The native kernel's instruction sets that this processor has, fastest first."""
     if cpu.unavailable() is not None:
         return []
-    chosen, found = cpu.variant(), []
+    chosen, found = str(cpu.variant()), []
     for name in ("amx", "avx512", "avx2", "portable"):
         with contextlib.suppress(ValueError):
             cpu.use_variant(name)

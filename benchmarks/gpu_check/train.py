@@ -103,12 +103,13 @@ def _attention(model: nn.Module, attention: Callable[..., Any]) -> Iterator[None
 def decoder(preset: str, seconds: float, **changed: Any) -> dict[str, Any]:
     """Random tokens, since how long a step takes does not depend on them."""
     from examples.chorales.decoder.languages import ChoraleLanguage
+    from examples.chorales.decoder.passages import Music
     from examples.chorales.decoder.settings import PRESETS
     from examples.chorales.decoder.training import build_model
 
     usual = dataclasses.replace(PRESETS[preset], **changed)
     settings = dataclasses.replace(usual, dropout=0.0)
-    music = _Music(ChoraleLanguage())
+    music = Music(ChoraleLanguage(), {})
     size = (settings.batch, settings.window + 1)
     tokens = torch.randint(3, music.language.size, size, generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(device())
@@ -121,7 +122,8 @@ def decoder(preset: str, seconds: float, **changed: Any) -> dict[str, Any]:
     def side(attention: Callable[..., Any], dropout: float = 0.0) -> Callable[[], dict[str, Any]]:
         def run() -> dict[str, Any]:
             chosen = dataclasses.replace(settings, dropout=dropout)
-            model = build_model("relative", chosen, music).to(device()).train()
+            model: nn.Module = build_model("relative", chosen, music)
+            model.to(device()).train()
             with _attention(model, attention):
                 return _trained(model, loss, seconds)
 
@@ -129,11 +131,6 @@ def decoder(preset: str, seconds: float, **changed: Any) -> dict[str, Any]:
 
     sides = {"relattn": side(_own()), "original": side(_materialising)}
     return _compared(sides | {f"relattn, dropout {usual.dropout}": side(_own(), usual.dropout)})
-
-
-@dataclasses.dataclass
-class _Music:
-    language: Any
 
 
 def _own() -> Callable[..., Any]:
