@@ -109,14 +109,17 @@ def test_locks_of_the_dead_are_free(tmp_path):
     """A lock holds while its process lives, not while its file does."""
     lock = tmp_path / "cell.lock"
     holder = "import sys, time; from pathlib import Path; from examples.chorales.study.work import claim\n"
-    holder += "with claim(Path(sys.argv[1])) as mine: print(mine, flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", holder, str(lock)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "True\n"
-    with claim(lock) as mine:
-        assert not mine
-    assert lock.exists()
-    process.kill()
-    process.wait()
+    holder += "with claim(Path(sys.argv[1])) as mine: print(mine, flush=True); time.sleep(3600)"
+    holding = [sys.executable, "-c", holder, str(lock)]
+    process = subprocess.Popen(holding, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "True\n"
+        with claim(lock) as mine:
+            assert not mine
+        assert lock.exists()
+    finally:
+        process.kill()
+        process.wait()
     assert lock.exists()
     with claim(lock) as mine:
         assert mine
