@@ -76,7 +76,7 @@ def prepare_kernel(
     if inverse is not None:
         norm = tl.full((BLOCK,), 1.0, tl.float32)
         if tl.max(tl.where(sees_none, 0.0, tl.abs(log_sum))) > 64.0:
-            first, last, table_start = distances(offsets, batch, query_offset, first, last, left)
+            first_distance, last_distance, table_start = distances(offsets, batch, query_offset, first, last, left)
             key_stop = keys
             if key_lengths is not None:
                 key_stop = tl.minimum(tl.load(key_lengths + batch).to(tl.int64), keys).to(tl.int32)
@@ -91,7 +91,7 @@ def prepare_kernel(
                 key + batch64 * key_strides[0] + key_head * key_strides[1], key, rel_k, rel_q, None, rel_bias, key_mask, mask,
                 (key_strides[2], key_strides[3]), key_strides, (rel_k_strides[1], rel_k_strides[2]),
                 (rel_q_strides[1], rel_q_strides[2]), rel_k_strides, rel_bias_strides[1], key_mask_strides[1], mask_strides,
-                0, keys, query_start, queries, key_stop, first, last, table_start, table_rows, log2_scale, hidden_from,
+                0, keys, query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
                 0, 0, batch, head,
                 CLIPPED, LATE, False, False, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
             )  # fmt: skip
