@@ -114,12 +114,19 @@ def backward(
     return list(gradients.values())
 
 
-def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
-    """The strides of a tensor that broadcasts to `dims` dimensions."""
+def _operand(tensor: Tensor | None, dims: str = "bhrc") -> Any:
+    """An Operand with some of the dimensions batch, head, row and column: stride 0 where it broadcasts, None of a batch or head it lacks."""
     if tensor is None:
-        return (0,) * dims
-    own = tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (0,) * (dims - len(own)) + own
+        return None
+    strides: dict[str, int] = dict.fromkeys(dims, 0)
+    own = dims[len(dims) - tensor.dim() :]
+    strides |= {dim: 0 if size == 1 else stride for dim, size, stride in zip(own, tensor.shape, tensor.stride(), strict=True)}
+    return _kernels().operands.Operand(tensor, strides.get("b"), strides.get("h"), strides.get("r", 0), strides.get("c", 0))
+
+
+def _whole(tensor: Tensor) -> Any:
+    """The Operand of a tensor (B, H, rows, columns)."""
+    return _kernels().operands.Operand(tensor, *tensor.stride())
 
 
 def _near(tensor: Tensor) -> Tensor:
@@ -219,33 +226,34 @@ class _Call:
         precision = "interpreter" if INTERPRETED else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
         power = _kernels().next_power_of_2
         return dict(
-            SIZE=self.size, VALUE_SIZE=self.value_size, BLOCK=block, BLOCK_SIZE=max(16, power(self.size)),
-            BLOCK_VALUE_SIZE=max(16, power(self.value_size)), PRECISION=precision,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+            BLOCK=block, SIZE=self.size, COLUMNS=max(16, power(self.size)), VALUE_SIZE=self.value_size,
+            VALUE_COLUMNS=max(16, power(self.value_size)), LATE=self.exact and self.settings.scale > 0.0,
+            DROPOUT=self.settings.dropout_p > 0.0, PRECISION=precision, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
 
+    @functools.cached_property
     def _shared(self) -> dict[str, Any]:
         """Arguments that most kernels take."""
-        settings = self.settings
-        drop = settings.dropout_p
-        threshold = min(round(drop * 2**32), 2**32 - 1)  # at p = 1 what is kept all the same is multiplied by 0
+        settings, operands = self.settings, _kernels().operands
+        tables = (_operand(table, "hrc") for table in (self.rel_k, self.rel_q, self.rel_v))
+        threshold = min(round(settings.dropout_p * 2**32), 2**32 - 1)  # at p = 1 what is kept all the same is multiplied by 0
         return dict(
-            query_u=self.query_u, query_v=self.query_v, key=self.key, value=self.value,
-            rel_k=self.rel_k, rel_q=self.rel_q, rel_v=self.rel_v, rel_bias=self.rel_bias,
-            key_mask=self.key_mask, key_lengths=self.key_lengths, mask=self.mask, offsets=self.offsets, seed=self.seed,
-            query_strides=tuple(self.query_u.stride()), key_strides=tuple(self.key.stride()), value_strides=tuple(self.value.stride()),
-            rel_k_strides=_strides(self.rel_k, 3), rel_q_strides=_strides(self.rel_q, 3), rel_v_strides=_strides(self.rel_v, 3),
-            rel_bias_strides=_strides(self.rel_bias, 2), key_mask_strides=_strides(self.key_mask, 2), mask_strides=_strides(self.mask, 4),
-            heads=self.heads, group=self.heads // self.key_heads, queries=self.queries, keys=self.keys,
-            table_rows=self.table_rows, query_offset=settings.query_offset, first=self.first, last=self.last, left=settings.left,
-            scale=float(settings.scale), log2_scale=settings.scale * _LOG2_E, hidden_from=self.hidden_from,
-            threshold=threshold - 2**32 if threshold >= 2**31 else threshold, keep_scale=self.keep_scale,
-            DROPOUT=drop > 0.0, LATE=self.exact and settings.scale > 0.0,
+            inputs=operands.Inputs(
+                _whole(self.query_u), None if self.query_v is None else _whole(self.query_v), _whole(self.key), _whole(self.value),
+                *tables, _operand(self.rel_bias, "hr"), _operand(self.key_mask, "bc"), _operand(self.mask),
+                self.key_lengths, self.offsets, self.seed,
+            ),
+            units=operands.Units(float(settings.scale), settings.scale * _LOG2_E, self.hidden_from, self.keep_scale),
+            heads=self.heads, group=self.heads // self.key_heads, queries=self.queries, keys=self.keys, batches=self.batch,
+            table_rows=self.table_rows, table_start=self.table_start, first=self.first, last=self.last,
+            threshold=threshold - 2**32 if threshold >= 2**31 else threshold,
         )  # fmt: skip
 
-    def _launch(self, kernel: str, grid: tuple[int, ...], configuration, **arguments) -> None:
+    def _launch(self, kernel: str, grid: tuple[int, ...], configuration, clipped: bool = False, **arguments) -> None:
         function, names = _kernels().kernel(kernel)
-        arguments = self._shared() | self._constants(configuration) | arguments
+        constants = self._constants(configuration) | {"CLIPPED": clipped}
+        tile = _kernels().operands.Tile(**{name: constants[name] for name in _kernels().operands.Tile._fields})
+        arguments = self._shared | constants | arguments | {"TILE": tile}
         device = self.query_u.device
         with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(device):  # Triton launches on the current device
             function[grid](**{name: arguments[name] for name in names})
@@ -270,20 +278,19 @@ class _Call:
         splits = self._splits(programs, block)
         split_keys = -(-self.keys // splits // block) * block
         splits = -(-self.keys // split_keys)
-        parts, part_lse, strides = output, lse, (0, *output.stride())
+        parts, part_lse = output, lse
         if splits > 1:
             parts = torch.empty((splits, *output.shape), dtype=torch.float32, device=output.device)
             part_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=output.device)
-            strides = tuple(parts.stride())
         self._launch(
-            "forward", (programs, splits), configuration, output=parts, lse=part_lse, output_strides=strides,
-            query_blocks=query_blocks, split_keys=split_keys, CLIPPED=self._clipped(block),
+            "forward", (programs, splits), configuration, self._clipped(block), lse=part_lse, split_keys=split_keys,
+            output=_whole(parts if splits == 1 else parts[0]),
         )  # fmt: skip
         if splits > 1:
             rows = self.batch * self.heads * self.queries
             self._launch(
                 "combine", (-(-rows // 4),), configuration._replace(block=4, num_warps=4), partial=parts, partial_lse=part_lse,
-                output=output, lse=lse, output_strides=tuple(output.stride()), splits=splits, rows=rows,
+                output=_whole(output), lse=lse, splits=splits, rows=rows,
             )  # fmt: skip
 
     def backward(
@@ -296,35 +303,32 @@ class _Call:
         def per_query(*sizes: int) -> Tensor:
             return torch.empty((*sizes, *lse.shape), dtype=torch.float32, device=lse.device)
 
-        rows = dict(
-            delta=per_query(), base=per_query(), inverse=None if self.exact else per_query(), edges=per_query(2) if any_clipped else None
+        saved = _kernels().operands.Saved(
+            per_query(), per_query(), None if self.exact else per_query(), per_query(2) if any_clipped else None
         )
-        common = dict(grad_output=grad_output, grad_strides=tuple(grad_output.stride()), **rows)
+        common = dict(grad_output=_whole(grad_output), saved=saved)
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
 
-        def grid(block: int, length: int, heads: int) -> tuple[int, int]:
-            blocks = -(-length // block)
-            return blocks, blocks * self.batch * heads
+        def grid(block: int, length: int, heads: int) -> tuple[int]:
+            return (-(-length // block) * self.batch * heads,)
 
         def prepare(configuration) -> None:
-            blocks, programs = grid(configuration.block, self.queries, self.heads)
+            programs = grid(configuration.block, self.queries, self.heads)
             self._launch(
-                "prepare", (programs,), configuration, **common, output=output, lse=lse, grad_lse=grad_lse,
-                output_strides=tuple(output.stride()), grad_lse_strides=_strides(grad_lse, 3), query_blocks=blocks, CLIPPED=any_clipped,
+                "prepare", programs, configuration, any_clipped, **common, output=_whole(output), lse=lse, grad_lse=grad_lse
             )  # fmt: skip
 
         def query_gradient(configuration) -> None:
-            blocks, programs = grid(configuration.block, self.queries, self.heads)
+            programs, clipped = grid(configuration.block, self.queries, self.heads), self._clipped(configuration.block)
             self._launch(
-                "query_gradient", (programs,), configuration, **common, grad_query=grad_query, edge_sums=edge_sums,
-                grad_query_strides=tuple(grad_query.stride()), query_blocks=blocks, CLIPPED=self._clipped(configuration.block),
+                "query_gradient", programs, configuration, clipped, **common, grad_query=_whole(grad_query), edge_sums=edge_sums
             )  # fmt: skip
 
         def key_gradient(configuration) -> None:
-            blocks, programs = grid(configuration.block, self.keys, self.key_heads)
+            programs, clipped = grid(configuration.block, self.keys, self.key_heads), self._clipped(configuration.block)
             self._launch(
-                "key_gradient", (programs,), configuration, **common, grad_key=grad_key, grad_value=grad_value, key_sums=key_sums,
-                grad_key_strides=tuple(grad_key.stride()), grad_value_strides=tuple(grad_value.stride()), key_blocks=blocks,
-                CLIPPED=self._clipped(configuration.block),
+                "key_gradient", programs, configuration, clipped, **common,
+                grad_key=_whole(grad_key), grad_value=_whole(grad_value), key_sums=key_sums,
             )  # fmt: skip
 
         self._run("prepare", prepare)
@@ -423,8 +427,8 @@ class _Call:
                 partial_sums = torch.empty((splits, self.heads, diagonals, 2, block), dtype=torch.float32, device=device)
             self._launch(
                 "table_gradient", (diagonals, head_groups, splits), configuration, **common,
-                partial=partial, partial_sums=partial_sums, batch=self.batch, diagonals=diagonals, first_diagonal=lowest,
-                shared_heads=self.heads // head_groups, batches=batches, chunk=chunk,
+                partial=partial, partial_sums=partial_sums, diagonals=diagonals, first_diagonal=lowest,
+                shared_heads=self.heads // head_groups, chunk_batches=batches, chunk=chunk,
                 TABLE="sums" if total is None else name, ABSORB=absorb, FAR=far_block > 0, FAR_BLOCK=near,
             )  # fmt: skip
             row = lowest * block - (block - 1) - self.table_start

@@ -175,7 +175,7 @@ def test_nothing_of_length_by_length_is_ever_written(monkeypatch, rows):
     handed, launch = [], gpu._Call._launch
 
     def listed(self, kernel, grid, configuration, **arguments):
-        everything = self._shared() | arguments
+        everything = self._shared | arguments
         handed.extend((value.untyped_storage().nbytes(), name) for name, value in everything.items() if isinstance(value, Tensor))
         launch(self, kernel, grid, configuration, **arguments)
 

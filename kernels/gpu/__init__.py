@@ -5,9 +5,9 @@ from typing import Any
 from triton import next_power_of_2
 from triton.runtime.errors import OutOfResources
 
-from . import backward, configs, forward, tables, tile
+from . import backward, configs, forward, operands, tables, tile
 
-__all__ = ["OutOfResources", "configs", "kernel", "next_power_of_2", "tile"]
+__all__ = ["OutOfResources", "configs", "kernel", "next_power_of_2", "operands", "tile"]
 
 KERNELS = {
     "forward": forward.forward_kernel,

@@ -21,53 +21,53 @@ import triton.language as tl
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """A product of two tiles in float32. PRECISION: "tf32" or "ieee", of float32 operands; "interpreter" multiplies float32 copies, since
-    Triton's interpreter takes bfloat16's bits for integers."""
-    if PRECISION == "interpreter":
+def dot(a, b, TILE: tl.constexpr):
+    """A product of two tiles in float32. TILE.PRECISION: "tf32" or "ieee", of float32 operands; "interpreter" multiplies float32 copies,
+    since Triton's interpreter takes bfloat16's bits for integers."""
+    if TILE.PRECISION == "interpreter":
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee", out_dtype=tl.float32)
     else:
-        product = tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+        product = tl.dot(a, b, input_precision=TILE.PRECISION, out_dtype=tl.float32)
     return product
 
 
 @triton.jit
-def add_dot(a, b, total, PRECISION: tl.constexpr):
+def add_dot(a, b, total, TILE: tl.constexpr):
     """total + a b."""
-    if PRECISION == "interpreter":
+    if TILE.PRECISION == "interpreter":
         total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee", out_dtype=tl.float32)
     else:
-        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=tl.float32)
+        total = tl.dot(a, b, total, input_precision=TILE.PRECISION, out_dtype=tl.float32)
     return total
 
 
 @triton.jit
-def load_rows(base, start, stop, strides, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows start ... start + ROWS of a matrix with `stop` rows of SIZE numbers, (ROWS, COLUMNS); zeros beyond."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+def load_rows(matrix, start, stop, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows start ... start + BLOCK of a matrix with `stop` rows; zeros beyond."""
+    row, column = tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     inside = ((start + row).to(tl.uint32) < stop)[:, None]  # rows before the first are beyond the last
     if SIZE != COLUMNS:
         inside = inside & (column < SIZE)[None, :]
-    address = base + tl.cast(start, tl.int64) * strides[0] + (row[:, None] * strides[0] + column[None, :] * strides[1])
+    address = matrix.base + tl.cast(start, tl.int64) * matrix.row + (row[:, None] * matrix.row + column[None, :] * matrix.column)
     return tl.load(address, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(base, tile, start, stop, strides, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+def store_rows(matrix, tile, start, stop, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     inside = (start + row < stop)[:, None]
     if SIZE != COLUMNS:
         inside = inside & (column < SIZE)[None, :]
-    address = base + tl.cast(start, tl.int64) * strides[0] + (row[:, None] * strides[0] + column[None, :] * strides[1])
-    tl.store(address, tile.to(base.dtype.element_ty), mask=inside)
+    address = matrix.base + tl.cast(start, tl.int64) * matrix.row + (row[:, None] * matrix.row + column[None, :] * matrix.column)
+    tl.store(address, tile.to(matrix.base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def load_window(base, first, table_rows, strides, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows first ... first + ROWS of a table, clamped to those it has."""
-    start, row = _clamped(first, table_rows, ROWS)
+def load_window(table, first, table_rows, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows first ... first + BLOCK of a table, clamped to those it has."""
+    start, row = _clamped(first, table_rows, BLOCK)
     column = tl.arange(0, COLUMNS)
-    address = base + start.to(tl.int64) * strides[0] + (row[:, None] * strides[0] + column[None, :] * strides[1])
+    address = table.base + start.to(tl.int64) * table.row + (row[:, None] * table.row + column[None, :] * table.column)
     if SIZE != COLUMNS:
         tile = tl.load(address, mask=(column < SIZE)[None, :], other=0.0)
     else:
@@ -76,19 +76,19 @@ def load_window(base, first, table_rows, strides, SIZE: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
-def _clamped(first, table_rows, ROWS: tl.constexpr):
+def _clamped(first, table_rows, BLOCK: tl.constexpr):
     """The first row that a window reads, and how much further each of its rows is: 64-bit numbers stay scalars."""
     start = tl.minimum(tl.maximum(first, 0), table_rows - 1)
-    lead = tl.minimum(tl.maximum(first - start, -ROWS), ROWS).to(tl.int32)
+    lead = tl.minimum(tl.maximum(first - start, -BLOCK), BLOCK).to(tl.int32)
     start = start.to(tl.int32)
-    return start, tl.minimum(tl.maximum(lead + tl.arange(0, ROWS), 0), table_rows - 1 - start)
+    return start, tl.minimum(tl.maximum(lead + tl.arange(0, BLOCK), 0), table_rows - 1 - start)
 
 
 @triton.jit
-def load_bias(base, first, table_rows, stride, ROWS: tl.constexpr):
-    """Entries first ... first + ROWS of a (R,) bias, clamped to those it has, in units of ln 2."""
-    start, row = _clamped(first, table_rows, ROWS)
-    return tl.load(base + start.to(tl.int64) * stride + row * stride).to(tl.float32) * 1.4426950408889634
+def load_bias(bias, first, table_rows, BLOCK: tl.constexpr):
+    """Entries first ... first + BLOCK of a (R,) bias, clamped to those it has, in units of ln 2."""
+    start, row = _clamped(first, table_rows, BLOCK)
+    return tl.load(bias.base + start.to(tl.int64) * bias.row + row * bias.row).to(tl.float32) * 1.4426950408889634
 
 
 @triton.jit
@@ -202,18 +202,16 @@ def _philox(seed, batch, head, query, quarter):
 
 
 @triton.jit
-def dropout_keep(
-    seed, threshold, batch, head, query_start, key_start, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
+def dropout_keep(dropout, query_start, key_start, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr):
     """Which weights of a tile survive dropout, bool. ALIGNED: key_start is a multiple of 4, and four keys share the work."""
-    limit = tl.cast(threshold, tl.int32).to(tl.uint32, bitcast=True)
+    limit = tl.cast(dropout.threshold, tl.int32).to(tl.uint32, bitcast=True)
     query = query_start + tl.arange(0, BLOCK)
     if ALIGNED:
         quarter = key_start // 4 + tl.arange(0, BLOCK // 4)
         if TRANSPOSED:
-            word0, word1, word2, word3 = _philox(seed, batch, head, query[None, :], quarter[:, None])
+            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[None, :], quarter[:, None])
         else:
-            word0, word1, word2, word3 = _philox(seed, batch, head, query[:, None], quarter[None, :])
+            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[:, None], quarter[None, :])
         keep0, keep1 = (word0 >= limit).to(tl.int8), (word1 >= limit).to(tl.int8)
         keep2, keep3 = (word2 >= limit).to(tl.int8), (word3 >= limit).to(tl.int8)
         four = tl.join(tl.join(keep0, keep2), tl.join(keep1, keep3))  # [..., high bit, low bit] of the key's place among four
@@ -223,41 +221,54 @@ def dropout_keep(
     else:
         key = tl.maximum(key_start + tl.arange(0, BLOCK), 0)  # keys before the first are hidden anyway
         if TRANSPOSED:
-            word0, word1, word2, word3 = _philox(seed, batch, head, query[None, :], (key // 4)[:, None])
+            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[None, :], (key // 4)[:, None])
             place = (key % 4)[:, None]
         else:
-            word0, word1, word2, word3 = _philox(seed, batch, head, query[:, None], (key // 4)[None, :])
+            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[:, None], (key // 4)[None, :])
             place = (key % 4)[None, :]
         keep = tl.where(place < 2, tl.where(place == 0, word0, word1), tl.where(place == 2, word2, word3)) >= limit
     return keep
 
 
 @triton.jit
-def mask_scores(
-    scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride, mask, mask_strides,
-    hidden_from, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """The scores, plus a float mask (then they are in units of ln 2); -inf where the query may not see the key.
+def is_whole(query_start, key_start, visible, BLOCK: tl.constexpr):
+    """Whether every query of a tile sees every key of it, masks aside."""
+    return (
+        (key_start >= 0)
+        & (key_start + BLOCK <= visible.key_stop)
+        & (key_start - (query_start + BLOCK - 1) >= visible.first)
+        & (key_start + BLOCK - 1 - query_start <= visible.last)
+    )
 
-    key_mask (Lk,), mask (Lq, Lk) of this batch element and head, or None. Distances are key index minus query index.
-    """
+
+@triton.jit
+def hide(scores, query_start, key_start, visible, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The scores, plus a float mask (then they are in units of ln 2); -inf where the query may not see the key."""
+    # Without a mask, tiles that every query sees whole skip this.
+    if visible.key_mask is not None or visible.mask is not None or not is_whole(query_start, key_start, visible, BLOCK):
+        scores = _masked(scores, query_start, key_start, visible, BLOCK, TRANSPOSED)
+    return scores
+
+
+@triton.jit
+def _masked(scores, query_start, key_start, visible, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr):
     if TRANSPOSED:
         query, key = (query_start + tl.arange(0, BLOCK))[None, :], (key_start + tl.arange(0, BLOCK))[:, None]
     else:
         query, key = (query_start + tl.arange(0, BLOCK))[:, None], (key_start + tl.arange(0, BLOCK))[None, :]
-    inside = (key >= 0) & (key < key_stop)
-    # Without a mask only tiles that some query does not see whole come here; the others skip this.
+    key_mask, mask = visible.key_mask, visible.mask
+    inside = (key >= 0) & (key < visible.key_stop)
     if key_mask is not None:
-        inside = inside & (tl.load(key_mask + tl.cast(key, tl.int64) * key_mask_stride, mask=inside, other=0) != 0)
+        inside = inside & (tl.load(key_mask.base + tl.cast(key, tl.int64) * key_mask.column, mask=inside, other=0) != 0)
     distance = key - query
-    visible = inside & (distance >= first_distance) & (distance <= last_distance)
+    seen = inside & (distance >= visible.first) & (distance <= visible.last)
     if mask is not None:
-        address = mask + tl.cast(query, tl.int64) * mask_strides[2] + tl.cast(key, tl.int64) * mask_strides[3]
-        entry = tl.load(address, mask=(key >= 0) & (key < key_stop) & (query < queries), other=0)
-        if mask.dtype.element_ty == tl.uint8:
-            visible = visible & (entry != 0)
+        address = mask.base + tl.cast(query, tl.int64) * mask.row + tl.cast(key, tl.int64) * mask.column
+        entry = tl.load(address, mask=(key >= 0) & (key < visible.key_stop) & (query < visible.queries), other=0)
+        if mask.base.dtype.element_ty == tl.uint8:
+            seen = seen & (entry != 0)
         else:
             entry = entry.to(tl.float32)
-            visible = visible & ~(entry <= hidden_from)
+            seen = seen & ~(entry <= visible.hidden_from)
             scores = scores + entry * 1.4426950408889634
-    return tl.where(visible, scores, float("-inf"))
+    return tl.where(seen, scores, float("-inf"))
