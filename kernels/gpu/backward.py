@@ -19,7 +19,7 @@ from .tile import add_dot, dot, dropout_keep, hide, load_bias, load_rows, load_w
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
-    inputs, output, grad_output, lse, grad_lse, saved, units, heads, group, queries, keys, table_rows, table_start, first, last,
+    inputs, output, grad_output, lse, grad_lse, saved, units, batches, heads, group, queries, keys, table_rows, table_start, first, last,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Per query, what `saved` is of: delta; base and inverse, so that the weights are inverse * 2^(scores - base); edges, what the tables'
@@ -50,7 +50,7 @@ def prepare_kernel(
             at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), None, at(inputs.rel_bias, batch, head), table_rows, start
         )
     if TILE.CLIPPED:
-        side = (tl.num_programs(0) // blocks).to(tl.int64) * queries
+        side = tl.cast(batches, tl.int64) * heads * queries
         for SIDE in tl.static_range(2):
             edge = edge_scores(query.v, tables, (table_rows - 1) * SIDE, units, TILE)
             tl.store(saved.edges + side * SIDE + place, edge, mask=row < queries)
@@ -139,7 +139,7 @@ def _add_owed(low, high, first, tables, total, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
     inputs, grad_output, saved, grad_query, edge_sums, units,
-    heads, group, queries, keys, table_rows, table_start, first, last, threshold, TILE: tl.constexpr,
+    batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (query block of a head of a batch element). If CLIPPED, edge_sums (2, B, H, Lq) float32 gets, per query, the score gradients
     of the keys far to the left and far to the right: what the tables' first and last row are owed there."""
@@ -166,7 +166,7 @@ def query_gradient_kernel(
         inverse = tl.load(saved.inverse + place, mask=row < queries, other=0.0)
     dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
     left, right = base, base
-    side = (tl.num_programs(0) // blocks).to(tl.int64) * queries
+    side = tl.cast(batches, tl.int64) * heads * queries
     if TILE.CLIPPED:
         left = tl.load(saved.edges + place, mask=row < queries, other=0.0)
         right = tl.load(saved.edges + side + place, mask=row < queries, other=0.0)
@@ -300,12 +300,12 @@ def _key_walk(
     span = query_ranges(key_start, visible, tables, TILE)
     for query_start in tl.range(span.start, span.stop, TILE.BLOCK):
         first = window_start(query_start, key_start, tables, TILE.BLOCK)
-        query = load_queries(query_u, query_v, query_start, visible.queries, TILE)
-        slopes = load_rows(grad_output, query_start, visible.queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
         low, high = None, None
         if tables.rel_k is not None and not TILE.CLIPPED:
             low = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
             high = load_window(tables.rel_k, first + TILE.BLOCK, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        query = load_queries(query_u, query_v, query_start, visible.queries, TILE)
+        slopes = load_rows(grad_output, query_start, visible.queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
         weights, grad = transposed_tile(
             key, value, query, slopes, saved, side, low, high, tables, first, query_start, key_start, span, visible, dropout, units,
             True, TILE,
@@ -323,7 +323,7 @@ def _key_walk(
 @triton.jit(do_not_specialize=SIZES)
 def key_gradient_kernel(
     inputs, grad_output, saved, grad_key, grad_value, key_sums, units,
-    heads, group, queries, keys, table_rows, table_start, first, last, threshold, TILE: tl.constexpr,
+    batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (key block of a key head of a batch element); `heads` counts query heads. key_sums (B, H, Lk) float32 or None gets the score
     gradients summed over the queries."""
@@ -334,7 +334,7 @@ def key_gradient_kernel(
     nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
     key = load_rows(at(inputs.key, batch, key_head), key_start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     value = load_rows(at(inputs.value, batch, key_head), key_start, key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-    side = (tl.num_programs(0) // blocks * group).to(tl.int64) * queries
+    side = tl.cast(batches, tl.int64) * heads * queries
     drawn = drawn_seed(inputs, TILE)
 
     total_key = tl.zeros((TILE.BLOCK, TILE.COLUMNS), tl.float32)

@@ -209,7 +209,7 @@ def add_by_distance(
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    inputs, output, lse, units, heads, group, queries, keys, split_keys, table_rows, table_start, first, last, threshold,
+    inputs, output, lse, units, batches, heads, group, queries, keys, split_keys, table_rows, table_start, first, last, threshold,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (query block of a head of a batch element, split of the keys).
@@ -222,7 +222,6 @@ def forward_kernel(
     blocks = tl.cdiv(queries, TILE.BLOCK)
     query_start = (blocks - 1 - tl.program_id(0) % blocks) * TILE.BLOCK
     batch, head = tl.program_id(0) // blocks // heads, tl.program_id(0) // blocks % heads
-    rows, all_rows = (batch.to(tl.int64) * heads + head) * queries, (tl.num_programs(0) // blocks).to(tl.int64) * queries
     split = tl.program_id(1)
 
     nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
@@ -246,12 +245,12 @@ def forward_kernel(
     # A query that sees nothing: output 0 and -inf.
     total = total * tl.where(norm == 0.0, 0.0, (units.keep_scale if TILE.DROPOUT else 1.0) / norm)[:, None]
     log_sum = (tl.where(highest == float("-inf"), 0.0, highest) + tl.log2(norm)) * 0.6931471805599453
+    rows = split.to(tl.int64) * batches * heads * queries  # of the splits before
     here = at(output, batch, head)
-    before = split.to(tl.int64) * all_rows
-    here = Matrix(here.base + before * TILE.VALUE_SIZE, here.row, here.column)
+    here = Matrix(here.base + rows * TILE.VALUE_SIZE, here.row, here.column)
     store_rows(here, total, query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
     row = query_start + tl.arange(0, TILE.BLOCK)
-    tl.store(lse + before + rows + row, log_sum, mask=row < queries)
+    tl.store(lse + rows + (batch.to(tl.int64) * heads + head) * queries + row, log_sum, mask=row < queries)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -137,10 +137,10 @@ def at(operand, batch, head):
     """The Matrix of one batch element and head. Of None it is None."""
     if operand is not None:
         base = operand.base
-        if operand.batch is not None:
-            base += tl.cast(batch, tl.int64) * operand.batch
         if operand.head is not None:
             base += tl.cast(head, tl.int64) * operand.head
+        if operand.batch is not None:
+            base += tl.cast(batch, tl.int64) * operand.batch
         return Matrix(base, operand.row, operand.column)
 
 
