@@ -31,6 +31,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 _CONFIGURATION: tuple[int, int, int] | None = None
 _SPLITS = 0
 _TABLE_PROGRAMS = 0
+# Bytes of the tiles of weights and of score gradients that the backward pass keeps in memory at once, whatever the lengths.
+_TILE_BYTES = 2**28
 
 
 def _why_missing() -> str | None:
@@ -172,7 +174,7 @@ class _Call:
         result = empty_with_layout(query, query.shape)
         return result.copy_(query) if bias is None else torch.add(query, bias[:, None, :], out=result)
 
-    def _run(self, kernel: str, launch: Callable[[Any], None], largest_block: int = 2**30) -> int:
+    def _run(self, kernel: str, launch: Callable[[Any], None], largest_block: int = 2**30, block: int | None = None) -> int:
         """Launch with the best configuration, with a smaller one where the chip lacks the room; the block size that it was."""
         if _CONFIGURATION is not None:
             candidates = [_kernels().configs.Configuration(*_CONFIGURATION)]
@@ -180,7 +182,7 @@ class _Call:
             size, extra = max(self.size, self.value_size), self.rel_q is not None or self.rel_v is not None
             target, clipped = _target(self.query_u.device), self._clipped(16)
             candidates = _kernels().configs.configurations(kernel, target, size, self.dtype.itemsize, clipped, extra)
-        candidates = [candidate for candidate in candidates if candidate.block <= largest_block]
+        candidates = [candidate for candidate in candidates if candidate.block <= largest_block and block in (None, candidate.block)]
         if len(candidates) > 1 and autotune.wanted():
             device = self.query_u.device
             candidates = autotune.by_speed(kernel, self._key(), candidates, launch, _kernels().OutOfResources, device)
@@ -319,10 +321,20 @@ class _Call:
             )  # fmt: skip
 
         def query_gradient(configuration) -> None:
-            programs, clipped = grid(configuration.block, self.queries, self.heads), self._clipped(configuration.block)
-            self._launch(
-                "query_gradient", programs, configuration, clipped, **common, grad_query=_whole(grad_query), edge_sums=edge_sums
+            nonlocal by_distance
+            block, clipped = configuration.block, self._clipped(configuration.block)
+            launch = functools.partial(
+                self._launch, "query_gradient", configuration=configuration, clipped=clipped, **common,
+                grad_query=_whole(grad_query), edge_sums=edge_sums,
             )  # fmt: skip
+            if owed and block >= 32:
+                by_distance = self._parts(launch, block, common, gradients, grad_query, products, key_sums)
+            else:
+                programs = grid(block, self.queries, self.heads)
+                launch(
+                    grid=programs, kept_tiles=None, grad_tiles=None, running=None, first_pair=0, columns=0, key_begin=0, key_end=self.keys,
+                    ADD=True,
+                )  # fmt: skip
 
         def key_gradient(configuration) -> None:
             programs, clipped = grid(configuration.block, self.keys, self.key_heads), self._clipped(configuration.block)
@@ -332,24 +344,30 @@ class _Call:
             )  # fmt: skip
 
         self._run("prepare", prepare)
-        by_table = need & {"rel_k", "rel_bias", "pos_bias_v"}
+        by_table, by_distance = need & {"rel_k", "rel_bias", "pos_bias_v"}, None
+        # Where rel_k wants a gradient, score gradients go to memory, since distances and queries sum them differently. Of large heads all
+        # gradients are products of what is there: registers do not hold their sums.
+        owed = "rel_k" in need and not any_clipped and self.offsets is None and self.rel_q is None and self.rel_v is None
+        products = owed and self.size > 64 and self.dtype.itemsize == 2
+        key_sums = None
+        if "pos_bias_u" in need:
+            key_sums = torch.empty((self.batch, self.heads, self.keys), dtype=torch.float32, device=lse.device)
+        grad_key = gradients["key"] if "key" in need else torch.empty_like(self.key)
+        grad_value = gradients["value"] if "value" in need else torch.empty_like(self.value)
         edge_sums, far_block = None, 0
-        if "query" in need or (any_clipped and by_table):
+        if "query" in need or owed or (any_clipped and by_table):
             edge_sums = per_query(2) if any_clipped else None
             grad_query = gradients["query"] if "query" in need else torch.empty_like(self.query_u)
             far_block = self._run("query_gradient", query_gradient)
-        if need & {"key", "value", "pos_bias_u"}:
-            grad_key = gradients["key"] if "key" in need else torch.empty_like(self.key)
-            grad_value = gradients["value"] if "value" in need else torch.empty_like(self.value)
-            key_sums = None
-            if "pos_bias_u" in need:
-                key_sums = torch.empty((self.batch, self.heads, self.keys), dtype=torch.float32, device=lse.device)
+        if need & {"key", "value", "pos_bias_u"} and not (by_distance and products):
             self._run("key_gradient", key_gradient)
-            if key_sums is not None:
-                sums = key_sums.unflatten(1, (self.key_heads, -1))
-                total = torch.einsum("bngj,bnjd->ngd", sums, self.key.float()).flatten(0, 1)
-                gradients["pos_bias_u"].copy_(total * self.settings.scale)
-        if by_table:
+        if key_sums is not None:
+            sums = key_sums.unflatten(1, (self.key_heads, -1))
+            total = torch.einsum("bngj,bnjd->ngd", sums, self.key.float()).flatten(0, 1)
+            gradients["pos_bias_u"].copy_(total * self.settings.scale)
+        if by_distance:
+            self._give(gradients, *by_distance)
+        elif by_table:
             # With offsets by batch element the diagonals' tiles are not those whose edge sums are known: all are walked.
             far = edge_sums if far_block and self._clipped(far_block) and self.offsets is None else None
             self._content_gradients(gradients, common, far, far_block)
@@ -375,6 +393,10 @@ class _Call:
                 left, right = far.sum((1, 3))
                 sums[:, 0] += left
                 sums[:, -1] += right
+        self._give(gradients, total, sums)
+
+    def _give(self, gradients: dict[str, Tensor], total: Tensor | None, sums: Tensor | None) -> None:
+        """Gradients of rel_k, rel_bias and pos_bias_v, from rel_k's, unscaled, and the sums of the score gradients, by table row."""
         if total is not None:
             gradients["rel_k"].copy_((total * self.settings.scale).view(gradients["rel_k"].shape))
         if sums is not None and "rel_bias" in gradients:
@@ -383,6 +405,71 @@ class _Call:
             assert self.rel_k is not None
             table = self.rel_k.float().expand(self.heads, -1, -1)
             gradients["pos_bias_v"].copy_(torch.bmm(sums[:, None], table)[:, 0] * self.settings.scale)
+
+    def _parts(
+        self, launch: Callable[..., None], block: int, common: dict[str, Any], gradients: dict[str, Tensor], grad_query: Tensor,
+        products: bool, key_sums: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Gradients by way of tiles in memory, one part of the heads and the keys at a time: of queries; of keys and values if `products`;
+        and, unscaled, float32, by table row, rel_k's (T, R, D) and the sums of the score gradients (H, R), or None where nobody wants them.
+
+        The order of the parts is fixed, and so are the bits of the sums.
+        """
+        pairs, group, device = self.batch * self.heads, self.heads // self.key_heads, grad_query.device
+        rows, all_columns = -(-self.queries // block), -(-self.keys // block)
+        at_once, columns = self._part(rows, all_columns, block, 2 if products else 1)
+        empty = functools.partial(torch.empty, device=device)
+        grad_tiles, kept_tiles = (empty((at_once * rows, columns, block, block), dtype=self.dtype) if want else None for want in (True, products))
+        running = None
+        if products or columns < all_columns:
+            running = empty((at_once * rows, block, self.size), dtype=torch.float32)
+        heads, distances = self.heads if gradients["rel_k"].dim() == 3 else 1, (rows + all_columns) * block
+        total = torch.zeros((heads, distances, self.size), dtype=torch.float32, device=device)
+        sums = None
+        if gradients.keys() & {"rel_bias", "pos_bias_v"}:
+            sums = torch.zeros((self.heads, distances), dtype=torch.float32, device=device)
+        for pair, column in itertools.product(range(0, pairs, at_once), range(0, all_columns, columns)):
+            here, some = min(at_once, pairs - pair), min(columns, all_columns - column)
+            part = dict(first_pair=pair, columns=columns, key_begin=column * block, key_end=min((column + some) * block, self.keys))
+            launch(grid=(here * rows,), kept_tiles=kept_tiles, grad_tiles=grad_tiles, running=running, ADD=not products, **part)
+
+            def product(kernel: str, grid: tuple[int, ...], part=part, **arguments) -> None:
+                self._run(kernel, functools.partial(self._launch, kernel, grid, **common, **part, **arguments), block=block)
+
+            if products:
+                if "value" in gradients:
+                    product("key_product", (some, here // group), tiles=kept_tiles, gradient=_whole(gradients["value"]), key_sums=None, VALUES=True)
+                if "key" in gradients or key_sums is not None:
+                    key = gradients["key"] if "key" in gradients else torch.empty_like(self.key)
+                    product("key_product", (some, here // group), tiles=grad_tiles, gradient=_whole(key), key_sums=key_sums, VALUES=False)
+                product("query_product", (here * rows,), tiles=grad_tiles, running=running, grad_query=_whole(grad_query))
+            partial = empty((here, rows + some, block, self.size), dtype=torch.float32)
+            partial_sums = None if sums is None else empty((here, rows + some, block), dtype=torch.float32)
+            product("table_product", (rows + some, here), tiles=grad_tiles, partial=partial, partial_sums=partial_sums)
+            place = slice(column * block, (column + rows + some) * block)
+            _add_pairs(total[:, place], partial.flatten(1, 2), pair)
+            if sums is not None and partial_sums is not None:
+                _add_pairs(sums[:, place], partial_sums.flatten(1, 2), pair)
+        first_row = -(rows - 1) * block - (block - 1) - self.table_start
+        by_row = torch.zeros((heads, self.table_rows, self.size), dtype=torch.float32, device=device)
+        _fold(total, first_row, by_row)
+        if sums is None:
+            return by_row, None
+        sums_by_row = torch.zeros((self.heads, self.table_rows), dtype=torch.float32, device=device)
+        _fold(sums, first_row, sums_by_row)
+        return by_row, sums_by_row
+
+    def _part(self, rows: int, columns: int, block: int, kinds: int) -> tuple[int, int]:
+        """Heads (of batch elements) and columns of tiles at once: enough programs to fill the chip, a few times over where some have less to
+        do than others, and as many keys as there is room for."""
+        group = self.heads // self.key_heads
+        units = self.batch * self.key_heads  # heads that share a key head stay together
+        slots = 2 * (4 if INTERPRETED else _processors(self.query_u.device))
+        slots *= 1 if self.first == -_UNBOUNDED and self.last == _UNBOUNDED else 4
+        count = max(1, min(units, slots // (rows * group)))
+        count = -(-units // -(-units // count))
+        room = max(1, _TILE_BYTES // (count * group * rows * block * block * self.dtype.itemsize * kinds))
+        return count * group, -(-columns // -(-columns // room))
 
     def _table_gradient(
         self, name: str, gradient: Tensor | None, want_sums: bool, common: dict[str, Any], far_block: int
@@ -434,9 +521,9 @@ class _Call:
             row = lowest * block - (block - 1) - self.table_start
             if total is not None and partial is not None:
                 windows = partial.sum(0)
-                _fold(windows.sum(0, keepdim=True) if groups == 1 else windows, row, total)
+                _fold(_overlap(windows.sum(0, keepdim=True) if groups == 1 else windows), row, total)
             if sums is not None and partial_sums is not None:
-                _fold(partial_sums.sum(0), row, sums)
+                _fold(_overlap(partial_sums.sum(0)), row, sums)
 
         self._run("table_gradient", table_gradient, far_block or 2**30)
         return total, sums
@@ -455,13 +542,28 @@ class _Call:
         return head_groups, batches, -(-blocks // min(wanted, blocks)) * near
 
 
-def _fold(windows: Tensor, row: int, total: Tensor) -> None:
-    """Add windows (T, diagonals, 2, block, ...) to a table's gradient (T, R, ...): neighbours overlap by a block, the first begins at
-    `row`, and what lies beyond the table belongs to its edge rows."""
-    diagonals, block, rows = windows.shape[1], windows.shape[3], total.shape[1]
-    by_distance = windows.new_zeros((windows.shape[0], (diagonals + 1) * block, *windows.shape[4:]))
+def _add_pairs(total: Tensor, partial: Tensor, first_pair: int) -> None:
+    """Add (pairs, ...), of which the first is pair number first_pair of all batch elements' heads, to (H, ...) or (1, ...), in order."""
+    if total.shape[0] == 1:
+        total[0] += partial.sum(0)
+        return
+    for index, part in enumerate(partial, first_pair):
+        total[index % total.shape[0]] += part
+
+
+def _overlap(windows: Tensor) -> Tensor:
+    """(T, diagonals, 2, block, ...), of which neighbours overlap by a block, by distance: (T, (diagonals + 1) block, ...)."""
+    block = windows.shape[3]
+    by_distance = windows.new_zeros((windows.shape[0], (windows.shape[1] + 1) * block, *windows.shape[4:]))
     by_distance[:, :-block] += windows[:, :, 0].flatten(1, 2)
     by_distance[:, block:] += windows[:, :, 1].flatten(1, 2)
+    return by_distance
+
+
+def _fold(by_distance: Tensor, row: int, total: Tensor) -> None:
+    """Add (T, distances, ...), of which the first is that of table row `row`, to (T, R, ...): what lies beyond the table belongs to its edge
+    rows."""
+    rows = total.shape[1]
     below = min(max(-row, 0), by_distance.shape[1])
     inside = min(max(rows - row, below), by_distance.shape[1])
     if inside > below:

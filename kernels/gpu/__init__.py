@@ -5,7 +5,7 @@ from typing import Any
 from triton import next_power_of_2
 from triton.runtime.errors import OutOfResources
 
-from . import backward, configs, forward, operands, tables, tile
+from . import backward, configs, forward, operands, products, tables, tile
 
 __all__ = ["OutOfResources", "configs", "kernel", "next_power_of_2", "operands", "tile"]
 
@@ -16,6 +16,9 @@ KERNELS = {
     "query_gradient": backward.query_gradient_kernel,
     "key_gradient": backward.key_gradient_kernel,
     "table_gradient": tables.table_gradient_kernel,
+    "key_product": products.key_product_kernel,
+    "query_product": products.query_product_kernel,
+    "table_product": products.table_product_kernel,
 }
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 

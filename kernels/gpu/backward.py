@@ -11,10 +11,13 @@ import triton
 import triton.language as tl
 
 from .forward import (
-    add_by_distance, drawn_seed, edge_scores, key_ranges, load_queries, offsets_of, relative_window, tile_scores, walk_keys, window_start,
+    add_by_distance, drawn_seed, edge_scores, key_ranges, load_queries, offsets_of, relative_window, steps_of, tile_scores, walk_keys,
+    window_start,
 )  # fmt: skip
-from .operands import SIZES, Dropout, Saved, Span, Tables, Visible, at, past
-from .tile import add_dot, dot, dropout_keep, hide, load_bias, load_rows, load_window, skew, store_rows, unskew
+from .operands import SIZES, Dropout, Matrix, Saved, Span, Tables, Visible, at, past
+from .tile import (
+    add_dot, dot, dropout_keep, hide, load_bias, load_rows, load_window, skew, store_rows, store_tile, unknown_zero, unskew,
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -74,78 +77,104 @@ def prepare_kernel(
 
 @triton.jit
 def _query_walk(
-    total, query, query_start, slopes, delta, base, inverse, left, right, key, value, tables, visible, dropout, units,
-    TILE: tl.constexpr,
+    total, query, query_start, slopes, delta, base, inverse, left, right, kept_tiles, grad_tiles, first_tile, begin, end,
+    key, value, tables, visible, dropout, units, ADD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The queries' gradient but for the far tiles' tables, and the sums of each row's score gradients far to the left and to the right."""
+    """The queries' gradient but for the far tiles' tables (unless not ADD), and the sums of each row's score gradients far to the left and
+    to the right, over keys begin ... end. The weights that dropout keeps and the scores' gradients go to memory from `first_tile` on."""
     span = key_ranges(query_start, visible, tables, TILE)
+    start, stop = tl.maximum(span.start, begin), tl.minimum(span.stop, end)
     sums_left, sums_right = tl.zeros((TILE.BLOCK,), tl.float32), tl.zeros((TILE.BLOCK,), tl.float32)
-    low, before = total, tl.zeros((TILE.BLOCK, TILE.BLOCK), query.u.dtype)
-    if (tables.rel_k is not None or tables.rel_bias is not None) and not TILE.CLIPPED:
-        low = relative_window(query.v, tables, window_start(query_start, span.start, tables, TILE.BLOCK), units, TILE)
-    for key_start in tl.range(span.start, span.stop, TILE.BLOCK):
-        first = window_start(query_start, key_start, tables, TILE.BLOCK)
-        key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-        scores, low = tile_scores(query, key_tile, low, left, right, tables, first, key_start, span, units, TILE)
-        scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, False)
-        weights = tl.exp2(scores * (units.log2_scale if TILE.LATE else 1.0) - base[:, None])
-        if inverse is not None:
-            weights = weights * inverse[:, None]
-        value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-        if tables.rel_v is not None:
-            table = load_window(tables.rel_v, first, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-            by_low = dot(slopes, tl.trans(table), TILE)
-            table = load_window(tables.rel_v, first + TILE.BLOCK, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-            grad = skew(by_low, dot(slopes, tl.trans(table), TILE), TILE.BLOCK, True, True)
-            grad = add_dot(slopes, tl.trans(value_tile), grad, TILE)
-        else:
-            grad = dot(slopes, tl.trans(value_tile), TILE)
-        if TILE.DROPOUT:
-            keep = dropout_keep(dropout, query_start, key_start, TILE.BLOCK, False, True)
-            grad = tl.where(keep, grad * dropout.keep_scale, 0.0)
-        grad = weights * (grad - delta[:, None])
-        half = grad.to(key_tile.dtype)
-        if TILE.CLIPPED:
-            if (key_start >= span.near) & (key_start < span.beyond):
-                if tables.rel_k is not None:
-                    none = tl.zeros((TILE.BLOCK, TILE.BLOCK), half.dtype)
-                    total = _add_owed(half, none, first, tables, total, TILE)
-                    total = _add_owed(none, half, first + TILE.BLOCK, tables, total, TILE)
+    for FAR in tl.static_range(1 if TILE.CLIPPED else 0, -1, -1):
+        steps = steps_of(start, stop, span, FAR, TILE)
+        low, before, edge = total, tl.zeros((TILE.BLOCK, TILE.BLOCK), query.u.dtype), tl.zeros((TILE.BLOCK,), tl.float32)
+        # Its product anew costs less than keeping the window's low block, where the table's rows are loaded anyway.
+        AGAIN: tl.constexpr = ADD and TILE.LATE and tables.rel_k is not None and not FAR
+        if (tables.rel_k is not None or tables.rel_bias is not None) and not FAR and not AGAIN:
+            low = relative_window(query.v, tables, window_start(query_start, steps.start, tables, TILE.BLOCK), units, TILE)
+        for step in tl.range(steps.start, steps.stop, TILE.BLOCK):
+            key_start = step
+            if FAR:
+                key_start += tl.where(step >= steps.turn, steps.jump, 0)
+                edge = tl.where(step < steps.turn, left, right)
+            first = window_start(query_start, key_start, tables, TILE.BLOCK)
+            key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            if AGAIN:
+                table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+                here = dot(query.v, tl.trans(table), TILE)
+                scores, _unused = tile_scores(query, key_tile, here, tables, first, key_start, units, FAR, TILE)
             else:
+                scores, low = tile_scores(query, key_tile, low, tables, first, key_start, units, FAR, TILE)
+            scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, False)
+            unit = units.log2_scale if TILE.LATE else 1.0
+            weights = tl.exp2(scores * unit - (base - edge * unit)[:, None])
+            if inverse is not None:
+                weights = weights * inverse[:, None]
+            value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+            if tables.rel_v is not None:
+                window = load_window(tables.rel_v, first, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+                by_low = dot(slopes, tl.trans(window), TILE)
+                window = load_window(tables.rel_v, first + TILE.BLOCK, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+                grad = skew(by_low, dot(slopes, tl.trans(window), TILE), unknown_zero(key_start), TILE.BLOCK, True, True)
+                grad = add_dot(slopes, tl.trans(value_tile), grad, TILE)
+            else:
+                grad = dot(slopes, tl.trans(value_tile), TILE)
+            kept = weights
+            if TILE.DROPOUT:
+                keep = dropout_keep(dropout, query_start, key_start, TILE.BLOCK, False, True)
+                grad = tl.where(keep, grad * dropout.keep_scale, 0.0)
+                kept = tl.where(keep, weights, 0.0)
+            if kept_tiles is not None:
+                store_tile(kept_tiles, kept.to(key_tile.dtype), first_tile + (key_start - begin) // TILE.BLOCK, TILE.BLOCK)
+            grad = weights * (grad - delta[:, None])
+            half = grad.to(key_tile.dtype)
+            if grad_tiles is not None:
+                store_tile(grad_tiles, half, first_tile + (key_start - begin) // TILE.BLOCK, TILE.BLOCK)
+            if FAR:
                 row_sums = tl.sum(grad, axis=1)
-                sums_left += tl.where(key_start < span.near, row_sums, 0.0)
-                sums_right += tl.where(key_start < span.near, 0.0, row_sums)
-        elif tables.rel_k is not None:
-            # The low block of this window was the high block of the last: one product for what both tiles owe to it.
-            total = _add_owed(half, before, first, tables, total, TILE)
-            before = half
-        total = add_dot(half, key_tile, total, TILE)
-    if tables.rel_k is not None and not TILE.CLIPPED:  # noqa: SIM102 (this is the compiler's condition)
-        if span.stop > span.start:
-            beyond = (span.stop - span.start + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK + span.start
-            first = window_start(query_start, beyond, tables, TILE.BLOCK)
-            total = _add_owed(tl.zeros((TILE.BLOCK, TILE.BLOCK), before.dtype), before, first, tables, total, TILE)
+                sums_left += tl.where(step < steps.turn, row_sums, 0.0)
+                sums_right += tl.where(step < steps.turn, 0.0, row_sums)
+            elif ADD and tables.rel_k is not None:
+                # The low block of this window was the high block of the last: one product for what both tiles owe to it.
+                if not AGAIN:
+                    table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+                total = add_dot(unskew(half, before, unknown_zero(key_start), TILE.BLOCK, True, True), table, total, TILE)
+                before = half
+            if ADD:
+                total = add_dot(half, key_tile, total, TILE)
+        if ADD and tables.rel_k is not None and not FAR:  # noqa: SIM102 (this is the compiler's condition)
+            if steps.stop > steps.start:
+                total = add_last_owed(before, steps.start, steps.stop, query_start, tables, total, TILE)
     return total, sums_left, sums_right
 
 
 @triton.jit
-def _add_owed(low, high, first, tables, total, TILE: tl.constexpr):
-    """total plus what tiles owe to the block of rel_k from row `first` on: one whose window has it as its low block, and one of which it
-    is the high one."""
+def add_last_owed(before, start, stop, query_start, tables, total, TILE: tl.constexpr):
+    """total plus what the last tile of start ... stop, `before`, owes to the high block of its window."""
+    beyond = (stop - start + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK + start
+    first = window_start(query_start, beyond, tables, TILE.BLOCK)
     table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-    return add_dot(unskew(low, high, TILE.BLOCK, True, True), table, total, TILE)
+    owed = unskew(tl.zeros((TILE.BLOCK, TILE.BLOCK), before.dtype), before, unknown_zero(start), TILE.BLOCK, True, True)
+    return add_dot(owed, table, total, TILE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
-    inputs, grad_output, saved, grad_query, edge_sums, units,
-    batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold, TILE: tl.constexpr,
+    inputs, grad_output, saved, grad_query, edge_sums, kept_tiles, grad_tiles, running, units,
+    batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold, first_pair, columns, key_begin, key_end,
+    ADD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (query block of a head of a batch element). If CLIPPED, edge_sums (2, B, H, Lq) float32 gets, per query, the score gradients
-    of the keys far to the left and far to the right: what the tables' first and last row are owed there."""
+    """Program (query block of a head of a batch element, from number first_pair of these on), for keys key_begin ... key_end.
+
+    If CLIPPED, edge_sums (2, B, H, Lq) float32 gets, per query, the score gradients of the keys far to the left and far to the right: what
+    the tables' first and last row are owed there. kept_tiles and grad_tiles (programs, columns, BLOCK x BLOCK), or None, get the weights
+    that dropout keeps, unscaled, and the scores' gradients; tiles that no query sees any of are not written. `running` (programs, BLOCK, D)
+    float32 keeps the sums between the launches for one part of the keys and for the next. Without ADD there is no grad_query.
+    """
     blocks = tl.cdiv(queries, TILE.BLOCK)
     query_start = (blocks - 1 - tl.program_id(0) % blocks) * TILE.BLOCK
-    batch, head = tl.program_id(0) // blocks // heads, tl.program_id(0) // blocks % heads
+    pair = tl.program_id(0) // blocks + first_pair
+    batch, head = pair // heads, pair % heads
     row = query_start + tl.arange(0, TILE.BLOCK)
     place = (batch.to(tl.int64) * heads + head) * queries + row
 
@@ -171,9 +200,15 @@ def query_gradient_kernel(
         left = tl.load(saved.edges + place, mask=row < queries, other=0.0)
         right = tl.load(saved.edges + side + place, mask=row < queries, other=0.0)
 
+    total = tl.zeros((TILE.BLOCK, TILE.COLUMNS), tl.float32)
+    if running is not None:
+        sums = Matrix(running + tl.program_id(0).to(tl.int64) * (TILE.BLOCK * TILE.SIZE), TILE.SIZE, 1)
+        if key_begin > 0:
+            total = load_rows(sums, 0, TILE.BLOCK, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     total, sums_left, sums_right = _query_walk(
-        tl.zeros((TILE.BLOCK, TILE.COLUMNS), tl.float32), query, query_start, slopes, delta, base, inverse, left, right,
-        at(inputs.key, batch, head // group), at(inputs.value, batch, head // group), tables, visible, dropout, units, TILE,
+        total, query, query_start, slopes, delta, base, inverse, left, right,
+        kept_tiles, grad_tiles, tl.program_id(0).to(tl.int64) * columns, key_begin, key_end,
+        at(inputs.key, batch, head // group), at(inputs.value, batch, head // group), tables, visible, dropout, units, ADD, TILE,
     )  # fmt: skip
     if TILE.CLIPPED:
         tl.store(edge_sums + place, sums_left, mask=row < queries)
@@ -186,11 +221,15 @@ def query_gradient_kernel(
             address += tl.cast(table_rows - 1, tl.int64) * tables.rel_k.row
             edge = tl.load(address, mask=column < TILE.SIZE, other=0.0).to(tl.float32)
             total += sums_right[:, None] * edge[None, :]
-    store_rows(at(grad_query, batch, head), total * units.scale, query_start, queries, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    if ADD:
+        if key_end >= keys:
+            store_rows(at(grad_query, batch, head), total * units.scale, query_start, queries, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        elif running is not None:
+            store_rows(sums, total, 0, TILE.BLOCK, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
 
 
 @triton.jit
-def _transposed_window(query_v, low_rows, high_rows, tables, first, units, TILE: tl.constexpr):
+def _transposed_window(query_v, low_rows, high_rows, tables, first, query_start, units, TILE: tl.constexpr):
     """What rel_k, of which these are the window's two blocks, or None, and rel_bias add to the scores (key, query)."""
     if low_rows is not None:
         low = dot(low_rows, tl.trans(query_v), TILE)
@@ -202,7 +241,7 @@ def _transposed_window(query_v, low_rows, high_rows, tables, first, units, TILE:
     if tables.rel_bias is not None:
         low += load_bias(tables.rel_bias, first, tables.rows, TILE.BLOCK)[:, None]
         high += load_bias(tables.rel_bias, first + TILE.BLOCK, tables.rows, TILE.BLOCK)[:, None]
-    return skew(low, high, TILE.BLOCK, False, True)
+    return skew(low, high, unknown_zero(query_start), TILE.BLOCK, False, True)
 
 
 @triton.jit
@@ -226,14 +265,14 @@ def transposed_tile(
             if tables.rel_k is not None:
                 near_low = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
                 near_high = load_window(tables.rel_k, first + TILE.BLOCK, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-                scores += _transposed_window(query.v, near_low, near_high, tables, first, units, TILE)
+                scores += _transposed_window(query.v, near_low, near_high, tables, first, query_start, units, TILE)
             else:
-                scores += _transposed_window(query.v, None, None, tables, first, units, TILE)
+                scores += _transposed_window(query.v, None, None, tables, first, query_start, units, TILE)
         else:
             edge = saved.edges + tl.where(query_start < span.near, side, 0)
             scores += tl.load(edge + row, mask=row < visible.queries, other=0.0)[None, :]
     elif low_rows is not None or tables.rel_bias is not None:
-        window = _transposed_window(query.v, low_rows, high_rows, tables, first, units, TILE)
+        window = _transposed_window(query.v, low_rows, high_rows, tables, first, query_start, units, TILE)
         if TILE.LATE:
             scores = add_dot(key, tl.trans(query.u), window, TILE)
         else:
@@ -246,7 +285,7 @@ def transposed_tile(
         table = load_window(tables.rel_q, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
         low = dot(key, tl.trans(table), TILE)
         table = load_window(tables.rel_q, first + TILE.BLOCK, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-        by_key = skew(low, dot(key, tl.trans(table), TILE), TILE.BLOCK, True, False)
+        by_key = skew(low, dot(key, tl.trans(table), TILE), unknown_zero(query_start), TILE.BLOCK, True, False)
         scores += by_key if TILE.LATE else by_key * units.log2_scale
     scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, True)
     base = tl.load(saved.base + row, mask=row < visible.queries, other=float("inf"))
@@ -257,7 +296,7 @@ def transposed_tile(
         table = load_window(tables.rel_v, first, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
         low = dot(table, tl.trans(slopes), TILE)
         table = load_window(tables.rel_v, first + TILE.BLOCK, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-        grad = skew(low, dot(table, tl.trans(slopes), TILE), TILE.BLOCK, False, True)
+        grad = skew(low, dot(table, tl.trans(slopes), TILE), unknown_zero(query_start), TILE.BLOCK, False, True)
         grad = add_dot(value, tl.trans(slopes), grad, TILE)
     else:
         grad = dot(value, tl.trans(slopes), TILE)
@@ -276,10 +315,10 @@ def query_ranges(key_start, visible, tables, TILE: tl.constexpr):
     BLOCK: tl.constexpr = TILE.BLOCK
     last_key = tl.minimum(key_start + BLOCK, visible.key_stop) - 1
     start = tl.minimum(tl.maximum(key_start - visible.last, 0), visible.queries)
-    stop = tl.maximum(tl.minimum(last_key - visible.first + 1, visible.queries), start)
-    stop = tl.where(last_key < key_start, start, stop)
+    stop = tl.minimum(last_key - visible.first + 1, visible.queries)
+    none = (stop <= start) | (last_key < key_start)
     start = (start // BLOCK * BLOCK).to(tl.int32)
-    stop = stop.to(tl.int32)
+    stop = tl.where(none, start, stop).to(tl.int32)
     near, beyond = start, stop
     if TILE.CLIPPED:
         # Far to the right: key_start - (query_start + BLOCK - 1) >= last row. To the left: last key - query_start <= tables.start.
@@ -316,7 +355,9 @@ def _key_walk(
         half = grad.to(query.u.dtype)
         grad_key = add_dot(half, query.u, grad_key, TILE)
         if tables.rel_q is not None:
-            grad_key = add_by_distance(half, tables.rel_q, first, tables.rows, grad_key, TILE.SIZE, TILE.COLUMNS, True, False, TILE)
+            grad_key = add_by_distance(
+                half, tables.rel_q, first, tables.rows, query_start, grad_key, TILE.SIZE, TILE.COLUMNS, True, False, TILE
+            )
     return grad_key, grad_value, sums
 
 

@@ -3,8 +3,8 @@ inside the loop. Nothing but the output and its log-sum-exp is written.
 
 From one block of keys to the next the window of the table moves on by one block: what was its high block becomes its low one, so
 rel_k takes a single product more per tile than plain attention. Where tables are clipped (CLIPPED), tiles that lie so far to one side that
-all their distances belong to the tables' first or last row take no such product, but a number per query; in the few others both blocks
-are computed.
+all their distances belong to the tables' first or last row take no such product, but a number per query: they have a loop of their own,
+before that of the tiles in between.
 
 Scores are kept in units of ln 2, so that weights are powers of two; with LATE they are multiplied into these units only in the exponent.
 """
@@ -12,8 +12,10 @@ Scores are kept in units of ln 2, so that weights are powers of two; with LATE t
 import triton
 import triton.language as tl
 
-from .operands import SIZES, Dropout, Matrix, Queries, Span, Tables, Visible, at
-from .tile import add_dot, dot, dropout_keep, hide, in_low, load_bias, load_rows, load_window, skew, store_rows, unskew
+from .operands import SIZES, Dropout, Matrix, Queries, Span, Steps, Tables, Visible, at
+from .tile import (
+    add_dot, dot, dropout_keep, hide, in_low, in_registers, load_bias, load_rows, load_window, skew, store_rows, unknown_zero, unskew,
+)  # fmt: skip
 
 
 @triton.jit
@@ -33,38 +35,28 @@ def relative_window(content, tables, first, units, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_scores(query, key, low, left, right, tables, first, key_start, span, units, TILE: tl.constexpr):
+def tile_scores(query, key, low, tables, first, key_start, units, FAR: tl.constexpr, TILE: tl.constexpr):
     """Scores (query, key) but for what is hidden, and the window's high block, the next tile's low one.
 
-    low: the window's low block; first: the tables' row where it begins; left, right: what far tiles get instead, per query.
+    low: the window's low block; first: the tables' row where it begins. FAR: without a window, the caller adds a number per query.
     """
-    high = low
-    if tables.rel_k is None and tables.rel_bias is None:
+    high, nought = low, unknown_zero(key_start)
+    if (tables.rel_k is None and tables.rel_bias is None) or FAR:
         scores = dot(query.u, tl.trans(key), TILE)
         if not TILE.LATE:
             scores = scores * units.log2_scale
-    elif TILE.CLIPPED:
-        scores = dot(query.u, tl.trans(key), TILE)
-        if not TILE.LATE:
-            scores = scores * units.log2_scale
-        if (key_start >= span.near) & (key_start < span.beyond):
-            block = relative_window(query.v, tables, first, units, TILE)
-            following = relative_window(query.v, tables, first + TILE.BLOCK, units, TILE)
-            scores += skew(block, following, TILE.BLOCK, True, True)
-        else:
-            scores += tl.where(key_start < span.near, left, right)[:, None]
     else:
         high = relative_window(query.v, tables, first + TILE.BLOCK, units, TILE)
         if TILE.LATE:
-            scores = add_dot(query.u, tl.trans(key), skew(low, high, TILE.BLOCK, True, True), TILE)
+            scores = add_dot(query.u, tl.trans(key), skew(low, high, nought, TILE.BLOCK, True, True), TILE)
         else:
-            scores = dot(query.u, tl.trans(key), TILE) * units.log2_scale + skew(low, high, TILE.BLOCK, True, True)
+            scores = dot(query.u, tl.trans(key), TILE) * units.log2_scale + skew(low, high, nought, TILE.BLOCK, True, True)
     if tables.rel_q is not None:
         table = load_window(tables.rel_q, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
         before = dot(table, tl.trans(key), TILE)
         table = load_window(tables.rel_q, first + TILE.BLOCK, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
         after = dot(table, tl.trans(key), TILE)
-        by_key = skew(before, after, TILE.BLOCK, False, False)
+        by_key = skew(before, after, nought, TILE.BLOCK, False, False)
         scores += by_key if TILE.LATE else by_key * units.log2_scale
     return scores, high
 
@@ -108,6 +100,20 @@ def key_ranges(query_start, visible, tables, TILE: tl.constexpr):
 
 
 @triton.jit
+def steps_of(start, stop, span, FAR: tl.constexpr, TILE: tl.constexpr):
+    """Of the tiles start ... stop of a span: the far ones of both sides, or those in between."""
+    turn, jump = stop, 0
+    if FAR:
+        near, beyond = tl.minimum(span.near, stop), tl.maximum(span.beyond, start)
+        turn = start + (tl.maximum(near - start, 0) + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK
+        jump = beyond - turn
+        stop = turn + tl.maximum(stop - beyond, 0)
+    elif TILE.CLIPPED:
+        start, stop = tl.maximum(span.near, start), tl.minimum(span.beyond, stop)
+    return Steps(start, turn, jump, stop)
+
+
+@triton.jit
 def _shifted(bound, offset):
     """bound + offset, cut to 2^30, more than indices differ by. Both may be as large as 2^62, and a bound beyond that is none."""
     half = (bound >> 1) + (offset >> 1)
@@ -144,6 +150,16 @@ def window_start(query_start, key_start, tables, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def queries_in_registers(query, TILE: tl.constexpr):
+    """Heads up to 64 leave registers for it."""
+    if TILE.COLUMNS <= 64:
+        u = in_registers(query.u, TILE)
+        v = in_registers(query.v, TILE)
+        query = Queries(u, v)
+    return query
+
+
+@triton.jit
 def load_queries(query_u, query_v, start, stop, TILE: tl.constexpr):
     u = load_rows(query_u, start, stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     v = u
@@ -161,45 +177,52 @@ def walk_keys(
     key, value: Matrix. Without a value the first of these is what it was.
     """
     span = key_ranges(query_start, visible, tables, TILE)
-    start, stop = tl.maximum(span.start, begin), tl.minimum(span.stop, end)
-    low, left, right = total, highest, highest
-    if tables.rel_k is not None or tables.rel_bias is not None:
-        if TILE.CLIPPED:
+    begin, end = tl.maximum(span.start, begin), tl.minimum(span.stop, end)
+    for FAR in tl.static_range(1 if TILE.CLIPPED else 0, -1, -1):
+        steps = steps_of(begin, end, span, FAR, TILE)
+        low, edge = total, tl.zeros((TILE.BLOCK,), tl.float32)
+        if FAR:
             left = edge_scores(query.v, tables, 0, units, TILE)
             right = edge_scores(query.v, tables, tables.rows - 1, units, TILE)
-        else:
-            low = relative_window(query.v, tables, window_start(query_start, start, tables, TILE.BLOCK), units, TILE)
-    for key_start in tl.range(start, stop, TILE.BLOCK):
-        first = window_start(query_start, key_start, tables, TILE.BLOCK)
-        key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-        scores, low = tile_scores(query, key_tile, low, left, right, tables, first, key_start, span, units, TILE)
-        scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, False)
-        unit = units.log2_scale if TILE.LATE else 1.0
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1) * unit)
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(scores * unit - base[:, None])
-        shrink = tl.exp2(highest - base)
-        norm = norm * shrink + tl.sum(weights, axis=1)
-        highest = new_highest
-        if value is not None:
-            if TILE.DROPOUT:
-                keep = dropout_keep(dropout, query_start, key_start, TILE.BLOCK, False, True)
-                weights = tl.where(keep, weights, 0.0)  # scaled at the end, in float32
-            weights = weights.to(value.base.dtype.element_ty)
-            value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-            total = add_dot(weights, value_tile, total * shrink[:, None], TILE)
-            if tables.rel_v is not None:
-                total = add_by_distance(weights, tables.rel_v, first, tables.rows, total, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, True, True, TILE)
+        elif tables.rel_k is not None or tables.rel_bias is not None:
+            low = relative_window(query.v, tables, window_start(query_start, steps.start, tables, TILE.BLOCK), units, TILE)
+        for step in tl.range(steps.start, steps.stop, TILE.BLOCK):
+            key_start = step
+            if FAR:
+                key_start += tl.where(step >= steps.turn, steps.jump, 0)
+                edge = tl.where(step < steps.turn, left, right)
+            first = window_start(query_start, key_start, tables, TILE.BLOCK)
+            key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            scores, low = tile_scores(query, key_tile, low, tables, first, key_start, units, FAR, TILE)
+            scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, False)
+            unit = units.log2_scale if TILE.LATE else 1.0
+            new_highest = tl.maximum(highest, (tl.max(scores, axis=1) + edge) * unit)
+            base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+            weights = tl.exp2(scores * unit - (base - edge * unit)[:, None])
+            shrink = tl.exp2(highest - base)
+            norm = norm * shrink + tl.sum(weights, axis=1)
+            highest = new_highest
+            if value is not None:
+                if TILE.DROPOUT:
+                    keep = dropout_keep(dropout, query_start, key_start, TILE.BLOCK, False, True)
+                    weights = tl.where(keep, weights, 0.0)  # scaled at the end, in float32
+                weights = weights.to(value.base.dtype.element_ty)
+                value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+                total = add_dot(weights, value_tile, total * shrink[:, None], TILE)
+                if tables.rel_v is not None:
+                    total = add_by_distance(
+                        weights, tables.rel_v, first, tables.rows, key_start, total, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, True, True, TILE
+                    )
     return total, highest, norm
 
 
 @triton.jit
 def add_by_distance(
-    tile, table, first, rows, total,
+    tile, table, first, rows, start, total,
     SIZE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """total plus the tile, un-skewed, times the table's rows."""
-    by_distance = unskew(tile, tile, TILE.BLOCK, ROWS, QUERY)
+    by_distance = unskew(tile, tile, unknown_zero(start), TILE.BLOCK, ROWS, QUERY)
     inside = in_low(TILE.BLOCK, ROWS, QUERY)
     window = load_window(table, first, rows, SIZE, COLUMNS, TILE.BLOCK)
     total = add_dot(tl.where(inside, by_distance, 0.0).to(tile.dtype), window, total, TILE)
@@ -233,6 +256,7 @@ def forward_kernel(
         table_rows, start,
     )  # fmt: skip
     query = load_queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head), query_start, queries, TILE)
+    query = queries_in_registers(query, TILE)
     key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
     dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
 

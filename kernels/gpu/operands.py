@@ -14,7 +14,7 @@ import triton.language as tl
 # Sizes and offsets change from call to call: their values must not make new kernels.
 SIZES = [
     "heads", "group", "queries", "keys", "batches", "split_keys", "splits", "rows", "table_rows", "table_start", "first", "last",
-    "threshold", "diagonals", "first_diagonal", "shared_heads", "chunk", "chunk_batches",
+    "threshold", "diagonals", "first_diagonal", "shared_heads", "chunk", "chunk_batches", "first_pair", "columns", "key_begin", "key_end",
 ]  # fmt: skip
 
 
@@ -129,6 +129,15 @@ class Span(NamedTuple):
     start: Any
     near: Any
     beyond: Any
+    stop: Any
+
+
+class Steps(NamedTuple):
+    """A loop over one part of a Span's tiles: steps start ... stop, of which those from `turn` on stand for a tile `jump` further."""
+
+    start: Any
+    turn: Any
+    jump: Any
     stop: Any
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from .backward import transposed_tile
 from .forward import drawn_seed, load_queries, offsets_of
 from .operands import SIZES, Dropout, Matrix, Saved, Tables, Visible, at, past
-from .tile import add_dot, in_low, load_rows, load_window, store_rows, unskew
+from .tile import add_dot, in_low, load_rows, load_window, store_rows, unknown_zero, unskew
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _diagonal_walk(
         )  # fmt: skip
         if TABLE == "rel_q":  # the content is the key: (key, distance)
             half = grad.to(key_tile.dtype)
-            by_distance = unskew(half, half, TILE.BLOCK, True, False)
+            by_distance = unskew(half, half, unknown_zero(query_start), TILE.BLOCK, True, False)
             inside = in_low(TILE.BLOCK, True, False)
             part = tl.where(inside, by_distance, 0.0).to(key_tile.dtype)
             total_low = add_dot(tl.trans(part), key_tile, total_low, TILE)
@@ -43,16 +43,16 @@ def _diagonal_walk(
             if TABLE == "rel_v":
                 content = slopes
                 half = weights.to(content.dtype)
-                by_distance = unskew(half, half, TILE.BLOCK, False, True)
+                by_distance = unskew(half, half, unknown_zero(query_start), TILE.BLOCK, False, True)
             elif SUMS:
                 content = query.v
-                by_distance = unskew(grad, grad, TILE.BLOCK, False, True)
+                by_distance = unskew(grad, grad, unknown_zero(query_start), TILE.BLOCK, False, True)
                 sums_low += tl.sum(tl.where(inside, by_distance, 0.0), axis=1)
                 sums_high += tl.sum(tl.where(inside, 0.0, by_distance), axis=1)
             else:
                 content = query.v
                 half = grad.to(content.dtype)
-                by_distance = unskew(half, half, TILE.BLOCK, False, True)
+                by_distance = unskew(half, half, unknown_zero(query_start), TILE.BLOCK, False, True)
             if TABLE != "sums":
                 part = tl.where(inside, by_distance, 0.0).to(content.dtype)
                 total_low = add_dot(part, content, total_low, TILE)

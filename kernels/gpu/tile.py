@@ -53,6 +53,33 @@ def load_rows(matrix, start, stop, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BL
 
 
 @triton.jit
+def in_registers(tile, TILE: tl.constexpr):
+    """The same tile. Triton has wgmma read a first operand that was loaded from shared memory, each time anew, but keeps one that was
+    computed in registers; adding zero is enough (a negative zero may become a positive one)."""
+    if TILE.PRECISION != "interpreter":
+        tile = tile + tl.zeros((1, 1), tile.dtype)
+    return tile
+
+
+@triton.jit
+def store_tile(tiles, tile, index, BLOCK: tl.constexpr):
+    """A tile (BLOCK, BLOCK) as number `index` of those in memory, in an order in which eight numbers that follow one another are in the same
+    thread, and all lanes' lie together: the store needs no exchange between threads."""
+    tile = tl.permute(tl.reshape(tile, (BLOCK // 16, 2, 8, BLOCK // 32, 4, 4, 2)), (1, 3, 0, 2, 5, 4, 6))
+    place = tl.cast(index, tl.int64) * (BLOCK * BLOCK) + tl.arange(0, BLOCK * BLOCK)
+    tl.store(tiles + place, tl.reshape(tile, (BLOCK * BLOCK,)))
+
+
+@triton.jit
+def load_tile(tiles, index, exists, BLOCK: tl.constexpr):
+    """What `store_tile` wrote; zeros if not `exists`."""
+    place = tl.arange(0, BLOCK * BLOCK)
+    tile = tl.load(tiles + tl.cast(index, tl.int64) * (BLOCK * BLOCK) + place, mask=place < tl.where(exists, BLOCK * BLOCK, 0), other=0.0)
+    tile = tl.permute(tl.reshape(tile, (2, BLOCK // 32, BLOCK // 16, 8, 4, 4, 2)), (2, 0, 3, 1, 5, 4, 6))
+    return tl.reshape(tile, (BLOCK, BLOCK))
+
+
+@triton.jit
 def store_rows(matrix, tile, start, stop, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     inside = (start + row < stop)[:, None]
@@ -101,17 +128,6 @@ def _flatten(tile, BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _flatten_two(first, second, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """As if the second tile stood to the right of the first (below it, if not ROWS)."""
-    both = tl.join(first, second)
-    if ROWS:
-        both = tl.permute(tl.reshape(both, (BLOCK // 8, 8, BLOCK // 8, 4, 2, 2)), (0, 5, 2, 4, 1, 3))
-    else:
-        both = tl.permute(tl.reshape(both, (BLOCK // 8, 2, 4, BLOCK // 8, 4, 2, 2)), (6, 0, 3, 5, 2, 4, 1))
-    return tl.reshape(both, (2 * BLOCK * BLOCK,))
-
-
-@triton.jit
 def _unflatten(flat, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     if ROWS:
         tile = tl.permute(tl.reshape(flat, (BLOCK // 8, BLOCK // 8, 2, 8, 4)), (0, 3, 1, 4, 2))
@@ -130,44 +146,89 @@ def _content_and_other(BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _slide(
-    first, second, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """Of two tiles side by side, in the line of each content the elements START + CONTENT * content + OTHER * other."""
-    content, other = _content_and_other(BLOCK, ROWS)
-    # Eights and remainders apart, so that the addresses of a thread differ by constants: offsets in its loads instead of registers.
-    rest = CONTENT * (content % 8) + OTHER * (other % 8) + (START + BLOCK)
-    eights = CONTENT * (content // 8) + OTHER * (other // 8) + rest // 8 - BLOCK // 8
-    rest = rest % 8
-    if ROWS:
-        block = (content // 8) * (BLOCK // 4) + eights
-        address = (block * 2 + rest % 2) * 32 + (content % 8) * 4 + rest // 2
-    else:
-        block = eights * (BLOCK // 8) + content // 8
-        address = (block * 2 + content % 2) * 32 + (rest % 4) * 8 + (content % 8) // 2 * 2 + rest // 4
-    flat = tl.gather(_flatten_two(first, second, BLOCK, ROWS), _flatten(address, BLOCK, ROWS), 0)
-    return _unflatten(flat, BLOCK, ROWS)
+def unknown_zero(start):
+    """0, of an index, which stays below 2^30; but the compiler does not know. Addresses that hold it are computed in the loop, instead of
+    once before it and kept in a register each."""
+    return start >> 30
 
 
 @triton.jit
-def skew(low, high, BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr):
-    """From the two blocks of a window, one column (row, if not ROWS) per distance, to a tile of scores."""
-    if QUERY:
-        scores = _slide(low, high, -1, 1, BLOCK - 1, BLOCK, ROWS)
+def _turns(nought, WIDTH: tl.constexpr, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Of place START + CONTENT * content + OTHER * other, modulo BLOCK, with other < WIDTH: eights and rest. Of a thread's elements few
+    differ in more than the eights."""
+    content = tl.arange(0, BLOCK)[:, None] if ROWS else tl.arange(0, BLOCK)[None, :]
+    other = tl.arange(0, WIDTH)[None, :] if ROWS else tl.arange(0, WIDTH)[:, None]
+    line = CONTENT * content + OTHER * (other % 8) + (START + BLOCK + nought)
+    return content, (line // 8 + OTHER * (other // 8) + BLOCK // 8) % (BLOCK // 8), line % 8
+
+
+@triton.jit
+def _rotate(tile, nought, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """In the line of each content the elements START + CONTENT * content + OTHER * other, modulo BLOCK; 32-bit."""
+    content, eights, rest = _turns(nought, BLOCK, CONTENT, OTHER, START, BLOCK, ROWS)
+    if ROWS:
+        address = ((content // 8 * (BLOCK // 8) + eights) * 2 + rest % 2) * 32 + content % 8 * 4 + rest // 2
     else:
-        scores = _slide(low, high, 1, -1, BLOCK - 1, BLOCK, ROWS)
+        address = ((eights * (BLOCK // 8) + content // 8) * 2 + content % 2) * 32 + rest % 4 * 8 + content % 8 // 2 * 2 + rest // 4
+    return _unflatten(tl.gather(_flatten(tile, BLOCK, ROWS), _flatten(address, BLOCK, ROWS), 0), BLOCK, ROWS)
+
+
+@triton.jit
+def _flatten_words(tile, BLOCK: tl.constexpr):
+    """(BLOCK, BLOCK / 2): [r5 r4 r3 | c4 c3 | c0 | r2 r1 r0 | c2 c1]"""
+    return tl.reshape(tl.permute(tl.reshape(tile, (BLOCK // 8, 8, BLOCK // 16, 4, 2)), (0, 2, 4, 1, 3)), (BLOCK * BLOCK // 2,))
+
+
+@triton.jit
+def _rotate_halves(tile, nought, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr):
+    """`_rotate` of 16-bit numbers along rows: columns c and c + BLOCK / 2, which stay that far apart, travel as one 32-bit word."""
+    HALF: tl.constexpr = BLOCK // 2
+    bits = tile.to(tl.uint16, bitcast=True).to(tl.uint32)
+    first, second = tl.split(tl.permute(tl.reshape(bits, (BLOCK, 2, HALF)), (0, 2, 1)))
+    content, eights, rest = _turns(nought, HALF, CONTENT, OTHER, START, BLOCK, True)
+    address = ((content // 8 * (HALF // 8) + eights % (HALF // 8)) * 2 + rest % 2) * 32 + content % 8 * 4 + rest // 2
+    flat = tl.gather(_flatten_words(first | (second << 16), BLOCK), _flatten_words(address, BLOCK), 0)
+    words = tl.reshape(tl.permute(tl.reshape(flat, (BLOCK // 8, HALF // 8, 2, 8, 4)), (0, 3, 1, 4, 2)), (BLOCK, HALF))
+    words = tl.where(eights < HALF // 8, words, (words >> 16) | (words << 16))
+    both = tl.join((words & 0xFFFF).to(tl.uint16), (words >> 16).to(tl.uint16))
+    return tl.reshape(tl.permute(both, (0, 2, 1)), (BLOCK, BLOCK)).to(tile.dtype, bitcast=True)
+
+
+@triton.jit
+def skew(low, high, nought, BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr):
+    """From the two blocks of a window, one column (row, if not ROWS) per distance, to a tile of scores. Of each line the tile needs BLOCK
+    consecutive distances, one of each remainder modulo BLOCK: the two blocks are packed into one, whose lines rotate."""
+    packed = tl.where(in_low(BLOCK, ROWS, QUERY), low, high)
+    if QUERY:
+        scores = _rotate(packed, nought, -1, 1, BLOCK - 1, BLOCK, ROWS)
+    else:
+        scores = _rotate(packed, nought, 1, -1, BLOCK - 1, BLOCK, ROWS)
     return scores
 
 
 @triton.jit
-def unskew(low, high, BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr):
+def unskew(low, high, nought, BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr):
     """A block of distances: those of the tile whose window has this block as its low one, and those of the tile of which it is the high
     one. They share no place (`in_low` tells them apart), so nothing is added."""
+    content, other = _content_and_other(BLOCK, ROWS)
     if QUERY:
-        by_distance = _slide(high, low, 1, 1, 1, BLOCK, ROWS)
+        packed = tl.where(other <= content, low, high)
+        by_distance = _unrotate(packed, nought, 1, 1, 1, BLOCK, ROWS)
     else:
-        by_distance = _slide(low, high, 1, -1, BLOCK - 1, BLOCK, ROWS)
+        packed = tl.where(other >= content, low, high)
+        by_distance = _unrotate(packed, nought, 1, -1, BLOCK - 1, BLOCK, ROWS)
     return by_distance
+
+
+@triton.jit
+def _unrotate(tile, nought, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    if tile.dtype.primitive_bitwidth == 32:
+        tile = _rotate(tile, nought, CONTENT, OTHER, START, BLOCK, ROWS)
+    elif ROWS:
+        tile = _rotate_halves(tile, nought, CONTENT, OTHER, START, BLOCK)
+    else:  # single 16-bit numbers meet in the banks
+        tile = _rotate(tile.to(tl.float32), nought, CONTENT, OTHER, START, BLOCK, ROWS).to(tile.dtype)
+    return tile
 
 
 @triton.jit
