@@ -160,11 +160,12 @@ def queries_in_registers(query, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_queries(query_u, query_v, start, stop, TILE: tl.constexpr):
-    u = load_rows(query_u, start, stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+def load_queries(queries, start, stop, TILE: tl.constexpr):
+    """Tiles of what is Matrix, or None, in `queries`."""
+    u = load_rows(queries.u, start, stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     v = u
-    if query_v is not None:
-        v = load_rows(query_v, start, stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    if queries.v is not None:
+        v = load_rows(queries.v, start, stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     return Queries(u, v)
 
 
@@ -255,7 +256,7 @@ def forward_kernel(
         at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
         table_rows, start,
     )  # fmt: skip
-    query = load_queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head), query_start, queries, TILE)
+    query = load_queries(Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), query_start, queries, TILE)
     query = queries_in_registers(query, TILE)
     key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
     dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
