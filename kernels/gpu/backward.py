@@ -67,7 +67,7 @@ def prepare_kernel(
                 nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
             )
             _unused, highest, norm = walk_keys(
-                sums[:, None], tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.zeros((TILE.BLOCK,), tl.float32),
+                sums[:, None], tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32),
                 query, query_start, at(inputs.key, batch, head // group), None, tables, visible, None, 0, keys, units, TILE,
             )  # fmt: skip
             highest = tl.where(highest == float("-inf"), 0.0, highest)
@@ -84,10 +84,10 @@ def _query_walk(
     to the right, over keys begin ... end. The weights that dropout keeps and the scores' gradients go to memory from `first_tile` on."""
     span = key_ranges(query_start, visible, tables, TILE)
     start, stop = tl.maximum(span.start, begin), tl.minimum(span.stop, end)
-    sums_left, sums_right = tl.zeros((TILE.BLOCK,), tl.float32), tl.zeros((TILE.BLOCK,), tl.float32)
+    sums_left, sums_right = tl.full((TILE.BLOCK,), 0.0, tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
     for FAR in tl.static_range(1 if TILE.CLIPPED else 0, -1, -1):
         steps = steps_of(start, stop, span, FAR, TILE)
-        low, before, edge = total, tl.zeros((TILE.BLOCK, TILE.BLOCK), query.u.dtype), tl.zeros((TILE.BLOCK,), tl.float32)
+        low, before, edge = total, tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, query.u.dtype), tl.full((TILE.BLOCK,), 0.0, tl.float32)
         # Its product anew costs less than keeping the window's low block, where the table's rows are loaded anyway.
         AGAIN: tl.constexpr = ADD and TILE.LATE and tables.rel_k is not None and not FAR
         if (tables.rel_k is not None or tables.rel_bias is not None) and not FAR and not AGAIN:
@@ -154,7 +154,7 @@ def add_last_owed(before, start, stop, query_start, tables, total, TILE: tl.cons
     beyond = (stop - start + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK + start
     first = window_start(query_start, beyond, tables, TILE.BLOCK)
     table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-    owed = unskew(tl.zeros((TILE.BLOCK, TILE.BLOCK), before.dtype), before, unknown_zero(start), TILE.BLOCK, True, True)
+    owed = unskew(tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, before.dtype), before, unknown_zero(start), TILE.BLOCK, True, True)
     return add_dot(owed, table, total, TILE)
 
 
@@ -201,7 +201,7 @@ def query_gradient_kernel(
         left = tl.load(saved.edges + place, mask=row < queries, other=0.0)
         right = tl.load(saved.edges + side + place, mask=row < queries, other=0.0)
 
-    total = tl.zeros((TILE.BLOCK, TILE.COLUMNS), tl.float32)
+    total = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
     if running is not None:
         sums = Matrix(running + tl.program_id(0).to(tl.int64) * (TILE.BLOCK * TILE.SIZE), TILE.SIZE, 1)
         if key_begin > 0:
@@ -238,7 +238,7 @@ def _transposed_window(query_v, low_rows, high_rows, tables, first, query_start,
         if not TILE.LATE:
             low, high = low * units.log2_scale, high * units.log2_scale
     else:
-        low, high = tl.zeros((TILE.BLOCK, TILE.BLOCK), tl.float32), tl.zeros((TILE.BLOCK, TILE.BLOCK), tl.float32)
+        low, high = tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, tl.float32), tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, tl.float32)
     if tables.rel_bias is not None:
         low += load_bias(tables.rel_bias, first, tables.rows, TILE.BLOCK)[:, None]
         high += load_bias(tables.rel_bias, first + TILE.BLOCK, tables.rows, TILE.BLOCK)[:, None]
@@ -379,8 +379,8 @@ def key_gradient_kernel(
     side = tl.cast(batches, tl.int64) * heads * queries
     drawn = drawn_seed(inputs, TILE)
 
-    total_key = tl.zeros((TILE.BLOCK, TILE.COLUMNS), tl.float32)
-    total_value = tl.zeros((TILE.BLOCK, TILE.VALUE_COLUMNS), tl.float32)
+    total_key = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
+    total_value = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
     for member in tl.range(0, group):
         head = key_head * group + member
         rows = (batch.to(tl.int64) * heads + head) * queries
@@ -392,7 +392,7 @@ def key_gradient_kernel(
             table_rows, start,
         )  # fmt: skip
         total_key, total_value, sums = _key_walk(
-            total_key, total_value, tl.zeros((TILE.BLOCK,), tl.float32), key, value,
+            total_key, total_value, tl.full((TILE.BLOCK,), 0.0, tl.float32), key, value,
             Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), at(grad_output, batch, head),
             Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows)), side, key_start, tables, visible,
             Dropout(drawn, threshold, units.keep_scale, batch, head), units, key_sums is not None, TILE,

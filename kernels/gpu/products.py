@@ -29,12 +29,12 @@ def key_product_kernel(
     nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
     visible = Visible(nearest, farthest, queries, key_stop, None, None, 0.0)
     span = query_ranges(key_start, visible, Tables(None, None, None, None, table_rows, start), TILE)
-    total = tl.zeros((TILE.BLOCK, COLUMNS), tl.float32)
+    total = tl.full((TILE.BLOCK, COLUMNS), 0.0, tl.float32)
     for member in tl.range(0, group):
         head = key_head * group + member
         content = at(grad_output if VALUES else inputs.query_u, batch, head)
         last_row = (tl.program_id(1) * group + member + 1).to(tl.int64) * blocks - 1
-        sums = tl.zeros((TILE.BLOCK,), tl.float32)
+        sums = tl.full((TILE.BLOCK,), 0.0, tl.float32)
         for query_start in tl.range(span.start, span.stop, TILE.BLOCK):
             tile = load_tile(tiles, (last_row - query_start // TILE.BLOCK) * columns + column, True, TILE.BLOCK)
             rows = load_rows(content, query_start, queries, SIZE, COLUMNS, TILE.BLOCK)
@@ -65,10 +65,10 @@ def query_product_kernel(
     begin, end = tl.maximum(span.start, key_begin), tl.minimum(span.stop, key_end)
     key, first_tile = at(inputs.key, batch, head // group), tl.program_id(0).to(tl.int64) * columns
     sums = Matrix(running + tl.program_id(0).to(tl.int64) * (TILE.BLOCK * TILE.SIZE), TILE.SIZE, 1)
-    total = tl.zeros((TILE.BLOCK, TILE.COLUMNS), tl.float32)
+    total = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
     if key_begin > 0:
         total = load_rows(sums, 0, TILE.BLOCK, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-    before = tl.zeros((TILE.BLOCK, TILE.BLOCK), tiles.dtype.element_ty)
+    before = tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, tiles.dtype.element_ty)
     for key_start in tl.range(begin, end, TILE.BLOCK):
         tile = load_tile(tiles, first_tile + (key_start - key_begin) // TILE.BLOCK, True, TILE.BLOCK)
         rows = load_rows(key, key_start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
@@ -106,7 +106,7 @@ def table_product_kernel(
     content = at(inputs.query_u, batch, head)
     if inputs.query_v is not None:
         content = at(inputs.query_v, batch, head)
-    total, sums = tl.zeros((TILE.BLOCK, TILE.COLUMNS), tl.float32), tl.zeros((TILE.BLOCK,), tl.float32)
+    total, sums = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
     # The tile of which the block is the low one is i + diagonal, the one of which it is the high one stands before it.
     for block in tl.range(tl.maximum(0, -diagonal), tl.minimum(blocks, columns + 1 - diagonal)):
         column = block + diagonal

@@ -57,7 +57,7 @@ def in_registers(tile, TILE: tl.constexpr):
     """The same tile. Triton has wgmma read a first operand that was loaded from shared memory, each time anew, but keeps one that was
     computed in registers; adding zero is enough (a negative zero may become a positive one)."""
     if TILE.PRECISION != "interpreter":
-        tile = tile + tl.zeros((1, 1), tile.dtype)
+        tile = tile + tl.full((1, 1), 0.0, tile.dtype)
     return tile
 
 
