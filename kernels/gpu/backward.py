@@ -85,11 +85,11 @@ def _query_walk(
     span = key_ranges(query_start, visible, tables, TILE)
     start, stop = tl.maximum(span.start, begin), tl.minimum(span.stop, end)
     sums_left, sums_right = tl.full((TILE.BLOCK,), 0.0, tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
+    # Its product anew costs less than keeping the window's low block, where the table's rows are loaded anyway.
+    AGAIN: tl.constexpr = ADD and TILE.LATE and tables.rel_k is not None and tables.rel_bias is None
     for FAR in tl.static_range(1 if TILE.CLIPPED else 0, -1, -1):
         steps = steps_of(start, stop, span, FAR, TILE)
         low, before, edge = total, tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, query.u.dtype), tl.full((TILE.BLOCK,), 0.0, tl.float32)
-        # Its product anew costs less than keeping the window's low block, where the table's rows are loaded anyway.
-        AGAIN: tl.constexpr = ADD and TILE.LATE and tables.rel_k is not None and not FAR
         if (tables.rel_k is not None or tables.rel_bias is not None) and not FAR and not AGAIN:
             low = relative_window(query.v, tables, window_start(query_start, steps.start, tables, TILE.BLOCK), units, TILE)
         for step in tl.range(steps.start, steps.stop, TILE.BLOCK):
@@ -99,7 +99,7 @@ def _query_walk(
                 edge = tl.where(step < steps.turn, left, right)
             first = window_start(query_start, key_start, tables, TILE.BLOCK)
             key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-            if AGAIN:
+            if AGAIN and not FAR:
                 table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
                 here = dot(query.v, tl.trans(table), TILE)
                 scores, _unused = tile_scores(query, key_tile, here, tables, first, key_start, units, FAR, TILE)
