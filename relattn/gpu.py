@@ -115,13 +115,14 @@ def backward(
 
 
 def _operand(tensor: Tensor | None, dims: str = "bhrc") -> Any:
-    """An Operand with some of the dimensions batch, head, row and column: stride 0 where it broadcasts, None of a batch or head it lacks."""
+    """An Operand of some of the dimensions batch, head, row and column, with stride 0 where it broadcasts."""
     if tensor is None:
         return None
-    strides: dict[str, int] = dict.fromkeys(dims, 0)
+    operands = _kernels().operands
+    strides = dict.fromkeys("bhrc", operands.LACKING) | dict.fromkeys(dims, 0)
     own = dims[len(dims) - tensor.dim() :]
     strides |= {dim: 0 if size == 1 else stride for dim, size, stride in zip(own, tensor.shape, tensor.stride(), strict=True)}
-    return _kernels().operands.Operand(tensor, strides.get("b"), strides.get("h"), strides.get("r", 0), strides.get("c", 0))
+    return operands.Operand(tensor, *strides.values())
 
 
 def _whole(tensor: Tensor) -> Any:

@@ -11,9 +11,18 @@ import triton
 import triton.language as tl
 
 from .forward import (
-    add_by_distance, drawn_seed, edge_scores, key_ranges, load_queries, offsets_of, relative_window, tile_scores, walk_keys, window_start,
-)  # fmt: skip
-from .operands import SIZES, Dropout, Saved, Span, Tables, Visible, at, past
+    add_by_distance,
+    drawn_seed,
+    edge_scores,
+    key_ranges,
+    load_queries,
+    offsets_of,
+    relative_window,
+    tile_scores,
+    walk_keys,
+    window_start,
+)
+from .operands import SIZES, Dropout, Queries, Saved, Span, Tables, Visible, at, past
 from .tile import add_dot, dot, dropout_keep, hide, load_bias, load_rows, load_window, skew, store_rows, unskew
 
 
@@ -44,7 +53,7 @@ def prepare_kernel(
     tl.store(saved.delta + place, tl.where(sees_none, 0.0, sums), mask=row < queries)
 
     if TILE.CLIPPED or saved.inverse is not None:
-        query = load_queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head), query_start, queries, TILE)
+        query = load_queries(Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), query_start, queries, TILE)
         nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
         tables = Tables(
             at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), None, at(inputs.rel_bias, batch, head), table_rows, start
@@ -149,6 +158,7 @@ def query_gradient_kernel(
     row = query_start + tl.arange(0, TILE.BLOCK)
     place = (batch.to(tl.int64) * heads + head) * queries + row
 
+    key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
     nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
     visible = Visible(
         nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
@@ -157,7 +167,7 @@ def query_gradient_kernel(
         at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
         table_rows, start,
     )  # fmt: skip
-    query = load_queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head), query_start, queries, TILE)
+    query = load_queries(Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), query_start, queries, TILE)
     slopes = load_rows(at(grad_output, batch, head), query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
     delta = tl.load(saved.delta + place, mask=row < queries, other=0.0)
     base = tl.load(saved.base + place, mask=row < queries, other=0.0)
@@ -173,7 +183,7 @@ def query_gradient_kernel(
 
     total, sums_left, sums_right = _query_walk(
         tl.zeros((TILE.BLOCK, TILE.COLUMNS), tl.float32), query, query_start, slopes, delta, base, inverse, left, right,
-        at(inputs.key, batch, head // group), at(inputs.value, batch, head // group), tables, visible, dropout, units, TILE,
+        key, value, tables, visible, dropout, units, TILE,
     )  # fmt: skip
     if TILE.CLIPPED:
         tl.store(edge_sums + place, sums_left, mask=row < queries)
@@ -293,7 +303,7 @@ def query_ranges(key_start, visible, tables, TILE: tl.constexpr):
 
 @triton.jit
 def _key_walk(
-    grad_key, grad_value, sums, key, value, query_u, query_v, grad_output, saved, side, key_start, tables, visible, dropout, units,
+    grad_key, grad_value, sums, key, value, queries, grad_output, saved, side, key_start, tables, visible, dropout, units,
     SUMS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values (tiles) from the queries (Matrix) of one head."""
@@ -304,7 +314,7 @@ def _key_walk(
         if tables.rel_k is not None and not TILE.CLIPPED:
             low = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
             high = load_window(tables.rel_k, first + TILE.BLOCK, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-        query = load_queries(query_u, query_v, query_start, visible.queries, TILE)
+        query = load_queries(queries, query_start, visible.queries, TILE)
         slopes = load_rows(grad_output, query_start, visible.queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
         weights, grad = transposed_tile(
             key, value, query, slopes, saved, side, low, high, tables, first, query_start, key_start, span, visible, dropout, units,
@@ -351,12 +361,14 @@ def key_gradient_kernel(
         )  # fmt: skip
         total_key, total_value, sums = _key_walk(
             total_key, total_value, tl.zeros((TILE.BLOCK,), tl.float32), key, value,
-            at(inputs.query_u, batch, head), at(inputs.query_v, batch, head), at(grad_output, batch, head),
+            Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), at(grad_output, batch, head),
             Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows)), side, key_start, tables, visible,
             Dropout(drawn, threshold, units.keep_scale, batch, head), units, key_sums is not None, TILE,
         )  # fmt: skip
         if key_sums is not None:
             column = key_start + tl.arange(0, TILE.BLOCK)
             tl.store(key_sums + (batch.to(tl.int64) * heads + head) * keys + column, sums, mask=column < keys)
-    store_rows(at(grad_key, batch, key_head), total_key * units.scale, key_start, keys, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-    store_rows(at(grad_value, batch, key_head), total_value * units.keep_scale, key_start, keys, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    grad_key, grad_value = at(grad_key, batch, key_head), at(grad_value, batch, key_head)
+    store_rows(grad_key, total_key * units.scale, key_start, keys, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    total_value = total_value * units.keep_scale
+    store_rows(grad_value, total_value, key_start, keys, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)

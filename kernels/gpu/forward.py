@@ -144,11 +144,12 @@ def window_start(query_start, key_start, tables, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_queries(query_u, query_v, start, stop, TILE: tl.constexpr):
-    u = load_rows(query_u, start, stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+def load_queries(queries, start, stop, TILE: tl.constexpr):
+    """Tiles of what is Matrix, or None, in `queries`."""
+    u = load_rows(queries.u, start, stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     v = u
-    if query_v is not None:
-        v = load_rows(query_v, start, stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    if queries.v is not None:
+        v = load_rows(queries.v, start, stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     return Queries(u, v)
 
 
@@ -189,7 +190,9 @@ def walk_keys(
             value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
             total = add_dot(weights, value_tile, total * shrink[:, None], TILE)
             if tables.rel_v is not None:
-                total = add_by_distance(weights, tables.rel_v, first, tables.rows, total, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, True, True, TILE)
+                total = add_by_distance(
+                    weights, tables.rel_v, first, tables.rows, total, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, True, True, TILE
+                )
     return total, highest, norm
 
 
@@ -232,7 +235,7 @@ def forward_kernel(
         at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
         table_rows, start,
     )  # fmt: skip
-    query = load_queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head), query_start, queries, TILE)
+    query = load_queries(Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), query_start, queries, TILE)
     key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
     dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
 

@@ -3,7 +3,7 @@
 Triton takes a NamedTuple as an argument of a kernel and of the functions in it, and specialises its numbers as it does loose ones, always:
 strides, of which the compiler should know which are 1 and which are multiples of 16, travel here; sizes, whose values must not make new
 kernels, are loose arguments in `SIZES`. None stands for what is absent, at compile time; with Triton 3.6 no function can return a tuple
-that holds None, so these are made in the kernels.
+that holds None, so these are made in the kernels, nor can such a tuple be compared with None itself.
 """
 
 from typing import Any, NamedTuple
@@ -18,8 +18,11 @@ SIZES = [
 ]  # fmt: skip
 
 
+LACKING = tl.constexpr(0)  # a compile-time stride: nothing is left of it in the code
+
+
 class Operand(NamedTuple):
-    """A tensor (B, H, rows, columns) and its strides; None of a dimension that it lacks."""
+    """A tensor (B, H, rows, columns) and its strides; LACKING of a dimension that it has not."""
 
     base: Any
     batch: Any
@@ -85,7 +88,7 @@ class Tile(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """A tile's queries: for the keys, and for rel_k and rel_q."""
+    """Queries as they meet the keys, and as they meet rel_k: Matrix, v None where it is u; or tiles of both."""
 
     u: Any
     v: Any
@@ -136,11 +139,7 @@ class Span(NamedTuple):
 def at(operand, batch, head):
     """The Matrix of one batch element and head. Of None it is None."""
     if operand is not None:
-        base = operand.base
-        if operand.head is not None:
-            base += tl.cast(head, tl.int64) * operand.head
-        if operand.batch is not None:
-            base += tl.cast(batch, tl.int64) * operand.batch
+        base = operand.base + tl.cast(head, tl.int64) * operand.head + tl.cast(batch, tl.int64) * operand.batch
         return Matrix(base, operand.row, operand.column)
 
 

@@ -28,8 +28,8 @@ from triton.runtime.jit import MockTensor, create_function_from_signature
 
 from . import KERNELS, configs
 from .configs import Configuration
+from .operands import LACKING, Inputs, Operand, Saved, Tile, Units
 from .operands import SIZES as LOOSE
-from .operands import Inputs, Operand, Saved, Tile, Units
 
 TARGETS = tuple(configs.SHARED_MEMORY)
 NAMES = ("forward", "prepare", "query_gradient", "key_gradient", "table_gradient")
@@ -67,7 +67,7 @@ def _arguments(case: Case, configuration: Configuration) -> dict[str, Any]:
     """What a kernel is launched with for contiguous inputs, addresses and strides multiples of 16, with rel_k (all tables, if extra)."""
     numbers, single = MockTensor({2: tl.bfloat16, 4: tl.float32}[case.itemsize]), MockTensor(tl.float32)
     power, far, extra = triton.next_power_of_2(case.size), case.variant == "clipped", case.variant == "extra"
-    operand, table = Operand(numbers, 4096, 1024, 256, 1), Operand(numbers, None, 1024, 256, 1)
+    operand, table = Operand(numbers, 4096, 1024, 256, 1), Operand(numbers, LACKING, 1024, 256, 1)
     other = table if extra else None
     return dict(
         inputs=Inputs(operand, None, operand, operand, table, other, other, None, None, None, None, None, None),

@@ -10,19 +10,20 @@ import triton.language as tl
 
 from .backward import transposed_tile
 from .forward import drawn_seed, load_queries, offsets_of
-from .operands import SIZES, Dropout, Matrix, Saved, Tables, Visible, at, past
+from .operands import SIZES, Dropout, Matrix, Queries, Saved, Tables, Visible, at, past
 from .tile import add_dot, in_low, load_rows, load_window, store_rows, unskew
 
 
 @triton.jit
 def _diagonal_walk(
-    total_low, total_high, sums_low, sums_high, low, high, query_u, query_v, key, value, grad_output, saved, tables, window, visible,
+    total_low, total_high, sums_low, sums_high, low, high, queries, key, value, grad_output, saved, tables, window, visible,
     dropout, start, stop, step, lead, units, TABLE: tl.constexpr, SUMS: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of queries start, start + step ... stop against the keys that stand `lead` further. low, high: rel_k's rows from `window` on."""
+    """Blocks of queries start, start + step ... stop against the keys that stand `lead` further. low, high: rel_k's rows from
+    `window` on."""
     for query_start in tl.range(start, stop, step):
         key_start = query_start + lead
-        query = load_queries(query_u, query_v, query_start, visible.queries, TILE)
+        query = load_queries(queries, query_start, visible.queries, TILE)
         slopes = load_rows(grad_output, query_start, visible.queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
         key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
         value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
@@ -141,7 +142,7 @@ def table_gradient_kernel(
                             high = load_window(rel_k, window + BLOCK, table_rows, TILE.SIZE, TILE.COLUMNS, BLOCK)
                         total_low, total_high, sums_low, sums_high = _diagonal_walk(
                             total_low, total_high, sums_low, sums_high, low, high,
-                            at(inputs.query_u, element, head), at(inputs.query_v, element, head),
+                            Queries(at(inputs.query_u, element, head), at(inputs.query_v, element, head)),
                             at(inputs.key, element, head // group), at(inputs.value, element, head // group),
                             at(grad_output, element, head),
                             Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), None), tables, window, visible,
@@ -153,15 +154,16 @@ def table_gradient_kernel(
             place64 = ((slot * heads + head) * diagonals + index) * (2 * BLOCK)
             tl.store(partial_sums + place64 + tl.arange(0, BLOCK), sums_low)
             tl.store(partial_sums + place64 + BLOCK + tl.arange(0, BLOCK), sums_high)
+    slot = (slot * tl.num_programs(1) + head_group) * diagonals + index
     if TABLE == "rel_v":
-        _store_window(partial, ((slot * tl.num_programs(1) + head_group) * diagonals + index), total_low, total_high, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, BLOCK)
+        _store_window(partial, slot, total_low, total_high, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, BLOCK)
     elif TABLE != "sums":
-        _store_window(partial, ((slot * tl.num_programs(1) + head_group) * diagonals + index), total_low, total_high, TILE.SIZE, TILE.COLUMNS, BLOCK)
+        _store_window(partial, slot, total_low, total_high, TILE.SIZE, TILE.COLUMNS, BLOCK)
 
 
 @triton.jit
-def _store_window(partial, place, low, high, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """The two blocks of a window in the `place` that is its own."""
-    window = partial + place * (2 * BLOCK * SIZE)
+def _store_window(partial, slot, low, high, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The two blocks of a window, in the slot that is its own."""
+    window = partial + slot * (2 * BLOCK * SIZE)
     store_rows(Matrix(window, SIZE, 1), low, 0, BLOCK, SIZE, COLUMNS, BLOCK)
     store_rows(Matrix(window + BLOCK * SIZE, SIZE, 1), high, 0, BLOCK, SIZE, COLUMNS, BLOCK)
