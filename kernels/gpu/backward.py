@@ -73,7 +73,7 @@ def prepare_kernel(
                 nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
             )
             _unused, highest, norm = walk_keys(
-                sums[:, None], tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.zeros((TILE.BLOCK,), tl.float32),
+                sums[:, None], tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32),
                 query, query_start, at(inputs.key, batch, head // group), None, tables, visible, None, 0, keys, units, TILE,
             )  # fmt: skip
             highest = tl.where(highest == float("-inf"), 0.0, highest)
@@ -88,8 +88,8 @@ def _query_walk(
 ):  # fmt: skip
     """The queries' gradient but for the far tiles' tables, and the sums of each row's score gradients far to the left and to the right."""
     span = key_ranges(query_start, visible, tables, TILE)
-    sums_left, sums_right = tl.zeros((TILE.BLOCK,), tl.float32), tl.zeros((TILE.BLOCK,), tl.float32)
-    low, before = total, tl.zeros((TILE.BLOCK, TILE.BLOCK), query.u.dtype)
+    sums_left, sums_right = tl.full((TILE.BLOCK,), 0.0, tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
+    low, before = total, tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, query.u.dtype)
     if (tables.rel_k is not None or tables.rel_bias is not None) and not TILE.CLIPPED:
         low = relative_window(query.v, tables, window_start(query_start, span.start, tables, TILE.BLOCK), units, TILE)
     for key_start in tl.range(span.start, span.stop, TILE.BLOCK):
@@ -117,7 +117,7 @@ def _query_walk(
         if TILE.CLIPPED:
             if (key_start >= span.near) & (key_start < span.beyond):
                 if tables.rel_k is not None:
-                    none = tl.zeros((TILE.BLOCK, TILE.BLOCK), half.dtype)
+                    none = tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, half.dtype)
                     total = _add_owed(half, none, first, tables, total, TILE)
                     total = _add_owed(none, half, first + TILE.BLOCK, tables, total, TILE)
             else:
@@ -133,7 +133,7 @@ def _query_walk(
         if span.stop > span.start:
             beyond = (span.stop - span.start + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK + span.start
             first = window_start(query_start, beyond, tables, TILE.BLOCK)
-            total = _add_owed(tl.zeros((TILE.BLOCK, TILE.BLOCK), before.dtype), before, first, tables, total, TILE)
+            total = _add_owed(tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, before.dtype), before, first, tables, total, TILE)
     return total, sums_left, sums_right
 
 
@@ -182,7 +182,7 @@ def query_gradient_kernel(
         right = tl.load(saved.edges + side + place, mask=row < queries, other=0.0)
 
     total, sums_left, sums_right = _query_walk(
-        tl.zeros((TILE.BLOCK, TILE.COLUMNS), tl.float32), query, query_start, slopes, delta, base, inverse, left, right,
+        tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32), query, query_start, slopes, delta, base, inverse, left, right,
         key, value, tables, visible, dropout, units, TILE,
     )  # fmt: skip
     if TILE.CLIPPED:
@@ -208,7 +208,7 @@ def _transposed_window(query_v, low_rows, high_rows, tables, first, units, TILE:
         if not TILE.LATE:
             low, high = low * units.log2_scale, high * units.log2_scale
     else:
-        low, high = tl.zeros((TILE.BLOCK, TILE.BLOCK), tl.float32), tl.zeros((TILE.BLOCK, TILE.BLOCK), tl.float32)
+        low, high = tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, tl.float32), tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, tl.float32)
     if tables.rel_bias is not None:
         low += load_bias(tables.rel_bias, first, tables.rows, TILE.BLOCK)[:, None]
         high += load_bias(tables.rel_bias, first + TILE.BLOCK, tables.rows, TILE.BLOCK)[:, None]
@@ -347,8 +347,8 @@ def key_gradient_kernel(
     side = tl.cast(batches, tl.int64) * heads * queries
     drawn = drawn_seed(inputs, TILE)
 
-    total_key = tl.zeros((TILE.BLOCK, TILE.COLUMNS), tl.float32)
-    total_value = tl.zeros((TILE.BLOCK, TILE.VALUE_COLUMNS), tl.float32)
+    total_key = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
+    total_value = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
     for member in tl.range(0, group):
         head = key_head * group + member
         rows = (batch.to(tl.int64) * heads + head) * queries
@@ -360,7 +360,7 @@ def key_gradient_kernel(
             table_rows, start,
         )  # fmt: skip
         total_key, total_value, sums = _key_walk(
-            total_key, total_value, tl.zeros((TILE.BLOCK,), tl.float32), key, value,
+            total_key, total_value, tl.full((TILE.BLOCK,), 0.0, tl.float32), key, value,
             Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), at(grad_output, batch, head),
             Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows)), side, key_start, tables, visible,
             Dropout(drawn, threshold, units.keep_scale, batch, head), units, key_sums is not None, TILE,

@@ -27,7 +27,7 @@ def relative_window(content, tables, first, units, TILE: tl.constexpr):
         if tables.rel_bias is not None:
             window += load_bias(tables.rel_bias, first, tables.rows, TILE.BLOCK)[None, :]
     else:
-        window = tl.zeros((TILE.BLOCK, TILE.BLOCK), tl.float32)
+        window = tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, tl.float32)
         window += load_bias(tables.rel_bias, first, tables.rows, TILE.BLOCK)[None, :]
     return window
 
@@ -72,7 +72,7 @@ def tile_scores(query, key, low, left, right, tables, first, key_start, span, un
 @triton.jit
 def edge_scores(query_v, tables, row, units, TILE: tl.constexpr):
     """What row `row` of the tables adds to the scores of each query."""
-    edge = tl.zeros((TILE.BLOCK,), tl.float32)
+    edge = tl.full((TILE.BLOCK,), 0.0, tl.float32)
     if tables.rel_k is not None:
         column = tl.arange(0, TILE.COLUMNS)
         address = tables.rel_k.base + tl.cast(row, tl.int64) * tables.rel_k.row + column * tables.rel_k.column
@@ -239,8 +239,8 @@ def forward_kernel(
     key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
     dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
 
-    total = tl.zeros((TILE.BLOCK, TILE.VALUE_COLUMNS), tl.float32)
-    highest, norm = tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.zeros((TILE.BLOCK,), tl.float32)
+    total = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
+    highest, norm = tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
     total, highest, norm = walk_keys(
         total, highest, norm, query, query_start, key, value, tables, visible, dropout,
         split * split_keys, (split + 1) * split_keys, units, TILE,
@@ -262,8 +262,8 @@ def combine_kernel(partial, partial_lse, output, lse, heads, queries, splits, ro
     row = tl.program_id(0).to(tl.int64) * TILE.BLOCK + tl.arange(0, TILE.BLOCK)
     column = tl.arange(0, TILE.VALUE_COLUMNS)
     inside, full = row < rows, (row < rows)[:, None] & (column < TILE.VALUE_SIZE)[None, :]
-    total = tl.zeros((TILE.BLOCK, TILE.VALUE_COLUMNS), tl.float32)
-    highest, norm = tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.zeros((TILE.BLOCK,), tl.float32)
+    total = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
+    highest, norm = tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
     for split in tl.range(0, splits):
         part = tl.load(partial_lse + split * rows + row, mask=inside, other=float("-inf"))
         values = tl.load(partial + ((split * rows + row) * TILE.VALUE_SIZE)[:, None] + column[None, :], mask=full, other=0.0)

@@ -92,11 +92,11 @@ def table_gradient_kernel(
     drawn = drawn_seed(inputs, TILE)
 
     table_start64 = tl.cast(table_start, tl.int64)
-    total_low, total_high = tl.zeros((BLOCK, COLUMNS), tl.float32), tl.zeros((BLOCK, COLUMNS), tl.float32)
+    total_low, total_high = tl.full((BLOCK, COLUMNS), 0.0, tl.float32), tl.full((BLOCK, COLUMNS), 0.0, tl.float32)
     slot = split.to(tl.int64)
     for member in tl.range(0, shared_heads):
         head = head_group * shared_heads + member
-        sums_low, sums_high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        sums_low, sums_high = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
         for element in tl.range(first_batch, tl.minimum(first_batch + chunk_batches, batches)):
             nearest, farthest, start_here, key_stop = offsets_of(inputs, element, keys, table_start64, first, last)
             shift = tl.cast(0, tl.int64)
