@@ -362,7 +362,8 @@ def key_gradient_kernel(
         total_key, total_value, sums = _key_walk(
             total_key, total_value, tl.full((TILE.BLOCK,), 0.0, tl.float32), key, value,
             Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), at(grad_output, batch, head),
-            Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows)), side, key_start, tables, visible,
+            Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows)), side,
+            key_start, tables, visible,
             Dropout(drawn, threshold, units.keep_scale, batch, head), units, key_sums is not None, TILE,
         )  # fmt: skip
         if key_sums is not None:
