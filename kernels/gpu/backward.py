@@ -37,6 +37,8 @@ def prepare_kernel(
     base is the log-sum-exp and inverse 1, or not there (None). A row whose scores share a large number (a mask of -1e9) has a log-sum-exp
     that no longer holds the logarithm of its sum: where inverse is there, such rows get their highest score and the sum anew.
     """
+    # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
+    given = inputs
     blocks = tl.cdiv(queries, TILE.BLOCK)
     query_start = tl.program_id(0) % blocks * TILE.BLOCK
     batch, head = tl.program_id(0) // blocks // heads, tl.program_id(0) // blocks % heads
@@ -53,10 +55,10 @@ def prepare_kernel(
     tl.store(saved.delta + place, tl.where(sees_none, 0.0, sums), mask=row < queries)
 
     if TILE.CLIPPED or saved.inverse is not None:
-        query = load_queries(Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), query_start, queries, TILE)
-        nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
+        query = load_queries(Queries(at(given.query_u, batch, head), at(given.query_v, batch, head)), query_start, queries, TILE)
+        nearest, farthest, start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
         tables = Tables(
-            at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), None, at(inputs.rel_bias, batch, head), table_rows, start
+            at(given.rel_k, batch, head), at(given.rel_q, batch, head), None, at(given.rel_bias, batch, head), table_rows, start
         )
     if TILE.CLIPPED:
         side = tl.cast(batches, tl.int64) * heads * queries
@@ -70,11 +72,11 @@ def prepare_kernel(
         norm = tl.full((TILE.BLOCK,), 1.0, tl.float32)
         if tl.max(tl.where(sees_none, 0.0, tl.abs(log_sum))) > 64.0:
             visible = Visible(
-                nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
+                nearest, farthest, queries, key_stop, at(given.key_mask, batch, head), at(given.mask, batch, head), units.hidden_from
             )
             _unused, highest, norm = walk_keys(
                 sums[:, None], tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32),
-                query, query_start, at(inputs.key, batch, head // group), None, tables, visible, None, 0, keys, units, TILE,
+                query, query_start, at(given.key, batch, head // group), None, tables, visible, None, 0, keys, units, TILE,
             )  # fmt: skip
             highest = tl.where(highest == float("-inf"), 0.0, highest)
         tl.store(saved.inverse + place, tl.where(norm == 0.0, 0.0, 1.0 / norm), mask=row < queries)
@@ -337,15 +339,19 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """Program (key block of a key head of a batch element); `heads` counts query heads. key_sums (B, H, Lk) float32 or None gets the score
     gradients summed over the queries."""
+    # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
+    given = inputs
+    given_grad = grad_output
     key_heads, blocks = heads // group, tl.cdiv(keys, TILE.BLOCK)
     key_start = tl.program_id(0) % blocks * TILE.BLOCK
     batch, key_head = tl.program_id(0) // blocks // key_heads, tl.program_id(0) // blocks % key_heads
 
-    nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
-    key = load_rows(at(inputs.key, batch, key_head), key_start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-    value = load_rows(at(inputs.value, batch, key_head), key_start, key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    nearest, farthest, start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
+    key = load_rows(at(given.key, batch, key_head), key_start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    value = load_rows(at(given.value, batch, key_head), key_start, key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    to_key, to_value = at(grad_key, batch, key_head), at(grad_value, batch, key_head)
     side = tl.cast(batches, tl.int64) * heads * queries
-    drawn = drawn_seed(inputs, TILE)
+    drawn = drawn_seed(given, TILE)
 
     total_key = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
     total_value = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
@@ -353,15 +359,15 @@ def key_gradient_kernel(
         head = key_head * group + member
         rows = (batch.to(tl.int64) * heads + head) * queries
         visible = Visible(
-            nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
+            nearest, farthest, queries, key_stop, at(given.key_mask, batch, head), at(given.mask, batch, head), units.hidden_from
         )
         tables = Tables(
-            at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
+            at(given.rel_k, batch, head), at(given.rel_q, batch, head), at(given.rel_v, batch, head), at(given.rel_bias, batch, head),
             table_rows, start,
         )  # fmt: skip
         total_key, total_value, sums = _key_walk(
             total_key, total_value, tl.full((TILE.BLOCK,), 0.0, tl.float32), key, value,
-            Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), at(grad_output, batch, head),
+            Queries(at(given.query_u, batch, head), at(given.query_v, batch, head)), at(given_grad, batch, head),
             Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows)), side,
             key_start, tables, visible,
             Dropout(drawn, threshold, units.keep_scale, batch, head), units, key_sums is not None, TILE,
@@ -369,7 +375,6 @@ def key_gradient_kernel(
         if key_sums is not None:
             column = key_start + tl.arange(0, TILE.BLOCK)
             tl.store(key_sums + (batch.to(tl.int64) * heads + head) * keys + column, sums, mask=column < keys)
-    grad_key, grad_value = at(grad_key, batch, key_head), at(grad_value, batch, key_head)
-    store_rows(grad_key, total_key * units.scale, key_start, keys, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    store_rows(to_key, total_key * units.scale, key_start, keys, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     total_value = total_value * units.keep_scale
-    store_rows(grad_value, total_value, key_start, keys, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    store_rows(to_value, total_value, key_start, keys, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
