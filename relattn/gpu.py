@@ -322,19 +322,23 @@ class _Call:
             )  # fmt: skip
 
         def query_gradient(configuration) -> None:
-            nonlocal by_distance
+            nonlocal by_distance, far_sums
             block, clipped = configuration.block, self._clipped(configuration.block)
+            edge_owed = None
+            if clipped and "rel_k" in need:
+                edge_owed = torch.empty((2, *grid(block, self.queries, self.heads), self.size), dtype=torch.float32, device=lse.device)
+            far_sums = edge_owed
             launch = functools.partial(
                 self._launch, "query_gradient", configuration=configuration, clipped=clipped, **common,
-                grad_query=_whole(grad_query), edge_sums=edge_sums,
+                grad_query=_whole(grad_query), edge_sums=edge_sums, edge_owed=edge_owed,
             )  # fmt: skip
             if owed and block >= 32:
                 by_distance = self._parts(launch, block, common, gradients, grad_query, products, key_sums)
             else:
                 programs = grid(block, self.queries, self.heads)
                 launch(
-                    grid=programs, kept_tiles=None, grad_tiles=None, running=None, first_pair=0, columns=0, key_begin=0, key_end=self.keys,
-                    ADD=True,
+                    grid=programs, kept_tiles=None, grad_tiles=None, owed_tiles=None, running=None,
+                    first_pair=0, columns=0, key_begin=0, key_end=self.keys, ADD=True,
                 )  # fmt: skip
 
         def key_gradient(configuration) -> None:
@@ -345,7 +349,7 @@ class _Call:
             )  # fmt: skip
 
         self._run("prepare", prepare)
-        by_table, by_distance = need & {"rel_k", "rel_bias", "pos_bias_v"}, None
+        by_table, by_distance, far_sums = need & {"rel_k", "rel_bias", "pos_bias_v"}, None, None
         # Where rel_k wants a gradient, score gradients go to memory, since distances and queries sum them differently. Of large heads all
         # gradients are products of what is there: registers do not hold their sums.
         owed = "rel_k" in need and not any_clipped and self.offsets is None and self.rel_q is None and self.rel_v is None
@@ -371,7 +375,7 @@ class _Call:
         elif by_table:
             # With offsets by batch element the diagonals' tiles are not those whose edge sums are known: all are walked.
             far = edge_sums if far_block and self._clipped(far_block) and self.offsets is None else None
-            self._content_gradients(gradients, common, far, far_block)
+            self._content_gradients(gradients, common, far, far_sums, far_block)
         for name in ("rel_q", "rel_v"):
             if name in need:
                 found, _ = self._table_gradient(name, gradients[name], False, common, 0)
@@ -379,17 +383,19 @@ class _Call:
                 factor = self.settings.scale if name == "rel_q" else self.keep_scale
                 gradients[name].copy_((found * factor).view(gradients[name].shape))
 
-    def _content_gradients(self, gradients: dict[str, Tensor], common: dict[str, Any], far: Tensor | None, far_block: int) -> None:
-        """Gradients of rel_k, rel_bias and pos_bias_v. `far` (2, B, H, Lq): what tiles of far_block far from the tables owe their edges."""
+    def _content_gradients(
+        self, gradients: dict[str, Tensor], common: dict[str, Any], far: Tensor | None, far_sums: Tensor | None, far_block: int
+    ) -> None:
+        """Gradients of rel_k, rel_bias and pos_bias_v. `far` (2, B, H, Lq): the score gradients of tiles of far_block far from the tables;
+        far_sums (2, programs, D): these times the queries."""
         want_sums = bool(gradients.keys() & {"rel_bias", "pos_bias_v"})
         total, sums = self._table_gradient("rel_k", gradients.get("rel_k"), want_sums, common, 0 if far is None else far_block)
         if far is not None:
-            content = self.query_u if self.query_v is None else self.query_v
             if total is not None:
-                owed = torch.einsum("sbhi,bhid->hsd", far, content.float())
-                owed = owed.sum(0, keepdim=True) if total.shape[0] == 1 else owed
-                total[:, 0] += owed[:, 0]
-                total[:, -1] += owed[:, 1]
+                assert far_sums is not None
+                left, right = far_sums.view(2, self.batch, self.heads, -1, self.size).sum((1, 3))  # (H, D)
+                total[:, 0] += left if total.shape[0] > 1 else left.sum(0)
+                total[:, -1] += right if total.shape[0] > 1 else right.sum(0)
             if sums is not None:
                 left, right = far.sum((1, 3))
                 sums[:, 0] += left
@@ -416,60 +422,96 @@ class _Call:
 
         The order of the parts is fixed, and so are the bits of the sums.
         """
-        pairs, group, device = self.batch * self.heads, self.heads // self.key_heads, grad_query.device
+        pairs, group = self.batch * self.heads, self.heads // self.key_heads
         rows, all_columns = -(-self.queries // block), -(-self.keys // block)
-        at_once, columns = self._part(rows, all_columns, block, 2 if products else 1)
-        empty = functools.partial(torch.empty, device=device)
-        grad_tiles, kept_tiles = (empty((at_once * rows, columns, block, block), dtype=self.dtype) if want else None for want in (True, products))
-        running = None
-        if products or columns < all_columns:
-            running = empty((at_once * rows, block, self.size), dtype=torch.float32)
+        at_once, columns = self._part(rows, all_columns, block, 3 if products else 1)
+        new = functools.partial(torch.empty, device=grad_query.device, dtype=torch.float32)
+
+        def tiles(wanted: bool) -> Tensor | None:  # one column more: what the last one owes
+            return new((at_once * rows, columns + 1, block, block), dtype=self.dtype) if wanted else None
+
+        grad, kept, owed = tiles(products), tiles(products), tiles(True)
+        running = new((at_once * rows, block, self.size)) if products or columns < all_columns else None
         heads, distances = self.heads if gradients["rel_k"].dim() == 3 else 1, (rows + all_columns) * block
-        total = torch.zeros((heads, distances, self.size), dtype=torch.float32, device=device)
-        sums = None
+        total, sums = new((heads, distances, self.size)).zero_(), None
         if gradients.keys() & {"rel_bias", "pos_bias_v"}:
-            sums = torch.zeros((self.heads, distances), dtype=torch.float32, device=device)
+            sums = new((self.heads, distances)).zero_()
         for pair, column in itertools.product(range(0, pairs, at_once), range(0, all_columns, columns)):
             here, some = min(at_once, pairs - pair), min(columns, all_columns - column)
-            part = dict(first_pair=pair, columns=columns, key_begin=column * block, key_end=min((column + some) * block, self.keys))
-            launch(grid=(here * rows,), kept_tiles=kept_tiles, grad_tiles=grad_tiles, running=running, ADD=not products, **part)
+            key_end = min((column + some) * block, self.keys)
+            part = dict(first_pair=pair, columns=columns + 1, key_begin=column * block, key_end=key_end)
+            launch(grid=(here * rows,), kept_tiles=kept, grad_tiles=grad, owed_tiles=owed, running=running, ADD=not products, **part)
 
-            def product(kernel: str, grid: tuple[int, ...], part=part, **arguments) -> None:
+            def product(kernel: str, grid: tuple[int, ...], part: dict[str, int] = part, **arguments) -> None:
                 self._run(kernel, functools.partial(self._launch, kernel, grid, **common, **part, **arguments), block=block)
 
             if products:
-                if "value" in gradients:
-                    product("key_product", (some, here // group), tiles=kept_tiles, gradient=_whole(gradients["value"]), key_sums=None, VALUES=True)
-                if "key" in gradients or key_sums is not None:
-                    key = gradients["key"] if "key" in gradients else torch.empty_like(self.key)
-                    product("key_product", (some, here // group), tiles=grad_tiles, gradient=_whole(key), key_sums=key_sums, VALUES=False)
-                product("query_product", (here * rows,), tiles=grad_tiles, running=running, grad_query=_whole(grad_query))
-            partial = empty((here, rows + some, block, self.size), dtype=torch.float32)
-            partial_sums = None if sums is None else empty((here, rows + some, block), dtype=torch.float32)
-            product("table_product", (rows + some, here), tiles=grad_tiles, partial=partial, partial_sums=partial_sums)
+                for name, tile, sums_of in (("value", kept, None), ("key", grad, key_sums)):
+                    if name in gradients or sums_of is not None:
+                        self._key_product(product, name, tile, gradients, (pair, here, column, some, key_end, block), sums_of, common)
+                arguments = dict(grad_tiles=grad, owed_tiles=owed, running=running, grad_query=_whole(grad_query))
+                product("query_product", (here * rows,), **arguments)
+            partial = new((here, rows + some, block, self.size))
+            partial_sums = None if sums is None else new((here, rows + some, block))
+            product("table_product", (rows + some, here), owed_tiles=owed, partial=partial, partial_sums=partial_sums)
             place = slice(column * block, (column + rows + some) * block)
             _add_pairs(total[:, place], partial.flatten(1, 2), pair)
             if sums is not None and partial_sums is not None:
                 _add_pairs(sums[:, place], partial_sums.flatten(1, 2), pair)
         first_row = -(rows - 1) * block - (block - 1) - self.table_start
-        by_row = torch.zeros((heads, self.table_rows, self.size), dtype=torch.float32, device=device)
+        by_row = new((heads, self.table_rows, self.size)).zero_()
         _fold(total, first_row, by_row)
         if sums is None:
             return by_row, None
-        sums_by_row = torch.zeros((self.heads, self.table_rows), dtype=torch.float32, device=device)
+        sums_by_row = new((self.heads, self.table_rows)).zero_()
         _fold(sums, first_row, sums_by_row)
         return by_row, sums_by_row
 
+    def _key_product(
+        self, product: Callable[..., None], name: str, tiles: Tensor | None, gradients: dict[str, Tensor], part: tuple[int, ...],
+        key_sums: Tensor | None, common: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """One part's gradient of values or keys, and its key_sums (B, H, Lk)."""
+        pair, here, column, some, key_end, block = part
+        group, keys = self.heads // self.key_heads, slice(column * block, key_end)
+        values = name == "value"
+        size, scale = (self.value_size, self.keep_scale) if values else (self.size, float(self.settings.scale))
+        key_heads, rows = here // group, -(-self.queries // block)
+        # Where few keys leave the chip idle, the queries are cut.
+        wanted = 4 if INTERPRETED else 2 * _processors(self.key.device)
+        splits = max(1, min(wanted // (some * key_heads), rows // 8))
+        chunk = -(-rows // splits) * block
+        splits = -(-self.queries // chunk)
+        new = functools.partial(torch.empty, device=self.key.device, dtype=torch.float32)
+        gradient = gradients.get(name)
+        partial = new((splits, key_heads, some * block, size)) if splits > 1 else None
+        if gradient is None:  # only its sums are wanted
+            gradient = torch.empty_like(self.value if values else self.key)
+        partial_sums = None if key_sums is None else new((splits, here, some * block))
+        power = max(16, _kernels().next_power_of_2(size))
+        product(
+            "key_product", (some, key_heads, splits), content=common["grad_output"] if values else _whole(self.query_u), tiles=tiles,
+            gradient=_whole(gradient), partial=partial, partial_sums=partial_sums, scale=scale, chunk=chunk, SIZE=size, COLUMNS=power,
+        )  # fmt: skip
+        length = key_end - column * block
+        if partial is not None:
+            total = partial.sum(0)[:, :length] * scale
+            for index, one in enumerate(total, pair // group):
+                gradient[index // self.key_heads, index % self.key_heads, keys] = one
+        if key_sums is not None and partial_sums is not None:
+            for index, one in enumerate(partial_sums.sum(0)[:, :length], pair):
+                key_sums[index // self.heads, index % self.heads, keys] = one
+
     def _part(self, rows: int, columns: int, block: int, kinds: int) -> tuple[int, int]:
-        """Heads (of batch elements) and columns of tiles at once: enough programs to fill the chip, a few times over where some have less to
-        do than others, and as many keys as there is room for."""
+        """Heads (of batch elements) and columns of tiles at once: enough programs to fill the chip, a few times over where some have less
+        to do than others, and as many keys as there is room for."""
         group = self.heads // self.key_heads
         units = self.batch * self.key_heads  # heads that share a key head stay together
         slots = 2 * (4 if INTERPRETED else _processors(self.query_u.device))
         slots *= 1 if self.first == -_UNBOUNDED and self.last == _UNBOUNDED else 4
         count = max(1, min(units, slots // (rows * group)))
         count = -(-units // -(-units // count))
-        room = max(1, _TILE_BYTES // (count * group * rows * block * block * self.dtype.itemsize * kinds))
+        room = max(2, _TILE_BYTES // (count * group * rows * block * block * self.dtype.itemsize * kinds)) - 1
         return count * group, -(-columns // -(-columns // room))
 
     def _table_gradient(

@@ -11,13 +11,33 @@ import triton
 import triton.language as tl
 
 from .forward import (
-    add_by_distance, drawn_seed, edge_scores, key_ranges, load_queries, offsets_of, relative_window, steps_of, tile_scores, walk_keys,
+    add_by_distance,
+    drawn_seed,
+    edge_scores,
+    key_ranges,
+    load_queries,
+    offsets_of,
+    relative_window,
+    steps_of,
+    tile_scores,
+    walk_keys,
     window_start,
-)  # fmt: skip
+)
 from .operands import SIZES, Dropout, Matrix, Queries, Saved, Span, Tables, Visible, at, past
 from .tile import (
-    add_dot, dot, dropout_keep, hide, load_bias, load_rows, load_window, skew, store_rows, store_tile, unknown_zero, unskew,
-)  # fmt: skip
+    add_dot,
+    dot,
+    dropout_keep,
+    hide,
+    load_bias,
+    load_rows,
+    load_window,
+    skew,
+    store_rows,
+    store_tile,
+    unknown_zero,
+    unskew,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -31,6 +51,8 @@ def prepare_kernel(
     base is the log-sum-exp and inverse 1, or not there (None). A row whose scores share a large number (a mask of -1e9) has a log-sum-exp
     that no longer holds the logarithm of its sum: where inverse is there, such rows get their highest score and the sum anew.
     """
+    # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
+    given = inputs
     blocks = tl.cdiv(queries, TILE.BLOCK)
     query_start = tl.program_id(0) % blocks * TILE.BLOCK
     batch, head = tl.program_id(0) // blocks // heads, tl.program_id(0) // blocks % heads
@@ -47,10 +69,10 @@ def prepare_kernel(
     tl.store(saved.delta + place, tl.where(sees_none, 0.0, sums), mask=row < queries)
 
     if TILE.CLIPPED or saved.inverse is not None:
-        query = load_queries(Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), query_start, queries, TILE)
-        nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
+        query = load_queries(Queries(at(given.query_u, batch, head), at(given.query_v, batch, head)), query_start, queries, TILE)
+        nearest, farthest, start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
         tables = Tables(
-            at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), None, at(inputs.rel_bias, batch, head), table_rows, start
+            at(given.rel_k, batch, head), at(given.rel_q, batch, head), None, at(given.rel_bias, batch, head), table_rows, start
         )
     if TILE.CLIPPED:
         side = tl.cast(batches, tl.int64) * heads * queries
@@ -64,11 +86,11 @@ def prepare_kernel(
         norm = tl.full((TILE.BLOCK,), 1.0, tl.float32)
         if tl.max(tl.where(sees_none, 0.0, tl.abs(log_sum))) > 64.0:
             visible = Visible(
-                nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
+                nearest, farthest, queries, key_stop, at(given.key_mask, batch, head), at(given.mask, batch, head), units.hidden_from
             )
             _unused, highest, norm = walk_keys(
                 sums[:, None], tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32),
-                query, query_start, at(inputs.key, batch, head // group), None, tables, visible, None, 0, keys, units, TILE,
+                query, query_start, at(given.key, batch, head // group), None, tables, visible, None, 0, keys, units, TILE,
             )  # fmt: skip
             highest = tl.where(highest == float("-inf"), 0.0, highest)
         tl.store(saved.inverse + place, tl.where(norm == 0.0, 0.0, 1.0 / norm), mask=row < queries)
@@ -77,11 +99,11 @@ def prepare_kernel(
 
 @triton.jit
 def _query_walk(
-    total, query, query_start, slopes, delta, base, inverse, left, right, kept_tiles, grad_tiles, first_tile, begin, end,
+    total, query, query_start, slopes, delta, base, inverse, left, right, kept_tiles, grad_tiles, owed_tiles, first_tile, begin, end,
     key, value, tables, visible, dropout, units, ADD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The queries' gradient but for the far tiles' tables (unless not ADD), and the sums of each row's score gradients far to the left and
-    to the right, over keys begin ... end. The weights that dropout keeps and the scores' gradients go to memory from `first_tile` on."""
+    to the right, over keys begin ... end. What is wanted of the tiles goes to memory from `first_tile` on."""
     span = key_ranges(query_start, visible, tables, TILE)
     start, stop = tl.maximum(span.start, begin), tl.minimum(span.stop, end)
     sums_left, sums_right = tl.full((TILE.BLOCK,), 0.0, tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
@@ -102,9 +124,9 @@ def _query_walk(
             if AGAIN and not FAR:
                 table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
                 here = dot(query.v, tl.trans(table), TILE)
-                scores, _unused = tile_scores(query, key_tile, here, tables, first, key_start, units, FAR, TILE)
+                scores, _unused = tile_scores(query, key_tile, here, tables, first, unknown_zero(key_start), units, FAR, TILE)
             else:
-                scores, low = tile_scores(query, key_tile, low, tables, first, key_start, units, FAR, TILE)
+                scores, low = tile_scores(query, key_tile, low, tables, first, unknown_zero(key_start), units, FAR, TILE)
             scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, False)
             unit = units.log2_scale if TILE.LATE else 1.0
             weights = tl.exp2(scores * unit - (base - edge * unit)[:, None])
@@ -134,42 +156,46 @@ def _query_walk(
                 row_sums = tl.sum(grad, axis=1)
                 sums_left += tl.where(step < steps.turn, row_sums, 0.0)
                 sums_right += tl.where(step < steps.turn, 0.0, row_sums)
-            elif ADD and tables.rel_k is not None:
-                # The low block of this window was the high block of the last: one product for what both tiles owe to it.
-                if not AGAIN:
-                    table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-                total = add_dot(unskew(half, before, unknown_zero(key_start), TILE.BLOCK, True, True), table, total, TILE)
+            elif tables.rel_k is not None:
+                # The low block of this window was the high block of the last: what both tiles owe to it.
+                owed = unskew(half, before, unknown_zero(key_start), TILE.BLOCK, True, True)
+                if owed_tiles is not None:
+                    store_tile(owed_tiles, owed, first_tile + (key_start - begin) // TILE.BLOCK, TILE.BLOCK)
+                if ADD:
+                    if not AGAIN:
+                        table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+                    total = add_dot(owed, table, total, TILE)
                 before = half
             if ADD:
                 total = add_dot(half, key_tile, total, TILE)
-        if ADD and tables.rel_k is not None and not FAR:  # noqa: SIM102 (this is the compiler's condition)
-            if steps.stop > steps.start:
-                total = add_last_owed(before, steps.start, steps.stop, query_start, tables, total, TILE)
+        if tables.rel_k is not None and not FAR:  # noqa: SIM102 (this is the compiler's condition)
+            if steps.stop > steps.start:  # what the last tile owes to the high block of its window
+                beyond = (steps.stop - steps.start + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK + steps.start
+                none = tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, before.dtype)
+                owed = unskew(none, before, unknown_zero(beyond), TILE.BLOCK, True, True)
+                if owed_tiles is not None:
+                    store_tile(owed_tiles, owed, first_tile + (beyond - begin) // TILE.BLOCK, TILE.BLOCK)
+                if ADD:
+                    first = window_start(query_start, beyond, tables, TILE.BLOCK)
+                    table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+                    total = add_dot(owed, table, total, TILE)
     return total, sums_left, sums_right
-
-
-@triton.jit
-def add_last_owed(before, start, stop, query_start, tables, total, TILE: tl.constexpr):
-    """total plus what the last tile of start ... stop, `before`, owes to the high block of its window."""
-    beyond = (stop - start + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK + start
-    first = window_start(query_start, beyond, tables, TILE.BLOCK)
-    table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-    owed = unskew(tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, before.dtype), before, unknown_zero(start), TILE.BLOCK, True, True)
-    return add_dot(owed, table, total, TILE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
-    inputs, grad_output, saved, grad_query, edge_sums, kept_tiles, grad_tiles, running, units,
+    inputs, grad_output, saved, grad_query, edge_sums, edge_owed, kept_tiles, grad_tiles, owed_tiles, running, units,
     batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold, first_pair, columns, key_begin, key_end,
     ADD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (query block of a head of a batch element, from number first_pair of these on), for keys key_begin ... key_end.
 
     If CLIPPED, edge_sums (2, B, H, Lq) float32 gets, per query, the score gradients of the keys far to the left and far to the right: what
-    the tables' first and last row are owed there. kept_tiles and grad_tiles (programs, columns, BLOCK x BLOCK), or None, get the weights
-    that dropout keeps, unscaled, and the scores' gradients; tiles that no query sees any of are not written. `running` (programs, BLOCK, D)
-    float32 keeps the sums between the launches for one part of the keys and for the next. Without ADD there is no grad_query.
+    the tables' first and last row are owed there; and edge_owed (2, programs, D) float32, or None, these sums times the queries.
+    kept_tiles, grad_tiles and owed_tiles (programs, columns, BLOCK x BLOCK), or None, get the weights that dropout keeps, unscaled, the
+    scores' gradients, and these by distance: tile c those of the window's low block of key block c, so that there is one more. Tiles of
+    which no query sees anything are not written. `running` (programs, BLOCK, D) float32 keeps the sums between the launches for one part of
+    the keys and for the next. Without ADD there is no grad_query.
     """
     blocks = tl.cdiv(queries, TILE.BLOCK)
     query_start = (blocks - 1 - tl.program_id(0) % blocks) * TILE.BLOCK
@@ -178,7 +204,9 @@ def query_gradient_kernel(
     row = query_start + tl.arange(0, TILE.BLOCK)
     place = (batch.to(tl.int64) * heads + head) * queries + row
 
+    # Before any `if`: of arguments, Triton 3.6 forgets the compile-time strides then.
     key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
+    to_query = at(grad_query, batch, head)
     nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
     visible = Visible(
         nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
@@ -208,12 +236,18 @@ def query_gradient_kernel(
             total = load_rows(sums, 0, TILE.BLOCK, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     total, sums_left, sums_right = _query_walk(
         total, query, query_start, slopes, delta, base, inverse, left, right,
-        kept_tiles, grad_tiles, tl.program_id(0).to(tl.int64) * columns, key_begin, key_end,
+        kept_tiles, grad_tiles, owed_tiles, tl.program_id(0).to(tl.int64) * columns, key_begin, key_end,
         key, value, tables, visible, dropout, units, ADD, TILE,
     )  # fmt: skip
     if TILE.CLIPPED:
         tl.store(edge_sums + place, sums_left, mask=row < queries)
         tl.store(edge_sums + side + place, sums_right, mask=row < queries)
+        if edge_owed is not None:
+            column = tl.arange(0, TILE.COLUMNS)
+            address = edge_owed + tl.program_id(0).to(tl.int64) * TILE.SIZE + column
+            tl.store(address, tl.sum(sums_left[:, None] * query.v.to(tl.float32), axis=0), mask=column < TILE.SIZE)
+            address += tl.num_programs(0).to(tl.int64) * TILE.SIZE
+            tl.store(address, tl.sum(sums_right[:, None] * query.v.to(tl.float32), axis=0), mask=column < TILE.SIZE)
         if tables.rel_k is not None:
             column = tl.arange(0, TILE.COLUMNS)
             address = tables.rel_k.base + column * tables.rel_k.column
@@ -224,13 +258,13 @@ def query_gradient_kernel(
             total += sums_right[:, None] * edge[None, :]
     if ADD:
         if key_end >= keys:
-            store_rows(at(grad_query, batch, head), total * units.scale, query_start, queries, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            store_rows(to_query, total * units.scale, query_start, queries, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
         elif running is not None:
             store_rows(sums, total, 0, TILE.BLOCK, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
 
 
 @triton.jit
-def _transposed_window(query_v, low_rows, high_rows, tables, first, query_start, units, TILE: tl.constexpr):
+def _transposed_window(query_v, low_rows, high_rows, tables, first, units, TILE: tl.constexpr):
     """What rel_k, of which these are the window's two blocks, or None, and rel_bias add to the scores (key, query)."""
     if low_rows is not None:
         low = dot(low_rows, tl.trans(query_v), TILE)
@@ -242,38 +276,23 @@ def _transposed_window(query_v, low_rows, high_rows, tables, first, query_start,
     if tables.rel_bias is not None:
         low += load_bias(tables.rel_bias, first, tables.rows, TILE.BLOCK)[:, None]
         high += load_bias(tables.rel_bias, first + TILE.BLOCK, tables.rows, TILE.BLOCK)[:, None]
-    return skew(low, high, unknown_zero(query_start), TILE.BLOCK, False, True)
+    return skew(low, high, 0, TILE.BLOCK, False, True)
 
 
 @triton.jit
 def transposed_tile(
-    key, value, query, slopes, saved, side, low_rows, high_rows, tables, first, query_start, key_start, span, visible, dropout, units,
-    ALIGNED: tl.constexpr, TILE: tl.constexpr,
+    key, value, query, slopes, saved, low_rows, high_rows, tables, first, query_start, key_start, visible, dropout, units,
+    ALIGNED: tl.constexpr, FAR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile with its keys as rows: (weights that dropout keeps, unscaled, and gradient of the scores), both (key, query) float32.
 
     key, value, query, slopes: tiles. low_rows, high_rows: the two blocks of rel_k's window, or None; `first`: the tables' row where the
-    window begins. If CLIPPED, queries before span.near and from span.beyond on have far tiles, with the keys to the right and to the left,
-    and the blocks are loaded where needed. `saved` is of this head, and read where it is used: every thread needs a good part of it, in
-    registers. saved.edges + side: of the last row.
+    window begins. FAR: saved.edges stands for all of the window. `saved` is of this head, and read where it is used: every thread needs a
+    good part of it, in registers.
     """
     row = query_start + tl.arange(0, TILE.BLOCK)
-    if TILE.CLIPPED:
-        scores = dot(key, tl.trans(query.u), TILE)
-        if not TILE.LATE:
-            scores = scores * units.log2_scale
-        if (query_start >= span.near) & (query_start < span.beyond):
-            if tables.rel_k is not None:
-                near_low = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-                near_high = load_window(tables.rel_k, first + TILE.BLOCK, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-                scores += _transposed_window(query.v, near_low, near_high, tables, first, query_start, units, TILE)
-            else:
-                scores += _transposed_window(query.v, None, None, tables, first, query_start, units, TILE)
-        else:
-            edge = saved.edges + tl.where(query_start < span.near, side, 0)
-            scores += tl.load(edge + row, mask=row < visible.queries, other=0.0)[None, :]
-    elif low_rows is not None or tables.rel_bias is not None:
-        window = _transposed_window(query.v, low_rows, high_rows, tables, first, query_start, units, TILE)
+    if (low_rows is not None or tables.rel_bias is not None) and not FAR:
+        window = _transposed_window(query.v, low_rows, high_rows, tables, first, units, TILE)
         if TILE.LATE:
             scores = add_dot(key, tl.trans(query.u), window, TILE)
         else:
@@ -286,18 +305,21 @@ def transposed_tile(
         table = load_window(tables.rel_q, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
         low = dot(key, tl.trans(table), TILE)
         table = load_window(tables.rel_q, first + TILE.BLOCK, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-        by_key = skew(low, dot(key, tl.trans(table), TILE), unknown_zero(query_start), TILE.BLOCK, True, False)
+        by_key = skew(low, dot(key, tl.trans(table), TILE), 0, TILE.BLOCK, True, False)
         scores += by_key if TILE.LATE else by_key * units.log2_scale
     scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, True)
     base = tl.load(saved.base + row, mask=row < visible.queries, other=float("inf"))
-    weights = tl.exp2(scores * (units.log2_scale if TILE.LATE else 1.0) - base[None, :])
+    unit = units.log2_scale if TILE.LATE else 1.0
+    if FAR:
+        base -= tl.load(saved.edges + row, mask=row < visible.queries, other=0.0) * unit
+    weights = tl.exp2(scores * unit - base[None, :])
     if saved.inverse is not None:
         weights = weights * tl.load(saved.inverse + row, mask=row < visible.queries, other=0.0)[None, :]
     if tables.rel_v is not None:
         table = load_window(tables.rel_v, first, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
         low = dot(table, tl.trans(slopes), TILE)
         table = load_window(tables.rel_v, first + TILE.BLOCK, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-        grad = skew(low, dot(table, tl.trans(slopes), TILE), unknown_zero(query_start), TILE.BLOCK, False, True)
+        grad = skew(low, dot(table, tl.trans(slopes), TILE), 0, TILE.BLOCK, False, True)
         grad = add_dot(value, tl.trans(slopes), grad, TILE)
     else:
         grad = dot(value, tl.trans(slopes), TILE)
@@ -338,27 +360,33 @@ def _key_walk(
 ):  # fmt: skip
     """Gradients of keys and values (tiles) from the queries (Matrix) of one head."""
     span = query_ranges(key_start, visible, tables, TILE)
-    for query_start in tl.range(span.start, span.stop, TILE.BLOCK):
-        first = window_start(query_start, key_start, tables, TILE.BLOCK)
-        low, high = None, None
-        if tables.rel_k is not None and not TILE.CLIPPED:
-            low = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-            high = load_window(tables.rel_k, first + TILE.BLOCK, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-        query = load_queries(queries, query_start, visible.queries, TILE)
-        slopes = load_rows(grad_output, query_start, visible.queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-        weights, grad = transposed_tile(
-            key, value, query, slopes, saved, side, low, high, tables, first, query_start, key_start, span, visible, dropout, units,
-            True, TILE,
-        )  # fmt: skip
-        grad_value = add_dot(weights.to(slopes.dtype), slopes, grad_value, TILE)
-        if SUMS:
-            sums += tl.sum(grad, axis=1)
-        half = grad.to(query.u.dtype)
-        grad_key = add_dot(half, query.u, grad_key, TILE)
-        if tables.rel_q is not None:
-            grad_key = add_by_distance(
-                half, tables.rel_q, first, tables.rows, query_start, grad_key, TILE.SIZE, TILE.COLUMNS, True, False, TILE
-            )
+    for FAR in tl.static_range(1 if TILE.CLIPPED else 0, -1, -1):
+        steps = steps_of(span.start, span.stop, span, FAR, TILE)
+        for step in tl.range(steps.start, steps.stop, TILE.BLOCK):
+            query_start, here = step, saved
+            if FAR:  # the keys lie to the right of the first queries
+                query_start += tl.where(step >= steps.turn, steps.jump, 0)
+                here = Saved(saved.delta, saved.base, saved.inverse, saved.edges + tl.where(step < steps.turn, side, 0))
+            first = window_start(query_start, key_start, tables, TILE.BLOCK)
+            low, high = None, None
+            if tables.rel_k is not None and not FAR:
+                low = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+                high = load_window(tables.rel_k, first + TILE.BLOCK, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            query = load_queries(queries, query_start, visible.queries, TILE)
+            slopes = load_rows(grad_output, query_start, visible.queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+            weights, grad = transposed_tile(
+                key, value, query, slopes, here, low, high, tables, first, query_start, key_start, visible, dropout, units,
+                True, FAR, TILE,
+            )  # fmt: skip
+            grad_value = add_dot(weights.to(slopes.dtype), slopes, grad_value, TILE)
+            if SUMS:
+                sums += tl.sum(grad, axis=1)
+            half = grad.to(query.u.dtype)
+            grad_key = add_dot(half, query.u, grad_key, TILE)
+            if tables.rel_q is not None:
+                grad_key = add_by_distance(
+                    half, tables.rel_q, first, tables.rows, grad_key, TILE.SIZE, TILE.COLUMNS, True, False, TILE
+                )
     return grad_key, grad_value, sums
 
 
@@ -369,15 +397,19 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """Program (key block of a key head of a batch element); `heads` counts query heads. key_sums (B, H, Lk) float32 or None gets the score
     gradients summed over the queries."""
+    # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
+    given = inputs
+    given_grad = grad_output
     key_heads, blocks = heads // group, tl.cdiv(keys, TILE.BLOCK)
     key_start = tl.program_id(0) % blocks * TILE.BLOCK
     batch, key_head = tl.program_id(0) // blocks // key_heads, tl.program_id(0) // blocks % key_heads
 
-    nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
-    key = load_rows(at(inputs.key, batch, key_head), key_start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-    value = load_rows(at(inputs.value, batch, key_head), key_start, key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    nearest, farthest, start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
+    key = load_rows(at(given.key, batch, key_head), key_start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    value = load_rows(at(given.value, batch, key_head), key_start, key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    to_key, to_value = at(grad_key, batch, key_head), at(grad_value, batch, key_head)
     side = tl.cast(batches, tl.int64) * heads * queries
-    drawn = drawn_seed(inputs, TILE)
+    drawn = drawn_seed(given, TILE)
 
     total_key = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
     total_value = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
@@ -385,22 +417,22 @@ def key_gradient_kernel(
         head = key_head * group + member
         rows = (batch.to(tl.int64) * heads + head) * queries
         visible = Visible(
-            nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
+            nearest, farthest, queries, key_stop, at(given.key_mask, batch, head), at(given.mask, batch, head), units.hidden_from
         )
         tables = Tables(
-            at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
+            at(given.rel_k, batch, head), at(given.rel_q, batch, head), at(given.rel_v, batch, head), at(given.rel_bias, batch, head),
             table_rows, start,
         )  # fmt: skip
         total_key, total_value, sums = _key_walk(
             total_key, total_value, tl.full((TILE.BLOCK,), 0.0, tl.float32), key, value,
-            Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), at(grad_output, batch, head),
-            Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows)), side, key_start, tables, visible,
+            Queries(at(given.query_u, batch, head), at(given.query_v, batch, head)), at(given_grad, batch, head),
+            Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows)), side,
+            key_start, tables, visible,
             Dropout(drawn, threshold, units.keep_scale, batch, head), units, key_sums is not None, TILE,
         )  # fmt: skip
         if key_sums is not None:
             column = key_start + tl.arange(0, TILE.BLOCK)
             tl.store(key_sums + (batch.to(tl.int64) * heads + head) * keys + column, sums, mask=column < keys)
-    grad_key, grad_value = at(grad_key, batch, key_head), at(grad_value, batch, key_head)
-    store_rows(grad_key, total_key * units.scale, key_start, keys, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    store_rows(to_key, total_key * units.scale, key_start, keys, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     total_value = total_value * units.keep_scale
-    store_rows(grad_value, total_value, key_start, keys, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    store_rows(to_value, total_value, key_start, keys, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)

@@ -14,8 +14,19 @@ import triton.language as tl
 
 from .operands import SIZES, Dropout, Matrix, Queries, Span, Steps, Tables, Visible, at
 from .tile import (
-    add_dot, dot, dropout_keep, hide, in_low, in_registers, load_bias, load_rows, load_window, skew, store_rows, unknown_zero, unskew,
-)  # fmt: skip
+    add_dot,
+    dot,
+    dropout_keep,
+    hide,
+    in_low,
+    in_registers,
+    load_bias,
+    load_rows,
+    load_window,
+    skew,
+    store_rows,
+    unskew,
+)
 
 
 @triton.jit
@@ -35,12 +46,13 @@ def relative_window(content, tables, first, units, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_scores(query, key, low, tables, first, key_start, units, FAR: tl.constexpr, TILE: tl.constexpr):
+def tile_scores(query, key, low, tables, first, nought, units, FAR: tl.constexpr, TILE: tl.constexpr):
     """Scores (query, key) but for what is hidden, and the window's high block, the next tile's low one.
 
-    low: the window's low block; first: the tables' row where it begins. FAR: without a window, the caller adds a number per query.
+    low: the window's low block; first: the tables' row where it begins; nought: see `skew`. FAR: without a window, the caller adds a number
+    per query.
     """
-    high, nought = low, unknown_zero(key_start)
+    high = low
     if (tables.rel_k is None and tables.rel_bias is None) or FAR:
         scores = dot(query.u, tl.trans(key), TILE)
         if not TILE.LATE:
@@ -194,7 +206,7 @@ def walk_keys(
                 edge = tl.where(step < steps.turn, left, right)
             first = window_start(query_start, key_start, tables, TILE.BLOCK)
             key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-            scores, low = tile_scores(query, key_tile, low, tables, first, key_start, units, FAR, TILE)
+            scores, low = tile_scores(query, key_tile, low, tables, first, 0, units, FAR, TILE)
             scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, False)
             unit = units.log2_scale if TILE.LATE else 1.0
             new_highest = tl.maximum(highest, (tl.max(scores, axis=1) + edge) * unit)
@@ -212,18 +224,18 @@ def walk_keys(
                 total = add_dot(weights, value_tile, total * shrink[:, None], TILE)
                 if tables.rel_v is not None:
                     total = add_by_distance(
-                        weights, tables.rel_v, first, tables.rows, key_start, total, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, True, True, TILE
+                        weights, tables.rel_v, first, tables.rows, total, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, True, True, TILE
                     )
     return total, highest, norm
 
 
 @triton.jit
 def add_by_distance(
-    tile, table, first, rows, start, total,
+    tile, table, first, rows, total,
     SIZE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """total plus the tile, un-skewed, times the table's rows."""
-    by_distance = unskew(tile, tile, unknown_zero(start), TILE.BLOCK, ROWS, QUERY)
+    by_distance = unskew(tile, tile, 0, TILE.BLOCK, ROWS, QUERY)
     inside = in_low(TILE.BLOCK, ROWS, QUERY)
     window = load_window(table, first, rows, SIZE, COLUMNS, TILE.BLOCK)
     total = add_dot(tl.where(inside, by_distance, 0.0).to(tile.dtype), window, total, TILE)

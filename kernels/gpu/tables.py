@@ -11,7 +11,7 @@ import triton.language as tl
 from .backward import transposed_tile
 from .forward import drawn_seed, load_queries, offsets_of
 from .operands import SIZES, Dropout, Matrix, Queries, Saved, Tables, Visible, at, past
-from .tile import add_dot, in_low, load_rows, load_window, store_rows, unknown_zero, unskew
+from .tile import add_dot, in_low, load_rows, load_window, store_rows, unskew
 
 
 @triton.jit
@@ -28,12 +28,12 @@ def _diagonal_walk(
         key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
         value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
         weights, grad = transposed_tile(
-            key_tile, value_tile, query, slopes, saved, 0, low, high, tables, window, query_start, key_start, None, visible, dropout,
-            units, ALIGNED, TILE,
+            key_tile, value_tile, query, slopes, saved, low, high, tables, window, query_start, key_start, visible, dropout, units,
+            ALIGNED, False, TILE,
         )  # fmt: skip
         if TABLE == "rel_q":  # the content is the key: (key, distance)
             half = grad.to(key_tile.dtype)
-            by_distance = unskew(half, half, unknown_zero(query_start), TILE.BLOCK, True, False)
+            by_distance = unskew(half, half, 0, TILE.BLOCK, True, False)
             inside = in_low(TILE.BLOCK, True, False)
             part = tl.where(inside, by_distance, 0.0).to(key_tile.dtype)
             total_low = add_dot(tl.trans(part), key_tile, total_low, TILE)
@@ -44,16 +44,16 @@ def _diagonal_walk(
             if TABLE == "rel_v":
                 content = slopes
                 half = weights.to(content.dtype)
-                by_distance = unskew(half, half, unknown_zero(query_start), TILE.BLOCK, False, True)
+                by_distance = unskew(half, half, 0, TILE.BLOCK, False, True)
             elif SUMS:
                 content = query.v
-                by_distance = unskew(grad, grad, unknown_zero(query_start), TILE.BLOCK, False, True)
+                by_distance = unskew(grad, grad, 0, TILE.BLOCK, False, True)
                 sums_low += tl.sum(tl.where(inside, by_distance, 0.0), axis=1)
                 sums_high += tl.sum(tl.where(inside, 0.0, by_distance), axis=1)
             else:
                 content = query.v
                 half = grad.to(content.dtype)
-                by_distance = unskew(half, half, unknown_zero(query_start), TILE.BLOCK, False, True)
+                by_distance = unskew(half, half, 0, TILE.BLOCK, False, True)
             if TABLE != "sums":
                 part = tl.where(inside, by_distance, 0.0).to(content.dtype)
                 total_low = add_dot(part, content, total_low, TILE)
@@ -78,6 +78,9 @@ def table_gradient_kernel(
     the batch element's own offset (`offsets`). With ABSORB the first and the last diagonal stand for all those beyond them too. With FAR,
     which excludes that, pairs of a query and a key are left out that lie in a tile of FAR_BLOCK, a multiple of BLOCK, far from the tables.
     """
+    # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
+    given = inputs
+    given_grad = grad_output
     # Diagonals from the middle outwards: the longest ones first.
     BLOCK: tl.constexpr = TILE.BLOCK
     place = tl.program_id(0)
@@ -89,7 +92,7 @@ def table_gradient_kernel(
     first_batch, query_begin = split // chunks * chunk_batches, split % chunks * chunk
     COLUMNS: tl.constexpr = TILE.VALUE_COLUMNS if TABLE == "rel_v" else TILE.COLUMNS
     PHASES: tl.constexpr = FAR_BLOCK // BLOCK
-    drawn = drawn_seed(inputs, TILE)
+    drawn = drawn_seed(given, TILE)
 
     table_start64 = tl.cast(table_start, tl.int64)
     total_low, total_high = tl.full((BLOCK, COLUMNS), 0.0, tl.float32), tl.full((BLOCK, COLUMNS), 0.0, tl.float32)
@@ -98,17 +101,17 @@ def table_gradient_kernel(
         head = head_group * shared_heads + member
         sums_low, sums_high = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
         for element in tl.range(first_batch, tl.minimum(first_batch + chunk_batches, batches)):
-            nearest, farthest, start_here, key_stop = offsets_of(inputs, element, keys, table_start64, first, last)
+            nearest, farthest, start_here, key_stop = offsets_of(given, element, keys, table_start64, first, last)
             shift = tl.cast(0, tl.int64)
-            if inputs.offsets is not None:
-                shift = tl.load(inputs.offsets + element).to(tl.int64)
+            if given.offsets is not None:
+                shift = tl.load(given.offsets + element).to(tl.int64)
             rows = (tl.cast(element, tl.int64) * heads + head) * queries
             visible = Visible(
-                nearest, farthest, queries, key_stop, at(inputs.key_mask, element, head), at(inputs.mask, element, head), units.hidden_from
+                nearest, farthest, queries, key_stop, at(given.key_mask, element, head), at(given.mask, element, head), units.hidden_from
             )
-            rel_k = at(inputs.rel_k, element, head)
+            rel_k = at(given.rel_k, element, head)
             tables = Tables(
-                None, at(inputs.rel_q, element, head), at(inputs.rel_v, element, head), at(inputs.rel_bias, element, head),
+                None, at(given.rel_q, element, head), at(given.rel_v, element, head), at(given.rel_bias, element, head),
                 table_rows, start_here,
             )  # fmt: skip
             lowest = (index + first_diagonal).to(tl.int64)
@@ -142,13 +145,13 @@ def table_gradient_kernel(
                             high = load_window(rel_k, window + BLOCK, table_rows, TILE.SIZE, TILE.COLUMNS, BLOCK)
                         total_low, total_high, sums_low, sums_high = _diagonal_walk(
                             total_low, total_high, sums_low, sums_high, low, high,
-                            Queries(at(inputs.query_u, element, head), at(inputs.query_v, element, head)),
-                            at(inputs.key, element, head // group), at(inputs.value, element, head // group),
-                            at(grad_output, element, head),
+                            Queries(at(given.query_u, element, head), at(given.query_v, element, head)),
+                            at(given.key, element, head // group), at(given.value, element, head // group),
+                            at(given_grad, element, head),
                             Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), None), tables, window, visible,
                             Dropout(drawn, threshold, units.keep_scale, element, head),
                             begin.to(tl.int32), stop.to(tl.int32), FAR_BLOCK, lead.to(tl.int32), units,
-                            TABLE, partial_sums is not None, inputs.offsets is None, TILE,
+                            TABLE, partial_sums is not None, given.offsets is None, TILE,
                         )  # fmt: skip
         if partial_sums is not None:
             place64 = ((slot * heads + head) * diagonals + index) * (2 * BLOCK)

@@ -63,8 +63,8 @@ def in_registers(tile, TILE: tl.constexpr):
 
 @triton.jit
 def store_tile(tiles, tile, index, BLOCK: tl.constexpr):
-    """A tile (BLOCK, BLOCK) as number `index` of those in memory, in an order in which eight numbers that follow one another are in the same
-    thread, and all lanes' lie together: the store needs no exchange between threads."""
+    """A tile (BLOCK, BLOCK) as number `index` of those in memory, in an order in which eight numbers that follow one another are in the
+    same thread, and all lanes' lie together: the store needs no exchange between threads."""
     tile = tl.permute(tl.reshape(tile, (BLOCK // 16, 2, 8, BLOCK // 32, 4, 4, 2)), (1, 3, 0, 2, 5, 4, 6))
     place = tl.cast(index, tl.int64) * (BLOCK * BLOCK) + tl.arange(0, BLOCK * BLOCK)
     tl.store(tiles + place, tl.reshape(tile, (BLOCK * BLOCK,)))
@@ -73,8 +73,8 @@ def store_tile(tiles, tile, index, BLOCK: tl.constexpr):
 @triton.jit
 def load_tile(tiles, index, exists, BLOCK: tl.constexpr):
     """What `store_tile` wrote; zeros if not `exists`."""
-    place = tl.arange(0, BLOCK * BLOCK)
-    tile = tl.load(tiles + tl.cast(index, tl.int64) * (BLOCK * BLOCK) + place, mask=place < tl.where(exists, BLOCK * BLOCK, 0), other=0.0)
+    place, count = tl.arange(0, BLOCK * BLOCK), tl.where(exists, BLOCK * BLOCK, 0)
+    tile = tl.load(tiles + tl.cast(index, tl.int64) * (BLOCK * BLOCK) + place, mask=place < count, other=0.0)
     tile = tl.permute(tl.reshape(tile, (2, BLOCK // 32, BLOCK // 16, 8, 4, 4, 2)), (2, 0, 3, 1, 5, 4, 6))
     return tl.reshape(tile, (BLOCK, BLOCK))
 
@@ -153,7 +153,9 @@ def unknown_zero(start):
 
 
 @triton.jit
-def _turns(nought, WIDTH: tl.constexpr, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _turns(
+    nought, WIDTH: tl.constexpr, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
     """Of place START + CONTENT * content + OTHER * other, modulo BLOCK, with other < WIDTH: eights and rest. Of a thread's elements few
     differ in more than the eights."""
     content = tl.arange(0, BLOCK)[:, None] if ROWS else tl.arange(0, BLOCK)[None, :]
@@ -197,7 +199,10 @@ def _rotate_halves(tile, nought, CONTENT: tl.constexpr, OTHER: tl.constexpr, STA
 @triton.jit
 def skew(low, high, nought, BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr):
     """From the two blocks of a window, one column (row, if not ROWS) per distance, to a tile of scores. Of each line the tile needs BLOCK
-    consecutive distances, one of each remainder modulo BLOCK: the two blocks are packed into one, whose lines rotate."""
+    consecutive distances, one of each remainder modulo BLOCK: the two blocks are packed into one, whose lines rotate.
+
+    nought: 0, or `unknown_zero` where registers are scarce.
+    """
     packed = tl.where(in_low(BLOCK, ROWS, QUERY), low, high)
     if QUERY:
         scores = _rotate(packed, nought, -1, 1, BLOCK - 1, BLOCK, ROWS)
