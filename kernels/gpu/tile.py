@@ -272,7 +272,7 @@ def dropout_keep(dropout, query_start, key_start, BLOCK: tl.constexpr, TRANSPOSE
     """Which weights of a tile survive dropout, bool. ALIGNED: key_start is a multiple of 4, and four keys share the work."""
     limit = tl.cast(dropout.threshold, tl.int32).to(tl.uint32, bitcast=True)
     query = query_start + tl.arange(0, BLOCK)
-    if ALIGNED:
+    if ALIGNED and BLOCK >= 32:  # with less, Triton 3.6 gives threads that share an element different ones
         quarter = key_start // 4 + tl.arange(0, BLOCK // 4)
         if TRANSPOSED:
             word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[None, :], quarter[:, None])
