@@ -95,8 +95,8 @@ def _query_walk(
     if (tables.rel_k is not None or tables.rel_bias is not None) and not TILE.CLIPPED:
         low = relative_window(query.v, tables, window_start(query_start, span.start, tables, TILE.BLOCK), units, TILE)
     for key_start in tl.range(span.start, span.stop, TILE.BLOCK):
-        first = window_start(query_start, key_start, tables, TILE.BLOCK)
         key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        first = window_start(query_start, key_start, tables, TILE.BLOCK)
         scores, low = tile_scores(query, key_tile, low, left, right, tables, first, key_start, span, units, TILE)
         scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, False)
         weights = tl.exp2(scores * (units.log2_scale if TILE.LATE else 1.0) - base[:, None])
