@@ -31,8 +31,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 _CONFIGURATION: tuple[int, int, int] | None = None
 _SPLITS = 0
 _TABLE_PROGRAMS = 0
-# Bytes of the tiles of weights and of score gradients that the backward pass keeps in memory at once, whatever the lengths.
-_TILE_BYTES = 2**28
+# Bytes of the tiles of weights and of score gradients in memory; 0 = by the size of the device.
+_TILE_BYTES = 0
 
 
 def _why_missing() -> str | None:
@@ -111,8 +111,9 @@ def backward(
     gradients = {name: empty_gradient(tensor) for name, tensor, need in differentiable if need and tensor is not None}
     if output.numel() == 0 or tensors.key.numel() == 0:
         return [gradient.zero_() for gradient in gradients.values()]
-    call = _Call(tensors, settings, seed)
-    call.backward(grad_output, grad_lse, output, lse, gradients)
+    from relattn import gpu_backward  # it needs what is defined here
+
+    gpu_backward.Backward(tensors, settings, seed, gradients, grad_output, lse).run(grad_lse, output)
     return list(gradients.values())
 
 
@@ -170,6 +171,7 @@ class _Call:
         if right is not None:
             self.last = min(settings.query_offset + right, _UNBOUNDED - 1)
         self.table_start = settings.query_offset - settings.left  # the tables' first row, as key index minus query index
+        self._prepared: dict[tuple[str, ...] | None, tuple[Any, Any, dict[str, Any]]] = {}
 
     def _plus(self, query: Tensor, bias: Tensor | None) -> Tensor:
         result = empty_with_layout(query, query.shape)
@@ -226,7 +228,7 @@ class _Call:
 
     def _constants(self, configuration) -> dict[str, Any]:
         block, warps, stages = configuration
-        precision = "interpreter" if INTERPRETED else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        precision = "interpreter" if INTERPRETED else "tf32" if self.dtype == torch.float32 and _tf32() else "ieee"
         power = _kernels().next_power_of_2
         return dict(
             BLOCK=block, SIZE=self.size, COLUMNS=max(16, power(self.size)), VALUE_SIZE=self.value_size,
@@ -252,14 +254,26 @@ class _Call:
             threshold=threshold - 2**32 if threshold >= 2**31 else threshold,
         )  # fmt: skip
 
-    def _launch(self, kernel: str, grid: tuple[int, ...], configuration, clipped: bool = False, **arguments) -> None:
+    def _launch(
+        self, kernel: str, grid: tuple[int, ...], configuration, clipped: bool = False, again: tuple[str, ...] | None = None,
+        **arguments: Any,
+    ) -> None:  # fmt: skip
+        """`again`: a name for this call's launches that differ in sizes and new tensors only; Triton prepares the first of them."""
+        device = self.query_u.device
+        if again in self._prepared:
+            compiled, names, known = self._prepared[again]
+            known = known | arguments
+            with torch.cuda.device(device):
+                compiled[(*grid, 1, 1)[:3]](*(known[name] for name in names))
+            return
         function, names = _kernels().kernel(kernel)
         constants = self._constants(configuration) | {"CLIPPED": clipped}
         tile = _kernels().operands.Tile(**{name: constants[name] for name in _kernels().operands.Tile._fields})
         arguments = self._shared | constants | arguments | {"TILE": tile}
-        device = self.query_u.device
         with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(device):  # Triton launches on the current device
-            function[grid](**{name: arguments[name] for name in names})
+            compiled = function[grid](**{name: arguments[name] for name in names})
+        if again is not None and isinstance(compiled, _kernels().CompiledKernel):
+            self._prepared[again] = compiled, function.arg_names, arguments
 
     def _splits(self, programs: int, block: int) -> int:
         """How many parts the keys are cut into, where queries alone leave the chip idle."""
@@ -296,323 +310,18 @@ class _Call:
                 output=_whole(output), lse=lse, splits=splits, rows=rows,
             )  # fmt: skip
 
-    def backward(
-        self, grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor, gradients: dict[str, Tensor]
-    ) -> None:  # fmt: skip
-        need = gradients.keys()
-        grad_output = _near(grad_output)
-        any_clipped = self._clipped(16)  # with larger tiles fewer are far
 
-        def per_query(*sizes: int) -> Tensor:
-            return torch.empty((*sizes, *lse.shape), dtype=torch.float32, device=lse.device)
-
-        saved = _kernels().operands.Saved(
-            per_query(), per_query(), None if self.exact else per_query(), per_query(2) if any_clipped else None
-        )
-        common = dict(grad_output=_whole(grad_output), saved=saved)
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
-
-        def grid(block: int, length: int, heads: int) -> tuple[int]:
-            return (-(-length // block) * self.batch * heads,)
-
-        def prepare(configuration) -> None:
-            programs = grid(configuration.block, self.queries, self.heads)
-            self._launch(
-                "prepare", programs, configuration, any_clipped, **common, output=_whole(output), lse=lse, grad_lse=grad_lse
-            )  # fmt: skip
-
-        def query_gradient(configuration) -> None:
-            nonlocal by_distance, far_sums
-            block, clipped = configuration.block, self._clipped(configuration.block)
-            edge_owed = None
-            if clipped and "rel_k" in need:
-                edge_owed = torch.empty((2, *grid(block, self.queries, self.heads), self.size), dtype=torch.float32, device=lse.device)
-            far_sums = edge_owed
-            launch = functools.partial(
-                self._launch, "query_gradient", configuration=configuration, clipped=clipped, **common,
-                grad_query=_whole(grad_query), edge_sums=edge_sums, edge_owed=edge_owed,
-            )  # fmt: skip
-            if owed and block >= 32:
-                by_distance = self._parts(launch, block, common, gradients, grad_query, products, key_sums)
-            else:
-                programs = grid(block, self.queries, self.heads)
-                launch(
-                    grid=programs, kept_tiles=None, grad_tiles=None, owed_tiles=None, running=None,
-                    first_pair=0, columns=0, key_begin=0, key_end=self.keys, ADD=True,
-                )  # fmt: skip
-
-        def key_gradient(configuration) -> None:
-            programs, clipped = grid(configuration.block, self.keys, self.key_heads), self._clipped(configuration.block)
-            self._launch(
-                "key_gradient", programs, configuration, clipped, **common,
-                grad_key=_whole(grad_key), grad_value=_whole(grad_value), key_sums=key_sums,
-            )  # fmt: skip
-
-        self._run("prepare", prepare)
-        by_table, by_distance, far_sums = need & {"rel_k", "rel_bias", "pos_bias_v"}, None, None
-        # Where rel_k wants a gradient, score gradients go to memory, since distances and queries sum them differently. Of large heads all
-        # gradients are products of what is there: registers do not hold their sums.
-        owed = "rel_k" in need and not any_clipped and self.offsets is None and self.rel_q is None and self.rel_v is None
-        products = owed and self.size > 64 and self.dtype.itemsize == 2
-        key_sums = None
-        if "pos_bias_u" in need:
-            key_sums = torch.empty((self.batch, self.heads, self.keys), dtype=torch.float32, device=lse.device)
-        grad_key = gradients["key"] if "key" in need else torch.empty_like(self.key)
-        grad_value = gradients["value"] if "value" in need else torch.empty_like(self.value)
-        edge_sums, far_block = None, 0
-        if "query" in need or owed or (any_clipped and by_table):
-            edge_sums = per_query(2) if any_clipped else None
-            grad_query = gradients["query"] if "query" in need else torch.empty_like(self.query_u)
-            far_block = self._run("query_gradient", query_gradient)
-        if need & {"key", "value", "pos_bias_u"} and not (by_distance and products):
-            self._run("key_gradient", key_gradient)
-        if key_sums is not None:
-            sums = key_sums.unflatten(1, (self.key_heads, -1))
-            total = torch.einsum("bngj,bnjd->ngd", sums, self.key.float()).flatten(0, 1)
-            gradients["pos_bias_u"].copy_(total * self.settings.scale)
-        if by_distance:
-            self._give(gradients, *by_distance)
-        elif by_table:
-            # With offsets by batch element the diagonals' tiles are not those whose edge sums are known: all are walked.
-            far = edge_sums if far_block and self._clipped(far_block) and self.offsets is None else None
-            self._content_gradients(gradients, common, far, far_sums, far_block)
-        for name in ("rel_q", "rel_v"):
-            if name in need:
-                found, _ = self._table_gradient(name, gradients[name], False, common, 0)
-                assert found is not None
-                factor = self.settings.scale if name == "rel_q" else self.keep_scale
-                gradients[name].copy_((found * factor).view(gradients[name].shape))
-
-    def _content_gradients(
-        self, gradients: dict[str, Tensor], common: dict[str, Any], far: Tensor | None, far_sums: Tensor | None, far_block: int
-    ) -> None:
-        """Gradients of rel_k, rel_bias and pos_bias_v. `far` (2, B, H, Lq): the score gradients of tiles of far_block far from the tables;
-        far_sums (2, programs, D): these times the queries."""
-        want_sums = bool(gradients.keys() & {"rel_bias", "pos_bias_v"})
-        total, sums = self._table_gradient("rel_k", gradients.get("rel_k"), want_sums, common, 0 if far is None else far_block)
-        if far is not None:
-            if total is not None:
-                assert far_sums is not None
-                left, right = far_sums.view(2, self.batch, self.heads, -1, self.size).sum((1, 3))  # (H, D)
-                total[:, 0] += left if total.shape[0] > 1 else left.sum(0)
-                total[:, -1] += right if total.shape[0] > 1 else right.sum(0)
-            if sums is not None:
-                left, right = far.sum((1, 3))
-                sums[:, 0] += left
-                sums[:, -1] += right
-        self._give(gradients, total, sums)
-
-    def _give(self, gradients: dict[str, Tensor], total: Tensor | None, sums: Tensor | None) -> None:
-        """Gradients of rel_k, rel_bias and pos_bias_v, from rel_k's, unscaled, and the sums of the score gradients, by table row."""
-        if total is not None:
-            gradients["rel_k"].copy_((total * self.settings.scale).view(gradients["rel_k"].shape))
-        if sums is not None and "rel_bias" in gradients:
-            gradients["rel_bias"].copy_(sums if gradients["rel_bias"].dim() == 2 else sums.sum(0))
-        if sums is not None and "pos_bias_v" in gradients:
-            assert self.rel_k is not None
-            table = self.rel_k.float().expand(self.heads, -1, -1)
-            gradients["pos_bias_v"].copy_(torch.bmm(sums[:, None], table)[:, 0] * self.settings.scale)
-
-    def _parts(
-        self, launch: Callable[..., None], block: int, common: dict[str, Any], gradients: dict[str, Tensor], grad_query: Tensor,
-        products: bool, key_sums: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Gradients by way of tiles in memory, one part of the heads and the keys at a time: of queries; of keys and values if `products`;
-        and, unscaled, float32, by table row, rel_k's (T, R, D) and the sums of the score gradients (H, R), or None where nobody wants them.
-
-        The order of the parts is fixed, and so are the bits of the sums.
-        """
-        pairs, group = self.batch * self.heads, self.heads // self.key_heads
-        rows, all_columns = -(-self.queries // block), -(-self.keys // block)
-        at_once, columns = self._part(rows, all_columns, block, 3 if products else 1)
-        new = functools.partial(torch.empty, device=grad_query.device, dtype=torch.float32)
-
-        def tiles(wanted: bool) -> Tensor | None:  # one column more: what the last one owes
-            return new((at_once * rows, columns + 1, block, block), dtype=self.dtype) if wanted else None
-
-        grad, kept, owed = tiles(products), tiles(products), tiles(True)
-        running = new((at_once * rows, block, self.size)) if products or columns < all_columns else None
-        heads, distances = self.heads if gradients["rel_k"].dim() == 3 else 1, (rows + all_columns) * block
-        total, sums = new((heads, distances, self.size)).zero_(), None
-        if gradients.keys() & {"rel_bias", "pos_bias_v"}:
-            sums = new((self.heads, distances)).zero_()
-        for pair, column in itertools.product(range(0, pairs, at_once), range(0, all_columns, columns)):
-            here, some = min(at_once, pairs - pair), min(columns, all_columns - column)
-            key_end = min((column + some) * block, self.keys)
-            part = dict(first_pair=pair, columns=columns + 1, key_begin=column * block, key_end=key_end)
-            launch(grid=(here * rows,), kept_tiles=kept, grad_tiles=grad, owed_tiles=owed, running=running, ADD=not products, **part)
-
-            def product(kernel: str, grid: tuple[int, ...], part: dict[str, int] = part, **arguments) -> None:
-                self._run(kernel, functools.partial(self._launch, kernel, grid, **common, **part, **arguments), block=block)
-
-            if products:
-                for name, tile, sums_of in (("value", kept, None), ("key", grad, key_sums)):
-                    if name in gradients or sums_of is not None:
-                        self._key_product(product, name, tile, gradients, (pair, here, column, some, key_end, block), sums_of, common)
-                arguments = dict(grad_tiles=grad, owed_tiles=owed, running=running, grad_query=_whole(grad_query))
-                product("query_product", (here * rows,), **arguments)
-            partial = new((here, rows + some, block, self.size))
-            partial_sums = None if sums is None else new((here, rows + some, block))
-            product("table_product", (rows + some, here), owed_tiles=owed, partial=partial, partial_sums=partial_sums)
-            place = slice(column * block, (column + rows + some) * block)
-            _add_pairs(total[:, place], partial.flatten(1, 2), pair)
-            if sums is not None and partial_sums is not None:
-                _add_pairs(sums[:, place], partial_sums.flatten(1, 2), pair)
-        first_row = -(rows - 1) * block - (block - 1) - self.table_start
-        by_row = new((heads, self.table_rows, self.size)).zero_()
-        _fold(total, first_row, by_row)
-        if sums is None:
-            return by_row, None
-        sums_by_row = new((self.heads, self.table_rows)).zero_()
-        _fold(sums, first_row, sums_by_row)
-        return by_row, sums_by_row
-
-    def _key_product(
-        self, product: Callable[..., None], name: str, tiles: Tensor | None, gradients: dict[str, Tensor], part: tuple[int, ...],
-        key_sums: Tensor | None, common: dict[str, Any],
-    ) -> None:  # fmt: skip
-        """One part's gradient of values or keys, and its key_sums (B, H, Lk)."""
-        pair, here, column, some, key_end, block = part
-        group, keys = self.heads // self.key_heads, slice(column * block, key_end)
-        values = name == "value"
-        size, scale = (self.value_size, self.keep_scale) if values else (self.size, float(self.settings.scale))
-        key_heads, rows = here // group, -(-self.queries // block)
-        # Where few keys leave the chip idle, the queries are cut.
-        wanted = 4 if INTERPRETED else 2 * _processors(self.key.device)
-        splits = max(1, min(wanted // (some * key_heads), rows // 8))
-        chunk = -(-rows // splits) * block
-        splits = -(-self.queries // chunk)
-        new = functools.partial(torch.empty, device=self.key.device, dtype=torch.float32)
-        gradient = gradients.get(name)
-        partial = new((splits, key_heads, some * block, size)) if splits > 1 else None
-        if gradient is None:  # only its sums are wanted
-            gradient = torch.empty_like(self.value if values else self.key)
-        partial_sums = None if key_sums is None else new((splits, here, some * block))
-        power = max(16, _kernels().next_power_of_2(size))
-        product(
-            "key_product", (some, key_heads, splits), content=common["grad_output"] if values else _whole(self.query_u), tiles=tiles,
-            gradient=_whole(gradient), partial=partial, partial_sums=partial_sums, scale=scale, chunk=chunk, SIZE=size, COLUMNS=power,
-        )  # fmt: skip
-        length = key_end - column * block
-        if partial is not None:
-            total = partial.sum(0)[:, :length] * scale
-            for index, one in enumerate(total, pair // group):
-                gradient[index // self.key_heads, index % self.key_heads, keys] = one
-        if key_sums is not None and partial_sums is not None:
-            for index, one in enumerate(partial_sums.sum(0)[:, :length], pair):
-                key_sums[index // self.heads, index % self.heads, keys] = one
-
-    def _part(self, rows: int, columns: int, block: int, kinds: int) -> tuple[int, int]:
-        """Heads (of batch elements) and columns of tiles at once: enough programs to fill the chip, a few times over where some have less
-        to do than others, and as many keys as there is room for."""
-        group = self.heads // self.key_heads
-        units = self.batch * self.key_heads  # heads that share a key head stay together
-        slots = 2 * (4 if INTERPRETED else _processors(self.query_u.device))
-        slots *= 1 if self.first == -_UNBOUNDED and self.last == _UNBOUNDED else 4
-        count = max(1, min(units, slots // (rows * group)))
-        count = -(-units // -(-units // count))
-        room = max(2, _TILE_BYTES // (count * group * rows * block * block * self.dtype.itemsize * kinds)) - 1
-        return count * group, -(-columns // -(-columns // room))
-
-    def _table_gradient(
-        self, name: str, gradient: Tensor | None, want_sums: bool, common: dict[str, Any], far_block: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """By table row, unscaled, float32: the gradient of a table (T, R, D), and the sums of the score gradients (H, R).
-
-        far_block: pairs in tiles of that size that are far from the tables are left out; 0 = none are.
-        """
-        groups = self.heads if gradient is not None and gradient.dim() == 3 else 1
-        size, device = self.value_size if name == "rel_v" else self.size, self.query_u.device
-        total, sums = None, None
-        if gradient is not None:
-            total = torch.empty((groups, self.table_rows, size), dtype=torch.float32, device=device)
-        if want_sums:
-            sums = torch.empty((self.heads, self.table_rows), dtype=torch.float32, device=device)
-
-        def table_gradient(configuration) -> None:  # may run more than once
-            block = configuration.block
-            for result in (total, sums):
-                if result is not None:
-                    result.zero_()
-            lowest, highest = self._diagonals(block)
-            absorb = not far_block and (self.offsets is not None or self._beyond(block))
-            # Diagonals with a distance of the tables' own, t * block + block - 1 > table_start and t * block - (block - 1) < its last row.
-            near = far_block or block
-            first = -((near - 2 - self.table_start) // near)
-            last = (self.table_start + self.table_rows - 2 + near - 1) // near
-            if absorb:
-                lowest, highest = first - 1, max(last, first) + 1
-            else:  # a tile of far_block has those of the diagonals from one above its own to one below
-                ratio = near // block
-                lowest, highest = max(lowest, first * ratio - (ratio - 1)), min(highest, last * ratio + ratio - 1)
-            diagonals = highest - lowest + 1
-            if diagonals <= 0:
-                return
-            head_groups, batches, chunk = self._cut(diagonals, groups, block, near)
-            splits = -(-self.batch // batches) * -(-self.queries // chunk)
-            partial, partial_sums = None, None
-            if total is not None:
-                partial = torch.empty((splits, head_groups, diagonals, 2, block, size), dtype=torch.float32, device=device)
-            if sums is not None:
-                partial_sums = torch.empty((splits, self.heads, diagonals, 2, block), dtype=torch.float32, device=device)
-            self._launch(
-                "table_gradient", (diagonals, head_groups, splits), configuration, **common,
-                partial=partial, partial_sums=partial_sums, diagonals=diagonals, first_diagonal=lowest,
-                shared_heads=self.heads // head_groups, chunk_batches=batches, chunk=chunk,
-                TABLE="sums" if total is None else name, ABSORB=absorb, FAR=far_block > 0, FAR_BLOCK=near,
-            )  # fmt: skip
-            row = lowest * block - (block - 1) - self.table_start
-            if total is not None and partial is not None:
-                windows = partial.sum(0)
-                _fold(_overlap(windows.sum(0, keepdim=True) if groups == 1 else windows), row, total)
-            if sums is not None and partial_sums is not None:
-                _fold(_overlap(partial_sums.sum(0)), row, sums)
-
-        self._run("table_gradient", table_gradient, far_block or 2**30)
-        return total, sums
-
-    def _cut(self, diagonals: int, groups: int, block: int, near: int) -> tuple[int, int, int]:
-        """How a table's gradient is divided among programs: groups of heads, batch elements and queries of a program."""
-        wanted = _TABLE_PROGRAMS or (4 if INTERPRETED else 4 * _processors(self.query_u.device))
-        wanted = max(1, wanted // diagonals)
-        head_groups = groups
-        if groups == 1:
-            head_groups = max(count for count in range(1, self.heads + 1) if self.heads % count == 0 and count <= wanted)
-        wanted = -(-wanted // head_groups)
-        batches = -(-self.batch // min(wanted, self.batch))
-        wanted = -(-wanted // -(-self.batch // batches))
-        blocks = -(-self.queries // near)
-        return head_groups, batches, -(-blocks // min(wanted, blocks)) * near
+def _tf32() -> bool:
+    """Whether float32 products may run as tf32, by torch's switch; asking the old one raises where the new one was used."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    return torch.backends.cuda.matmul.allow_tf32 if precision == "none" else precision == "tf32"
 
 
-def _add_pairs(total: Tensor, partial: Tensor, first_pair: int) -> None:
-    """Add (pairs, ...), of which the first is pair number first_pair of all batch elements' heads, to (H, ...) or (1, ...), in order."""
-    if total.shape[0] == 1:
-        total[0] += partial.sum(0)
-        return
-    for index, part in enumerate(partial, first_pair):
-        total[index % total.shape[0]] += part
-
-
-def _overlap(windows: Tensor) -> Tensor:
-    """(T, diagonals, 2, block, ...), of which neighbours overlap by a block, by distance: (T, (diagonals + 1) block, ...)."""
-    block = windows.shape[3]
-    by_distance = windows.new_zeros((windows.shape[0], (windows.shape[1] + 1) * block, *windows.shape[4:]))
-    by_distance[:, :-block] += windows[:, :, 0].flatten(1, 2)
-    by_distance[:, block:] += windows[:, :, 1].flatten(1, 2)
-    return by_distance
-
-
-def _fold(by_distance: Tensor, row: int, total: Tensor) -> None:
-    """Add (T, distances, ...), of which the first is that of table row `row`, to (T, R, ...): what lies beyond the table belongs to its edge
-    rows."""
-    rows = total.shape[1]
-    below = min(max(-row, 0), by_distance.shape[1])
-    inside = min(max(rows - row, below), by_distance.shape[1])
-    if inside > below:
-        total[:, row + below : row + inside] += by_distance[:, below:inside]
-    total[:, 0] += by_distance[:, :below].sum(1)
-    total[:, -1] += by_distance[:, inside:].sum(1)
+@functools.cache
+def _tile_bytes(device: torch.device) -> int:
+    """Of the tiles of weights and score gradients that the backward pass keeps in memory at once, whatever the lengths: a 128th of the
+    device's memory, 512 MiB at most."""
+    return 2**29 if INTERPRETED else min(2**29, torch.cuda.get_device_properties(device).total_memory // 128)
 
 
 @functools.cache

@@ -9,11 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
-
-# Triton 3.6's compiler gives up on pipelining a loop with the far tiles' branch in it (clipped); 3.9's does not.
-PIPELINES_BRANCHES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
-
 
 class Configuration(NamedTuple):
     block: int  # queries and keys of a tile
@@ -117,7 +112,7 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
     size: the larger of D and Dv; itemsize: of the inputs; clipped: the loop has a branch for tiles far from the tables; extra: rel_q or
     rel_v are there.
     """
-    if kernel.endswith("_product"):  # with the block of the kernel that made the tiles; the loads are what takes time
+    if kernel.endswith("_product") or kernel == "join":  # with the block of the kernel that made the tiles; the loads are what takes time
         return [Configuration(block, 4, stages) for block in (64, 32) for stages in (3, 2, 1)]
     if target == "interpreter":  # not all alike: kernels must get on with each other's
         return [Configuration(16 if kernel == "table_gradient" else 32, 4, 1)]
@@ -129,6 +124,4 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
     else:
         first = Configuration(*_TABLE[family(target)][kernel][2 * place + clipped])
     smaller = [candidate for candidate in CANDIDATES[CANDIDATES.index(first) + 1 :] if candidate.block <= first.block]
-    if clipped and kernel == "key_gradient" and not PIPELINES_BRANCHES:
-        first, smaller = first._replace(num_stages=1), [candidate for candidate in smaller if candidate.num_stages == 1]
     return [first, *smaller]

@@ -56,6 +56,23 @@ def key_product_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
+def join_kernel(
+    partial, gradient, scale, heads, group, keys, splits, first_pair, key_begin,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Program (key block of the part, key head of a batch element): sums the splits of `key_product_kernel`, in their order."""
+    key_start = key_begin + tl.program_id(0) * TILE.BLOCK
+    pair = tl.program_id(1) * group + first_pair
+    to = at(gradient, pair // heads, pair % heads // group)
+    total = tl.full((TILE.BLOCK, COLUMNS), 0.0, tl.float32)
+    for split in tl.range(0, splits):
+        slot = (split * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        part = Matrix(partial + slot * (TILE.BLOCK * SIZE), SIZE, 1)
+        total += load_rows(part, 0, TILE.BLOCK, SIZE, COLUMNS, TILE.BLOCK)
+    store_rows(to, total * scale, key_start, keys, SIZE, COLUMNS, TILE.BLOCK)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def query_product_kernel(
     inputs, grad_tiles, owed_tiles, running, grad_query, units,
     heads, group, queries, keys, table_rows, table_start, first, last, first_pair, columns, key_begin, key_end, TILE: tl.constexpr,
