@@ -284,7 +284,7 @@ class _Call:
             parts = torch.empty((splits, *output.shape), dtype=torch.float32, device=output.device)
             part_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=output.device)
         self._launch(
-            "forward", (programs, splits), configuration, self._clipped(block), lse=part_lse, split_keys=split_keys,
+            "forward", (programs, splits), configuration, clipped=self._clipped(block), lse=part_lse, split_keys=split_keys,
             output=_whole(parts if splits == 1 else parts[0]),
         )  # fmt: skip
         if splits > 1:
@@ -316,19 +316,19 @@ class _Call:
         def prepare(configuration) -> None:
             programs = grid(configuration.block, self.queries, self.heads)
             self._launch(
-                "prepare", programs, configuration, any_clipped, **common, output=_whole(output), lse=lse, grad_lse=grad_lse
+                "prepare", programs, configuration, clipped=any_clipped, **common, output=_whole(output), lse=lse, grad_lse=grad_lse
             )  # fmt: skip
 
         def query_gradient(configuration) -> None:
             programs, clipped = grid(configuration.block, self.queries, self.heads), self._clipped(configuration.block)
             self._launch(
-                "query_gradient", programs, configuration, clipped, **common, grad_query=_whole(grad_query), edge_sums=edge_sums
+                "query_gradient", programs, configuration, clipped=clipped, **common, grad_query=_whole(grad_query), edge_sums=edge_sums
             )  # fmt: skip
 
         def key_gradient(configuration) -> None:
             programs, clipped = grid(configuration.block, self.keys, self.key_heads), self._clipped(configuration.block)
             self._launch(
-                "key_gradient", programs, configuration, clipped, **common,
+                "key_gradient", programs, configuration, clipped=clipped, **common,
                 grad_key=_whole(grad_key), grad_value=_whole(grad_value), key_sums=key_sums,
             )  # fmt: skip
 

@@ -166,6 +166,13 @@ class Allocations(TorchDispatchMode):
         return result
 
 
+def tensors_in(argument) -> list[Tensor]:
+    """Operands are tuples of tensors and strides."""
+    if isinstance(argument, tuple):
+        return [tensor for part in argument for tensor in tensors_in(part)]
+    return [argument] if isinstance(argument, Tensor) else []
+
+
 @needs_kernels
 @pytest.mark.parametrize("rows", [None, 33])
 def test_nothing_of_length_by_length_is_ever_written(monkeypatch, rows):
@@ -176,7 +183,8 @@ def test_nothing_of_length_by_length_is_ever_written(monkeypatch, rows):
 
     def listed(self, kernel, grid, configuration, **arguments):
         everything = self._shared | arguments
-        handed.extend((value.untyped_storage().nbytes(), name) for name, value in everything.items() if isinstance(value, Tensor))
+        for name, value in everything.items():
+            handed.extend((tensor.untyped_storage().nbytes(), name) for tensor in tensors_in(value))
         launch(self, kernel, grid, configuration, **arguments)
 
     monkeypatch.setattr(gpu._Call, "_launch", listed)
