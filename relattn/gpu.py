@@ -300,7 +300,7 @@ class _Call:
             parts = torch.empty((splits, *output.shape), dtype=torch.float32, device=output.device)
             part_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=output.device)
         self._launch(
-            "forward", (programs, splits), configuration, self._clipped(block), lse=part_lse, split_keys=split_keys,
+            "forward", (programs, splits), configuration, clipped=self._clipped(block), lse=part_lse, split_keys=split_keys,
             output=_whole(parts if splits == 1 else parts[0]),
         )  # fmt: skip
         if splits > 1:

@@ -85,7 +85,7 @@ class Backward(launcher._Call):
 
     def _prepare(self, configuration, rows: dict[str, Any]) -> None:
         programs = self._programs(configuration.block, self.queries, self.heads)
-        self._launch("prepare", programs, configuration, self.any_clipped, **self.common, **rows)
+        self._launch("prepare", programs, configuration, clipped=self.any_clipped, **self.common, **rows)
 
     def _query_gradient(self, configuration) -> None:
         block, clipped = configuration.block, self._clipped(configuration.block)
@@ -109,7 +109,7 @@ class Backward(launcher._Call):
         programs, clipped = self._programs(configuration.block, self.keys, self.key_heads), self._clipped(configuration.block)
         key, value = (self._wanted(name, tensor) for name, tensor in (("key", self.key), ("value", self.value)))
         self._launch(
-            "key_gradient", programs, configuration, clipped, **self.common,
+            "key_gradient", programs, configuration, clipped=clipped, **self.common,
             grad_key=launcher._whole(key), grad_value=launcher._whole(value), key_sums=self.key_sums,
         )  # fmt: skip
 

@@ -202,7 +202,7 @@ def query_gradient_kernel(
     pair = tl.program_id(0) // blocks + first_pair
     batch, head = pair // heads, pair % heads
     row = query_start + tl.arange(0, TILE.BLOCK)
-    place = (batch.to(tl.int64) * heads + head) * queries + row
+    place = (batch * heads + head).to(tl.int64) * queries + row
 
     # Before any `if`: of arguments, Triton 3.6 forgets the compile-time strides then.
     key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
@@ -415,7 +415,7 @@ def key_gradient_kernel(
     total_value = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
     for member in tl.range(0, group):
         head = key_head * group + member
-        rows = (batch.to(tl.int64) * heads + head) * queries
+        rows = (batch * heads + head).to(tl.int64) * queries
         visible = Visible(
             nearest, farthest, queries, key_stop, at(given.key_mask, batch, head), at(given.mask, batch, head), units.hidden_from
         )
@@ -432,7 +432,7 @@ def key_gradient_kernel(
         )  # fmt: skip
         if key_sums is not None:
             column = key_start + tl.arange(0, TILE.BLOCK)
-            tl.store(key_sums + (batch.to(tl.int64) * heads + head) * keys + column, sums, mask=column < keys)
+            tl.store(key_sums + (batch * heads + head).to(tl.int64) * keys + column, sums, mask=column < keys)
     store_rows(to_key, total_key * units.scale, key_start, keys, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     total_value = total_value * units.keep_scale
     store_rows(to_value, total_value, key_start, keys, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)

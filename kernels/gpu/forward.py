@@ -282,12 +282,12 @@ def forward_kernel(
     # A query that sees nothing: output 0 and -inf.
     total = total * tl.where(norm == 0.0, 0.0, (units.keep_scale if TILE.DROPOUT else 1.0) / norm)[:, None]
     log_sum = (tl.where(highest == float("-inf"), 0.0, highest) + tl.log2(norm)) * 0.6931471805599453
-    rows = split.to(tl.int64) * batches * heads * queries  # of the splits before
+    rows = (split * batches * heads).to(tl.int64) * queries  # of the splits before
     here = at(output, batch, head)
     here = Matrix(here.base + rows * TILE.VALUE_SIZE, here.row, here.column)
     store_rows(here, total, query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
     row = query_start + tl.arange(0, TILE.BLOCK)
-    tl.store(lse + rows + (batch.to(tl.int64) * heads + head) * queries + row, log_sum, mask=row < queries)
+    tl.store(lse + rows + (batch * heads + head).to(tl.int64) * queries + row, log_sum, mask=row < queries)
 
 
 @triton.jit(do_not_specialize=SIZES)
