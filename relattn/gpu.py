@@ -259,18 +259,19 @@ class _Call:
         **arguments: Any,
     ) -> None:  # fmt: skip
         """`again`: a name for this call's launches that differ in sizes and new tensors only; Triton prepares the first of them."""
-        device = self.query_u.device
+        # Triton launches on the current device.
+        on_device = contextlib.nullcontext() if INTERPRETED else torch.cuda.device(self.query_u.device)
         if again in self._prepared:
             compiled, names, known = self._prepared[again]
             known = known | arguments
-            with torch.cuda.device(device):
+            with on_device:
                 compiled[(*grid, 1, 1)[:3]](*(known[name] for name in names))
             return
         function, names = _kernels().kernel(kernel)
         constants = self._constants(configuration) | {"CLIPPED": clipped}
         tile = _kernels().operands.Tile(**{name: constants[name] for name in _kernels().operands.Tile._fields})
         arguments = self._shared | constants | arguments | {"TILE": tile}
-        with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(device):  # Triton launches on the current device
+        with on_device:
             compiled = function[grid](**{name: arguments[name] for name in names})
         if again is not None and isinstance(compiled, _kernels().CompiledKernel):
             self._prepared[again] = compiled, function.arg_names, arguments
