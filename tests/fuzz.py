@@ -220,7 +220,7 @@ def cut(seed: int):
     drawn_cpu = {"_TILE": (rng.choice((0, 1, 7, 20, 60)), rng.choice((0, 16, 64, 128))), "_ALONE": 0}
     drawn_gpu = {
         "_CONFIGURATION": rng.choice((None, (16, 4, 1), (32, 4, 1))), "_SPLITS": rng.choice((0, 1, 2, 5)),
-        "_TABLE_PROGRAMS": rng.choice((0, 1, 100)),
+        "_TABLE_PROGRAMS": rng.choice((0, 1, 100)), "_TILE_BYTES": rng.choice((0, 1, 200000)),
     }  # fmt: skip
     modules = ((blocked, drawn), (cpu, drawn_cpu), (gpu, drawn_gpu))
     kept = [(module, {name: vars(module)[name] for name in names}) for module, names in modules]

@@ -3,11 +3,12 @@
 from typing import Any
 
 from triton import next_power_of_2
+from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
-from . import backward, configs, forward, tables, tile
+from . import backward, configs, forward, operands, products, tables, tile
 
-__all__ = ["OutOfResources", "configs", "kernel", "next_power_of_2", "tile"]
+__all__ = ["CompiledKernel", "OutOfResources", "configs", "kernel", "next_power_of_2", "operands", "tile"]
 
 KERNELS = {
     "forward": forward.forward_kernel,
@@ -16,6 +17,10 @@ KERNELS = {
     "query_gradient": backward.query_gradient_kernel,
     "key_gradient": backward.key_gradient_kernel,
     "table_gradient": tables.table_gradient_kernel,
+    "key_product": products.key_product_kernel,
+    "join": products.join_kernel,
+    "query_product": products.query_product_kernel,
+    "table_product": products.table_product_kernel,
 }
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 

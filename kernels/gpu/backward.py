@@ -10,503 +10,429 @@ delta = sum_j w dw = do.o; then dq = ds k + unskewed(ds) rel_k, dk = ds^T q + un
 import triton
 import triton.language as tl
 
-from .forward import SIZES, distances, edge_scores, is_whole, key_ranges, relative_window, tile_scores, walk_keys
-from .tile import add_dot, dot, dropout_keep, in_low, load_bias, load_rows, load_window, mask_scores, skew, store_rows, unskew
+from .forward import (
+    add_by_distance,
+    drawn_seed,
+    edge_scores,
+    key_ranges,
+    load_queries,
+    offsets_of,
+    relative_window,
+    steps_of,
+    tile_scores,
+    walk_keys,
+    window_start,
+)
+from .operands import SIZES, Dropout, Matrix, Queries, Saved, Span, Tables, Visible, at, past
+from .tile import (
+    add_dot,
+    dot,
+    dropout_keep,
+    hide,
+    load_bias,
+    load_rows,
+    load_window,
+    skew,
+    store_rows,
+    store_tile,
+    unknown_zero,
+    unskew,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
-    query_u, query_v, key, rel_k, rel_q, rel_bias, key_mask, key_lengths, mask, offsets, output, grad_output, lse, grad_lse,
-    delta, base, inverse, edges,
-    query_strides, key_strides, rel_k_strides, rel_q_strides, rel_bias_strides, key_mask_strides, mask_strides,
-    output_strides, grad_strides, grad_lse_strides,
-    heads, group, queries, keys, query_blocks, table_rows, query_offset, first, last, left, log2_scale, hidden_from,
-    CLIPPED: tl.constexpr, LATE: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    inputs, output, grad_output, lse, grad_lse, saved, units, batches, heads, group, queries, keys, table_rows, table_start, first, last,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Per query, (B, H, Lq) float32: delta; base and inverse, so that the weights are inverse * 2^(scores - base); edges (2, B, H, Lq),
-    what the tables' first and last row add to the scores.
+    """Per query, what `saved` is of: delta; base and inverse, so that the weights are inverse * 2^(scores - base); edges, what the tables'
+    first and last row add to the scores.
 
     base is the log-sum-exp and inverse 1, or not there (None). A row whose scores share a large number (a mask of -1e9) has a log-sum-exp
     that no longer holds the logarithm of its sum: where inverse is there, such rows get their highest score and the sum anew.
     """
-    query_start = tl.program_id(0) % query_blocks * BLOCK
-    batch, head = tl.program_id(0) // query_blocks // heads, tl.program_id(0) // query_blocks % heads
-    batch64, head64, key_head = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
-    rows, row = (batch64 * heads + head64) * queries, query_start + tl.arange(0, BLOCK)
+    # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
+    given = inputs
+    blocks = tl.cdiv(queries, TILE.BLOCK)
+    query_start = tl.program_id(0) % blocks * TILE.BLOCK
+    batch, head = tl.program_id(0) // blocks // heads, tl.program_id(0) // blocks % heads
+    row = query_start + tl.arange(0, TILE.BLOCK)
+    place = (batch.to(tl.int64) * heads + head) * queries + row
 
-    output += batch64 * output_strides[0] + head64 * output_strides[1]
-    grad_output += batch64 * grad_strides[0] + head64 * grad_strides[1]
-    values = load_rows(output, query_start, queries, (output_strides[2], output_strides[3]), VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-    slopes = load_rows(grad_output, query_start, queries, (grad_strides[2], grad_strides[3]), VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
+    values = load_rows(at(output, batch, head), query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    slopes = load_rows(at(grad_output, batch, head), query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
     sums = tl.sum(values.to(tl.float32) * slopes.to(tl.float32), axis=1)
-    log_sum = tl.load(lse + rows + row, mask=row < queries, other=0.0)
+    log_sum = tl.load(lse + place, mask=row < queries, other=0.0)
     sees_none = log_sum == float("-inf")
     if grad_lse is not None:
-        address = grad_lse + batch64 * grad_lse_strides[0] + head64 * grad_lse_strides[1] + row.to(tl.int64) * grad_lse_strides[2]
-        sums -= tl.load(address, mask=row < queries, other=0.0)
-    tl.store(delta + rows + row, tl.where(sees_none, 0.0, sums), mask=row < queries)
+        sums -= tl.load(grad_lse + place, mask=row < queries, other=0.0)
+    tl.store(saved.delta + place, tl.where(sees_none, 0.0, sums), mask=row < queries)
 
-    if CLIPPED or inverse is not None:
-        tile_u = load_rows(
-            query_u + batch64 * query_strides[0] + head64 * query_strides[1], query_start, queries,
-            (query_strides[2], query_strides[3]), SIZE, BLOCK, BLOCK_SIZE,
-        )  # fmt: skip
-        tile_v = tile_u
-        if query_v is not None:
-            tile_v = load_rows(
-                query_v + batch64 * query_strides[0] + head64 * query_strides[1], query_start, queries,
-                (query_strides[2], query_strides[3]), SIZE, BLOCK, BLOCK_SIZE,
-            )  # fmt: skip
-        if rel_k is not None:
-            rel_k += head64 * rel_k_strides[0]
-        if rel_bias is not None:
-            rel_bias += head64 * rel_bias_strides[0]
-    if CLIPPED:
+    if TILE.CLIPPED or saved.inverse is not None:
+        query = load_queries(Queries(at(given.query_u, batch, head), at(given.query_v, batch, head)), query_start, queries, TILE)
+        nearest, farthest, start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
+        tables = Tables(
+            at(given.rel_k, batch, head), at(given.rel_q, batch, head), None, at(given.rel_bias, batch, head), table_rows, start
+        )
+    if TILE.CLIPPED:
+        side = tl.cast(batches, tl.int64) * heads * queries
         for SIDE in tl.static_range(2):
-            edge = edge_scores(
-                tile_v, rel_k, rel_bias, (table_rows - 1) * SIDE, (rel_k_strides[1], rel_k_strides[2]), rel_bias_strides[1], log2_scale,
-                LATE, SIZE, BLOCK_SIZE,
-            )  # fmt: skip
-            side = (tl.num_programs(0) // query_blocks).to(tl.int64) * queries * SIDE
-            tl.store(edges + side + rows + row, edge, mask=row < queries)
+            edge = edge_scores(query.v, tables, (table_rows - 1) * SIDE, units, TILE)
+            tl.store(saved.edges + side * SIDE + place, edge, mask=row < queries)
 
     # Of a row that sees nothing every score is -inf: any finite base gives weights of 0.
     highest = tl.where(sees_none, 0.0, log_sum * 1.4426950408889634)
-    if inverse is not None:
-        norm = tl.full((BLOCK,), 1.0, tl.float32)
+    if saved.inverse is not None:
+        norm = tl.full((TILE.BLOCK,), 1.0, tl.float32)
         if tl.max(tl.where(sees_none, 0.0, tl.abs(log_sum))) > 64.0:
-            first, last, table_start = distances(offsets, batch, query_offset, first, last, left)
-            key_stop = keys
-            if key_lengths is not None:
-                key_stop = tl.minimum(tl.load(key_lengths + batch).to(tl.int64), keys).to(tl.int32)
-            if rel_q is not None:
-                rel_q += head64 * rel_q_strides[0]
-            if key_mask is not None:
-                key_mask += batch64 * key_mask_strides[0]
-            if mask is not None:
-                mask += batch64 * mask_strides[0] + head64 * mask_strides[1]
+            visible = Visible(
+                nearest, farthest, queries, key_stop, at(given.key_mask, batch, head), at(given.mask, batch, head), units.hidden_from
+            )
             _unused, highest, norm = walk_keys(
-                sums[:, None], tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32), tile_u, tile_v,
-                key + batch64 * key_strides[0] + key_head * key_strides[1], key, rel_k, rel_q, None, rel_bias, key_mask, mask,
-                (key_strides[2], key_strides[3]), key_strides, (rel_k_strides[1], rel_k_strides[2]),
-                (rel_q_strides[1], rel_q_strides[2]), rel_k_strides, rel_bias_strides[1], key_mask_strides[1], mask_strides,
-                0, keys, query_start, queries, key_stop, first, last, table_start, table_rows, log2_scale, hidden_from,
-                0, 0, batch, head,
-                CLIPPED, LATE, False, False, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
+                sums[:, None], tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32),
+                query, query_start, at(given.key, batch, head // group), None, tables, visible, None, 0, keys, units, TILE,
             )  # fmt: skip
             highest = tl.where(highest == float("-inf"), 0.0, highest)
-        tl.store(inverse + rows + row, tl.where(norm == 0.0, 0.0, 1.0 / norm), mask=row < queries)
-    tl.store(base + rows + row, highest, mask=row < queries)
+        tl.store(saved.inverse + place, tl.where(norm == 0.0, 0.0, 1.0 / norm), mask=row < queries)
+    tl.store(saved.base + place, highest, mask=row < queries)
 
 
 @triton.jit
 def _query_walk(
-    total, query_u, query_v, slopes, base, inverse, delta, left, right, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
-    key_strides, value_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-    query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
-    seed, threshold, keep_scale, batch, head,
-    CLIPPED: tl.constexpr, LATE: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    total, query, query_start, slopes, delta, base, inverse, left, right, kept_tiles, grad_tiles, owed_tiles, first_tile, begin, end,
+    key, value, tables, visible, dropout, units, ADD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The queries' gradient but for the far tiles' tables, and the sums of each row's score gradients far to the left and to the right."""
-    start, near, beyond, stop = key_ranges(
-        query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, CLIPPED, BLOCK
-    )
-    sums_left, sums_right = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    low, before = total, tl.zeros((BLOCK, BLOCK), query_u.dtype)
-    if (rel_k is not None or rel_bias is not None) and not CLIPPED:
-        low = relative_window(
-            query_v, rel_k, rel_bias, start - query_start - (BLOCK - 1) - table_start, table_rows, rel_k_strides, rel_bias_stride,
-            log2_scale, LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
-        )  # fmt: skip
-    for key_start in tl.range(start, stop, BLOCK):
-        first = key_start - query_start - (BLOCK - 1) - table_start
-        key_tile = load_rows(key, key_start, key_stop, key_strides, SIZE, BLOCK, BLOCK_SIZE)
-        scores, low = tile_scores(
-            query_u, query_v, key_tile, low, left, right, rel_k, rel_q, rel_bias, rel_k_strides, rel_q_strides, rel_bias_stride,
-            first, key_start, near, beyond, table_rows, log2_scale, CLIPPED, LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
-        )  # fmt: skip
-        if key_mask is not None or mask is not None or not is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK):
-            scores = mask_scores(
-                scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
-                mask, mask_strides, hidden_from, BLOCK, False,
-            )  # fmt: skip
-        weights = tl.exp2(scores * (log2_scale if LATE else 1.0) - base[:, None])
-        if inverse is not None:
-            weights = weights * inverse[:, None]
-        value_tile = load_rows(value, key_start, key_stop, value_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-        if rel_v is not None:
-            table = load_window(rel_v, first, table_rows, rel_v_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-            by_low = dot(slopes, tl.trans(table), PRECISION)
-            table = load_window(rel_v, first + BLOCK, table_rows, rel_v_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-            grad = skew(by_low, dot(slopes, tl.trans(table), PRECISION), BLOCK, True, True)
-            grad = add_dot(slopes, tl.trans(value_tile), grad, PRECISION)
-        else:
-            grad = dot(slopes, tl.trans(value_tile), PRECISION)
-        if DROPOUT:
-            keep = dropout_keep(seed, threshold, batch, head, query_start, key_start, BLOCK, False, True)
-            grad = tl.where(keep, grad * keep_scale, 0.0)
-        grad = weights * (grad - delta[:, None])
-        half = grad.to(key_tile.dtype)
-        if CLIPPED:
-            if (key_start >= near) & (key_start < beyond):
-                if rel_k is not None:
-                    none = tl.zeros((BLOCK, BLOCK), half.dtype)
-                    table = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
-                    total = add_dot(unskew(half, none, BLOCK, True, True), table, total, PRECISION)
-                    table = load_window(rel_k, first + BLOCK, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
-                    total = add_dot(unskew(none, half, BLOCK, True, True), table, total, PRECISION)
+    """The queries' gradient but for the far tiles' tables (unless not ADD), and the sums of each row's score gradients far to the left and
+    to the right, over keys begin ... end. What is wanted of the tiles goes to memory from `first_tile` on."""
+    span = key_ranges(query_start, visible, tables, TILE)
+    start, stop = tl.maximum(span.start, begin), tl.minimum(span.stop, end)
+    sums_left, sums_right = tl.full((TILE.BLOCK,), 0.0, tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
+    # Its product anew costs less than keeping the window's low block, where the table's rows are loaded anyway.
+    AGAIN: tl.constexpr = ADD and TILE.LATE and tables.rel_k is not None and tables.rel_bias is None
+    for FAR in tl.static_range(1 if TILE.CLIPPED else 0, -1, -1):
+        steps = steps_of(start, stop, span, FAR, TILE)
+        low, before, edge = total, tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, query.u.dtype), tl.full((TILE.BLOCK,), 0.0, tl.float32)
+        if (tables.rel_k is not None or tables.rel_bias is not None) and not FAR and not AGAIN:
+            low = relative_window(query.v, tables, window_start(query_start, steps.start, tables, TILE.BLOCK), units, TILE)
+        for step in tl.range(steps.start, steps.stop, TILE.BLOCK):
+            key_start = step
+            if FAR:
+                key_start += tl.where(step >= steps.turn, steps.jump, 0)
+                edge = tl.where(step < steps.turn, left, right)
+            first = window_start(query_start, key_start, tables, TILE.BLOCK)
+            key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            if AGAIN and not FAR:
+                table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+                here = dot(query.v, tl.trans(table), TILE)
+                scores, _unused = tile_scores(query, key_tile, here, tables, first, unknown_zero(key_start), units, FAR, TILE)
             else:
+                scores, low = tile_scores(query, key_tile, low, tables, first, unknown_zero(key_start), units, FAR, TILE)
+            scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, False)
+            unit = units.log2_scale if TILE.LATE else 1.0
+            weights = tl.exp2(scores * unit - (base - edge * unit)[:, None])
+            if inverse is not None:
+                weights = weights * inverse[:, None]
+            value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+            if tables.rel_v is not None:
+                window = load_window(tables.rel_v, first, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+                by_low = dot(slopes, tl.trans(window), TILE)
+                window = load_window(tables.rel_v, first + TILE.BLOCK, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+                grad = skew(by_low, dot(slopes, tl.trans(window), TILE), unknown_zero(key_start), TILE.BLOCK, True, True)
+                grad = add_dot(slopes, tl.trans(value_tile), grad, TILE)
+            else:
+                grad = dot(slopes, tl.trans(value_tile), TILE)
+            kept = weights
+            if TILE.DROPOUT:
+                keep = dropout_keep(dropout, query_start, key_start, TILE.BLOCK, False, True)
+                grad = tl.where(keep, grad * dropout.keep_scale, 0.0)
+                kept = tl.where(keep, weights, 0.0)
+            if kept_tiles is not None:
+                store_tile(kept_tiles, kept.to(key_tile.dtype), first_tile + (key_start - begin) // TILE.BLOCK, TILE.BLOCK)
+            grad = weights * (grad - delta[:, None])
+            half = grad.to(key_tile.dtype)
+            if grad_tiles is not None:
+                store_tile(grad_tiles, half, first_tile + (key_start - begin) // TILE.BLOCK, TILE.BLOCK)
+            if FAR:
                 row_sums = tl.sum(grad, axis=1)
-                sums_left += tl.where(key_start < near, row_sums, 0.0)
-                sums_right += tl.where(key_start < near, 0.0, row_sums)
-        elif rel_k is not None:
-            # The low block of this window was the high block of the last: one product for what both tiles owe to it.
-            table = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
-            total = add_dot(unskew(half, before, BLOCK, True, True), table, total, PRECISION)
-            before = half
-        total = add_dot(half, key_tile, total, PRECISION)
-    if rel_k is not None and not CLIPPED:  # noqa: SIM102 (this is the compiler's condition)
-        if stop > start:
-            first = (stop - start + BLOCK - 1) // BLOCK * BLOCK + start - query_start - (BLOCK - 1) - table_start
-            table = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
-            owed = unskew(tl.zeros((BLOCK, BLOCK), before.dtype), before, BLOCK, True, True)
-            total = add_dot(owed, table, total, PRECISION)
+                sums_left += tl.where(step < steps.turn, row_sums, 0.0)
+                sums_right += tl.where(step < steps.turn, 0.0, row_sums)
+            elif tables.rel_k is not None:
+                # The low block of this window was the high block of the last: what both tiles owe to it.
+                owed = unskew(half, before, unknown_zero(key_start), TILE.BLOCK, True, True)
+                if owed_tiles is not None:
+                    store_tile(owed_tiles, owed, first_tile + (key_start - begin) // TILE.BLOCK, TILE.BLOCK)
+                if ADD:
+                    if not AGAIN:
+                        table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+                    total = add_dot(owed, table, total, TILE)
+                before = half
+            if ADD:
+                total = add_dot(half, key_tile, total, TILE)
+        if tables.rel_k is not None and not FAR:  # noqa: SIM102 (this is the compiler's condition)
+            if steps.stop > steps.start:  # what the last tile owes to the high block of its window
+                beyond = (steps.stop - steps.start + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK + steps.start
+                none = tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, before.dtype)
+                owed = unskew(none, before, unknown_zero(beyond), TILE.BLOCK, True, True)
+                if owed_tiles is not None:
+                    store_tile(owed_tiles, owed, first_tile + (beyond - begin) // TILE.BLOCK, TILE.BLOCK)
+                if ADD:
+                    first = window_start(query_start, beyond, tables, TILE.BLOCK)
+                    table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+                    total = add_dot(owed, table, total, TILE)
     return total, sums_left, sums_right
 
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
-    query_u, query_v, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, key_lengths, mask, offsets, seed, grad_output,
-    delta, base, inverse, edges, grad_query, edge_sums,
-    query_strides, key_strides, value_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_strides,
-    key_mask_strides, mask_strides, grad_strides, grad_query_strides,
-    heads, group, queries, keys, query_blocks, table_rows, query_offset, first, last, left, scale, log2_scale, hidden_from,
-    threshold, keep_scale,
-    CLIPPED: tl.constexpr, LATE: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    inputs, grad_output, saved, grad_query, edge_sums, edge_owed, kept_tiles, grad_tiles, owed_tiles, running, units,
+    batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold, first_pair, columns, key_begin, key_end,
+    ADD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (query block of a head of a batch element). If CLIPPED, edge_sums (2, B, H, Lq) float32 gets, per query, the score gradients
-    of the keys far to the left and far to the right: what the tables' first and last row are owed there."""
-    query_start = (query_blocks - 1 - tl.program_id(0) % query_blocks) * BLOCK
-    batch, head = tl.program_id(0) // query_blocks // heads, tl.program_id(0) // query_blocks % heads
-    batch64, head64, key_head = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
-    rows, row = (batch64 * heads + head64) * queries, query_start + tl.arange(0, BLOCK)
+    """Program (query block of a head of a batch element, from number first_pair of these on), for keys key_begin ... key_end.
 
-    first, last, table_start = distances(offsets, batch, query_offset, first, last, left)
-    key_stop = keys
-    if key_lengths is not None:
-        key_stop = tl.minimum(tl.load(key_lengths + batch).to(tl.int64), keys).to(tl.int32)
-    if rel_k is not None:
-        rel_k += head64 * rel_k_strides[0]
-    if rel_q is not None:
-        rel_q += head64 * rel_q_strides[0]
-    if rel_v is not None:
-        rel_v += head64 * rel_v_strides[0]
-    if rel_bias is not None:
-        rel_bias += head64 * rel_bias_strides[0]
-    if key_mask is not None:
-        key_mask += batch64 * key_mask_strides[0]
-    if mask is not None:
-        mask += batch64 * mask_strides[0] + head64 * mask_strides[1]
-    drawn = 0
-    if DROPOUT:
-        drawn = tl.load(seed)
+    If CLIPPED, edge_sums (2, B, H, Lq) float32 gets, per query, the score gradients of the keys far to the left and far to the right: what
+    the tables' first and last row are owed there; and edge_owed (2, programs, D) float32, or None, these sums times the queries.
+    kept_tiles, grad_tiles and owed_tiles (programs, columns, BLOCK x BLOCK), or None, get the weights that dropout keeps, unscaled, the
+    scores' gradients, and these by distance: tile c those of the window's low block of key block c, so that there is one more. Tiles of
+    which no query sees anything are not written. `running` (programs, BLOCK, D) float32 keeps the sums between the launches for one part of
+    the keys and for the next. Without ADD there is no grad_query.
+    """
+    blocks = tl.cdiv(queries, TILE.BLOCK)
+    query_start = (blocks - 1 - tl.program_id(0) % blocks) * TILE.BLOCK
+    pair = tl.program_id(0) // blocks + first_pair
+    batch, head = pair // heads, pair % heads
+    row = query_start + tl.arange(0, TILE.BLOCK)
+    place = (batch * heads + head).to(tl.int64) * queries + row
 
-    row_strides = (query_strides[2], query_strides[3])
-    query_u += batch64 * query_strides[0] + head64 * query_strides[1]
-    tile_u = load_rows(query_u, query_start, queries, row_strides, SIZE, BLOCK, BLOCK_SIZE)
-    tile_v = tile_u
-    if query_v is not None:
-        query_v += batch64 * query_strides[0] + head64 * query_strides[1]
-        tile_v = load_rows(query_v, query_start, queries, row_strides, SIZE, BLOCK, BLOCK_SIZE)
-    grad_output += batch64 * grad_strides[0] + head64 * grad_strides[1]
-    slopes = load_rows(grad_output, query_start, queries, (grad_strides[2], grad_strides[3]), VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-    rows_delta = tl.load(delta + rows + row, mask=row < queries, other=0.0)
-    rows_base = tl.load(base + rows + row, mask=row < queries, other=0.0)
-    rows_inverse = None
-    if inverse is not None:
-        rows_inverse = tl.load(inverse + rows + row, mask=row < queries, other=0.0)
+    # Before any `if`: of arguments, Triton 3.6 forgets the compile-time strides then.
+    key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
+    to_query = at(grad_query, batch, head)
+    nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
+    visible = Visible(
+        nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
+    )
+    tables = Tables(
+        at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
+        table_rows, start,
+    )  # fmt: skip
+    query = load_queries(Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), query_start, queries, TILE)
+    slopes = load_rows(at(grad_output, batch, head), query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    delta = tl.load(saved.delta + place, mask=row < queries, other=0.0)
+    base = tl.load(saved.base + place, mask=row < queries, other=0.0)
+    inverse = None
+    if saved.inverse is not None:
+        inverse = tl.load(saved.inverse + place, mask=row < queries, other=0.0)
+    dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
+    left, right = base, base
+    side = tl.cast(batches, tl.int64) * heads * queries
+    if TILE.CLIPPED:
+        left = tl.load(saved.edges + place, mask=row < queries, other=0.0)
+        right = tl.load(saved.edges + side + place, mask=row < queries, other=0.0)
 
-    left, right = rows_base, rows_base
-    side = (tl.num_programs(0) // query_blocks).to(tl.int64) * queries
-    if CLIPPED:
-        left = tl.load(edges + rows + row, mask=row < queries, other=0.0)
-        right = tl.load(edges + side + rows + row, mask=row < queries, other=0.0)
+    total = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
+    if running is not None:
+        sums = Matrix(running + tl.program_id(0).to(tl.int64) * (TILE.BLOCK * TILE.SIZE), TILE.SIZE, 1)
+        if key_begin > 0:
+            total = load_rows(sums, 0, TILE.BLOCK, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     total, sums_left, sums_right = _query_walk(
-        tl.zeros((BLOCK, BLOCK_SIZE), tl.float32), tile_u, tile_v, slopes, rows_base, rows_inverse, rows_delta, left, right,
-        key + batch64 * key_strides[0] + key_head * key_strides[1], value + batch64 * value_strides[0] + key_head * value_strides[1],
-        rel_k, rel_q, rel_v, rel_bias, key_mask, mask, (key_strides[2], key_strides[3]), (value_strides[2], value_strides[3]),
-        (rel_k_strides[1], rel_k_strides[2]), (rel_q_strides[1], rel_q_strides[2]), (rel_v_strides[1], rel_v_strides[2]),
-        rel_bias_strides[1], key_mask_strides[1], mask_strides,
-        query_start, queries, key_stop, first, last, table_start, table_rows, log2_scale, hidden_from,
-        drawn, threshold, keep_scale, batch, head,
-        CLIPPED, LATE, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
+        total, query, query_start, slopes, delta, base, inverse, left, right,
+        kept_tiles, grad_tiles, owed_tiles, tl.program_id(0).to(tl.int64) * columns, key_begin, key_end,
+        key, value, tables, visible, dropout, units, ADD, TILE,
     )  # fmt: skip
-    if CLIPPED:
-        tl.store(edge_sums + rows + row, sums_left, mask=row < queries)
-        tl.store(edge_sums + side + rows + row, sums_right, mask=row < queries)
-        if rel_k is not None:
-            column = tl.arange(0, BLOCK_SIZE)
-            edge = tl.load(rel_k + column * rel_k_strides[2], mask=column < SIZE, other=0.0).to(tl.float32)
+    if TILE.CLIPPED:
+        tl.store(edge_sums + place, sums_left, mask=row < queries)
+        tl.store(edge_sums + side + place, sums_right, mask=row < queries)
+        if edge_owed is not None:
+            column = tl.arange(0, TILE.COLUMNS)
+            address = edge_owed + tl.program_id(0).to(tl.int64) * TILE.SIZE + column
+            tl.store(address, tl.sum(sums_left[:, None] * query.v.to(tl.float32), axis=0), mask=column < TILE.SIZE)
+            address += tl.num_programs(0).to(tl.int64) * TILE.SIZE
+            tl.store(address, tl.sum(sums_right[:, None] * query.v.to(tl.float32), axis=0), mask=column < TILE.SIZE)
+        if tables.rel_k is not None:
+            column = tl.arange(0, TILE.COLUMNS)
+            address = tables.rel_k.base + column * tables.rel_k.column
+            edge = tl.load(address, mask=column < TILE.SIZE, other=0.0).to(tl.float32)
             total += sums_left[:, None] * edge[None, :]
-            rel_k += tl.cast(table_rows - 1, tl.int64) * rel_k_strides[1]
-            edge = tl.load(rel_k + column * rel_k_strides[2], mask=column < SIZE, other=0.0).to(tl.float32)
+            address += tl.cast(table_rows - 1, tl.int64) * tables.rel_k.row
+            edge = tl.load(address, mask=column < TILE.SIZE, other=0.0).to(tl.float32)
             total += sums_right[:, None] * edge[None, :]
-    store_rows(
-        grad_query + batch64 * grad_query_strides[0] + head64 * grad_query_strides[1], total * scale, query_start, queries,
-        (grad_query_strides[2], grad_query_strides[3]), SIZE, BLOCK, BLOCK_SIZE,
-    )  # fmt: skip
+    if ADD:
+        if key_end >= keys:
+            store_rows(to_query, total * units.scale, query_start, queries, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        elif running is not None:
+            store_rows(sums, total, 0, TILE.BLOCK, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
 
 
 @triton.jit
-def _transposed_window(
-    query_v, table_low, table_high, rel_bias, rel_bias_stride, first, table_rows, log2_scale, LATE: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _transposed_window(query_v, low_rows, high_rows, tables, first, units, TILE: tl.constexpr):
     """What rel_k, of which these are the window's two blocks, or None, and rel_bias add to the scores (key, query)."""
-    if table_low is not None:
-        low, high = dot(table_low, tl.trans(query_v), PRECISION), dot(table_high, tl.trans(query_v), PRECISION)
-        if not LATE:
-            low, high = low * log2_scale, high * log2_scale
+    if low_rows is not None:
+        low = dot(low_rows, tl.trans(query_v), TILE)
+        high = dot(high_rows, tl.trans(query_v), TILE)
+        if not TILE.LATE:
+            low, high = low * units.log2_scale, high * units.log2_scale
     else:
-        low, high = tl.zeros((BLOCK, BLOCK), tl.float32), tl.zeros((BLOCK, BLOCK), tl.float32)
-    if rel_bias is not None:
-        low += load_bias(rel_bias, first, table_rows, rel_bias_stride, BLOCK)[:, None]
-        high += load_bias(rel_bias, first + BLOCK, table_rows, rel_bias_stride, BLOCK)[:, None]
-    return skew(low, high, BLOCK, False, True)
+        low, high = tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, tl.float32), tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, tl.float32)
+    if tables.rel_bias is not None:
+        low += load_bias(tables.rel_bias, first, tables.rows, TILE.BLOCK)[:, None]
+        high += load_bias(tables.rel_bias, first + TILE.BLOCK, tables.rows, TILE.BLOCK)[:, None]
+    return skew(low, high, 0, TILE.BLOCK, False, True)
 
 
 @triton.jit
 def transposed_tile(
-    key_tile, value_tile, query_u, query_v, slopes, base, inverse, delta, edges, side, table_low, table_high,
-    rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
-    rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-    query_start, key_start, queries, key_stop, first_distance, last_distance, first, near, beyond, table_rows, log2_scale, hidden_from,
-    seed, threshold, keep_scale, batch, head,
-    CLIPPED: tl.constexpr, LATE: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    key, value, query, slopes, saved, low_rows, high_rows, tables, first, query_start, key_start, visible, dropout, units,
+    ALIGNED: tl.constexpr, FAR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile with its keys as rows: (weights that dropout keeps, unscaled, and gradient of the scores), both (key, query) float32.
 
-    table_low, table_high: the two blocks of rel_k's window, or None; `first`: the tables' row where the window begins. If CLIPPED, queries
-    before `near` and from `beyond` on have far tiles, with the keys to the right and to the left, and the blocks are loaded where needed.
-    base, inverse, delta and edges are read where they are used: every thread needs a good part of them, in registers.
+    key, value, query, slopes: tiles. low_rows, high_rows: the two blocks of rel_k's window, or None; `first`: the tables' row where the
+    window begins. FAR: saved.edges stands for all of the window. `saved` is of this head, and read where it is used: every thread needs a
+    good part of it, in registers.
     """
-    row = query_start + tl.arange(0, BLOCK)
-    if CLIPPED:
-        scores = dot(key_tile, tl.trans(query_u), PRECISION)
-        if not LATE:
-            scores = scores * log2_scale
-        if (query_start >= near) & (query_start < beyond):
-            if rel_k is not None:
-                low_rows = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
-                high_rows = load_window(rel_k, first + BLOCK, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
-                scores += _transposed_window(
-                    query_v, low_rows, high_rows, rel_bias, rel_bias_stride, first, table_rows, log2_scale, LATE, BLOCK, PRECISION
-                )
-            else:
-                scores += _transposed_window(
-                    query_v, None, None, rel_bias, rel_bias_stride, first, table_rows, log2_scale, LATE, BLOCK, PRECISION
-                )
+    row = query_start + tl.arange(0, TILE.BLOCK)
+    if (low_rows is not None or tables.rel_bias is not None) and not FAR:
+        window = _transposed_window(query.v, low_rows, high_rows, tables, first, units, TILE)
+        if TILE.LATE:
+            scores = add_dot(key, tl.trans(query.u), window, TILE)
         else:
-            edge = edges + tl.where(query_start < near, side, 0)
-            scores += tl.load(edge + row, mask=row < queries, other=0.0)[None, :]
-    elif table_low is not None or rel_bias is not None:
-        window = _transposed_window(
-            query_v, table_low, table_high, rel_bias, rel_bias_stride, first, table_rows, log2_scale, LATE, BLOCK, PRECISION
-        )
-        if LATE:
-            scores = add_dot(key_tile, tl.trans(query_u), window, PRECISION)
-        else:
-            scores = dot(key_tile, tl.trans(query_u), PRECISION) * log2_scale + window
+            scores = dot(key, tl.trans(query.u), TILE) * units.log2_scale + window
     else:
-        scores = dot(key_tile, tl.trans(query_u), PRECISION)
-        if not LATE:
-            scores = scores * log2_scale
-    if rel_q is not None:
-        table = load_window(rel_q, first, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE)
-        low = dot(key_tile, tl.trans(table), PRECISION)
-        table = load_window(rel_q, first + BLOCK, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE)
-        by_key = skew(low, dot(key_tile, tl.trans(table), PRECISION), BLOCK, True, False)
-        scores += by_key if LATE else by_key * log2_scale
-    if key_mask is not None or mask is not None or not is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK):
-        scores = mask_scores(
-            scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
-            mask, mask_strides, hidden_from, BLOCK, True,
-        )  # fmt: skip
-    weights = tl.exp2(scores * (log2_scale if LATE else 1.0) - tl.load(base + row, mask=row < queries, other=float("inf"))[None, :])
-    if inverse is not None:
-        weights = weights * tl.load(inverse + row, mask=row < queries, other=0.0)[None, :]
-    if rel_v is not None:
-        table = load_window(rel_v, first, table_rows, rel_v_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-        low = dot(table, tl.trans(slopes), PRECISION)
-        table = load_window(rel_v, first + BLOCK, table_rows, rel_v_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-        grad = skew(low, dot(table, tl.trans(slopes), PRECISION), BLOCK, False, True)
-        grad = add_dot(value_tile, tl.trans(slopes), grad, PRECISION)
+        scores = dot(key, tl.trans(query.u), TILE)
+        if not TILE.LATE:
+            scores = scores * units.log2_scale
+    if tables.rel_q is not None:
+        table = load_window(tables.rel_q, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        low = dot(key, tl.trans(table), TILE)
+        table = load_window(tables.rel_q, first + TILE.BLOCK, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        by_key = skew(low, dot(key, tl.trans(table), TILE), 0, TILE.BLOCK, True, False)
+        scores += by_key if TILE.LATE else by_key * units.log2_scale
+    scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, True)
+    base = tl.load(saved.base + row, mask=row < visible.queries, other=float("inf"))
+    unit = units.log2_scale if TILE.LATE else 1.0
+    if FAR:
+        base -= tl.load(saved.edges + row, mask=row < visible.queries, other=0.0) * unit
+    weights = tl.exp2(scores * unit - base[None, :])
+    if saved.inverse is not None:
+        weights = weights * tl.load(saved.inverse + row, mask=row < visible.queries, other=0.0)[None, :]
+    if tables.rel_v is not None:
+        table = load_window(tables.rel_v, first, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+        low = dot(table, tl.trans(slopes), TILE)
+        table = load_window(tables.rel_v, first + TILE.BLOCK, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+        grad = skew(low, dot(table, tl.trans(slopes), TILE), 0, TILE.BLOCK, False, True)
+        grad = add_dot(value, tl.trans(slopes), grad, TILE)
     else:
-        grad = dot(value_tile, tl.trans(slopes), PRECISION)
+        grad = dot(value, tl.trans(slopes), TILE)
     kept = weights
-    if DROPOUT:
-        keep = dropout_keep(seed, threshold, batch, head, query_start, key_start, BLOCK, True, ALIGNED)
-        grad = tl.where(keep, grad * keep_scale, 0.0)
+    if TILE.DROPOUT:
+        keep = dropout_keep(dropout, query_start, key_start, TILE.BLOCK, True, ALIGNED)
+        grad = tl.where(keep, grad * dropout.keep_scale, 0.0)
         kept = tl.where(keep, weights, 0.0)
-    return kept, weights * (grad - tl.load(delta + row, mask=row < queries, other=0.0)[None, :])
+    return kept, weights * (grad - tl.load(saved.delta + row, mask=row < visible.queries, other=0.0)[None, :])
 
 
 @triton.jit
-def query_ranges(
-    key_start, key_stop, queries, first_distance, last_distance, table_start, table_rows, CLIPPED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Queries start ... stop that see some of the keys; in between where those end whose keys lie far to the right, and where those
-    begin whose keys lie far to the left. All but `stop` are multiples of BLOCK."""
-    last_key = tl.minimum(key_start + BLOCK, key_stop) - 1
-    start = tl.minimum(tl.maximum(key_start - last_distance, 0), queries)
-    stop = tl.maximum(tl.minimum(last_key - first_distance + 1, queries), start)
-    stop = tl.where(last_key < key_start, start, stop)
+def query_ranges(key_start, visible, tables, TILE: tl.constexpr):
+    """Queries that see some of the keys; those before `near` have their keys far to the right, those from `beyond` on far to the left. All
+    but `stop` are multiples of BLOCK."""
+    BLOCK: tl.constexpr = TILE.BLOCK
+    last_key = tl.minimum(key_start + BLOCK, visible.key_stop) - 1
+    start = tl.minimum(tl.maximum(key_start - visible.last, 0), visible.queries)
+    stop = tl.minimum(last_key - visible.first + 1, visible.queries)
+    none = (stop <= start) | (last_key < key_start)
     start = (start // BLOCK * BLOCK).to(tl.int32)
-    stop = stop.to(tl.int32)
+    stop = tl.where(none, start, stop).to(tl.int32)
     near, beyond = start, stop
-    if CLIPPED:
-        # Far to the right: key_start - (query_start + BLOCK - 1) >= last row. To the left: last key - query_start <= table_start.
+    if TILE.CLIPPED:
+        # Far to the right: key_start - (query_start + BLOCK - 1) >= last row. To the left: last key - query_start <= tables.start.
         above = (stop + BLOCK - 1) // BLOCK * BLOCK
-        end = tl.maximum(key_start + 1 - table_start - table_rows + 1, start) // BLOCK * BLOCK
+        end = tl.maximum(key_start + 1 - tables.start - tables.rows + 1, start) // BLOCK * BLOCK
         near = tl.minimum(end, above).to(tl.int32)
-        begin = tl.maximum(key_start + BLOCK - 1 - table_start + BLOCK - 1, near) // BLOCK * BLOCK
+        begin = tl.maximum(key_start + BLOCK - 1 - tables.start + BLOCK - 1, near) // BLOCK * BLOCK
         beyond = tl.minimum(begin, tl.maximum(above, near)).to(tl.int32)
-    return start, near, beyond, stop
+    return Span(start, near, beyond, stop)
 
 
 @triton.jit
 def _key_walk(
-    grad_key, grad_value, sums, key_tile, value_tile, query_u, query_v, grad_output, base, inverse, delta, edges, side,
-    rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
-    row_strides, grad_row_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-    key_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
-    seed, threshold, keep_scale, batch, head,
-    CLIPPED: tl.constexpr, LATE: tl.constexpr, SUMS: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    grad_key, grad_value, sums, key, value, queries, grad_output, saved, side, key_start, tables, visible, dropout, units,
+    SUMS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values from the queries of one head."""
-    start, near, beyond, stop = query_ranges(
-        key_start, key_stop, queries, first_distance, last_distance, table_start, table_rows, CLIPPED, BLOCK
-    )
-    for query_start in tl.range(start, stop, BLOCK):
-        first = key_start - query_start - (BLOCK - 1) - table_start
-        tile_u = load_rows(query_u, query_start, queries, row_strides, SIZE, BLOCK, BLOCK_SIZE)
-        tile_v = tile_u
-        if query_v is not None:
-            tile_v = load_rows(query_v, query_start, queries, row_strides, SIZE, BLOCK, BLOCK_SIZE)
-        slopes = load_rows(grad_output, query_start, queries, grad_row_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-        low, high = None, None
-        if rel_k is not None and not CLIPPED:
-            low = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
-            high = load_window(rel_k, first + BLOCK, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
-        weights, grad = transposed_tile(
-            key_tile, value_tile, tile_u, tile_v, slopes, base, inverse, delta, edges, side, low, high,
-            rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
-            rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-            query_start, key_start, queries, key_stop, first_distance, last_distance, first, near, beyond, table_rows,
-            log2_scale, hidden_from, seed, threshold, keep_scale, batch, head,
-            CLIPPED, LATE, True, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
-        )  # fmt: skip
-        grad_value = add_dot(weights.to(slopes.dtype), slopes, grad_value, PRECISION)
-        if SUMS:
-            sums += tl.sum(grad, axis=1)
-        half = grad.to(tile_u.dtype)
-        grad_key = add_dot(half, tile_u, grad_key, PRECISION)
-        if rel_q is not None:
-            by_distance = unskew(half, half, BLOCK, True, False)
-            inside = in_low(BLOCK, True, False)
-            table = load_window(rel_q, first, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE)
-            grad_key = add_dot(tl.where(inside, by_distance, 0.0).to(half.dtype), table, grad_key, PRECISION)
-            table = load_window(rel_q, first + BLOCK, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE)
-            grad_key = add_dot(tl.where(inside, 0.0, by_distance).to(half.dtype), table, grad_key, PRECISION)
+    """Gradients of keys and values (tiles) from the queries (Matrix) of one head."""
+    span = query_ranges(key_start, visible, tables, TILE)
+    for FAR in tl.static_range(1 if TILE.CLIPPED else 0, -1, -1):
+        steps = steps_of(span.start, span.stop, span, FAR, TILE)
+        for step in tl.range(steps.start, steps.stop, TILE.BLOCK):
+            query_start, here = step, saved
+            if FAR:  # the keys lie to the right of the first queries
+                query_start += tl.where(step >= steps.turn, steps.jump, 0)
+                here = Saved(saved.delta, saved.base, saved.inverse, saved.edges + tl.where(step < steps.turn, side, 0))
+            first = window_start(query_start, key_start, tables, TILE.BLOCK)
+            low, high = None, None
+            if tables.rel_k is not None and not FAR:
+                low = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+                high = load_window(tables.rel_k, first + TILE.BLOCK, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            query = load_queries(queries, query_start, visible.queries, TILE)
+            slopes = load_rows(grad_output, query_start, visible.queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+            weights, grad = transposed_tile(
+                key, value, query, slopes, here, low, high, tables, first, query_start, key_start, visible, dropout, units,
+                True, FAR, TILE,
+            )  # fmt: skip
+            grad_value = add_dot(weights.to(slopes.dtype), slopes, grad_value, TILE)
+            if SUMS:
+                sums += tl.sum(grad, axis=1)
+            half = grad.to(query.u.dtype)
+            grad_key = add_dot(half, query.u, grad_key, TILE)
+            if tables.rel_q is not None:
+                grad_key = add_by_distance(
+                    half, tables.rel_q, first, tables.rows, grad_key, TILE.SIZE, TILE.COLUMNS, True, False, TILE
+                )
     return grad_key, grad_value, sums
 
 
 @triton.jit(do_not_specialize=SIZES)
 def key_gradient_kernel(
-    query_u, query_v, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, key_lengths, mask, offsets, seed, grad_output,
-    delta, base, inverse, edges, grad_key, grad_value, key_sums,
-    query_strides, key_strides, value_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_strides,
-    key_mask_strides, mask_strides, grad_strides, grad_key_strides, grad_value_strides,
-    heads, group, queries, keys, key_blocks, table_rows, query_offset, first, last, left, scale, log2_scale, hidden_from,
-    threshold, keep_scale,
-    CLIPPED: tl.constexpr, LATE: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    inputs, grad_output, saved, grad_key, grad_value, key_sums, units,
+    batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (key block of a key head of a batch element); `heads` counts query heads. key_sums (B, H, Lk) float32 or None gets the score
     gradients summed over the queries."""
-    key_heads = heads // group
-    key_start = tl.program_id(0) % key_blocks * BLOCK
-    batch, key_head = tl.program_id(0) // key_blocks // key_heads, tl.program_id(0) // key_blocks % key_heads
-    batch64, key_head64 = batch.to(tl.int64), key_head.to(tl.int64)
+    # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
+    given = inputs
+    given_grad = grad_output
+    key_heads, blocks = heads // group, tl.cdiv(keys, TILE.BLOCK)
+    key_start = tl.program_id(0) % blocks * TILE.BLOCK
+    batch, key_head = tl.program_id(0) // blocks // key_heads, tl.program_id(0) // blocks % key_heads
 
-    first, last, table_start = distances(offsets, batch, query_offset, first, last, left)
-    key_stop = keys
-    if key_lengths is not None:
-        key_stop = tl.minimum(tl.load(key_lengths + batch).to(tl.int64), keys).to(tl.int32)
-    if key_mask is not None:
-        key_mask += batch64 * key_mask_strides[0]
-    drawn = 0
-    if DROPOUT:
-        drawn = tl.load(seed)
-    key_tile = load_rows(
-        key + batch64 * key_strides[0] + key_head64 * key_strides[1], key_start, key_stop, (key_strides[2], key_strides[3]),
-        SIZE, BLOCK, BLOCK_SIZE,
-    )  # fmt: skip
-    value_tile = load_rows(
-        value + batch64 * value_strides[0] + key_head64 * value_strides[1], key_start, key_stop, (value_strides[2], value_strides[3]),
-        VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE,
-    )  # fmt: skip
+    nearest, farthest, start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
+    key = load_rows(at(given.key, batch, key_head), key_start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    value = load_rows(at(given.value, batch, key_head), key_start, key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    to_key, to_value = at(grad_key, batch, key_head), at(grad_value, batch, key_head)
+    side = tl.cast(batches, tl.int64) * heads * queries
+    drawn = drawn_seed(given, TILE)
 
-    total_key, total_value = tl.zeros((BLOCK, BLOCK_SIZE), tl.float32), tl.zeros((BLOCK, BLOCK_VALUE_SIZE), tl.float32)
+    total_key = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
+    total_value = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
     for member in tl.range(0, group):
         head = key_head * group + member
-        head64 = head.to(tl.int64)
-        rows = (batch64 * heads + head64) * queries
-        head_rel_k, head_rel_q, head_rel_v, head_rel_bias, head_mask, head_inverse = rel_k, rel_q, rel_v, rel_bias, mask, inverse
-        if rel_k is not None:
-            head_rel_k = rel_k + head64 * rel_k_strides[0]
-        if rel_q is not None:
-            head_rel_q = rel_q + head64 * rel_q_strides[0]
-        if rel_v is not None:
-            head_rel_v = rel_v + head64 * rel_v_strides[0]
-        if rel_bias is not None:
-            head_rel_bias = rel_bias + head64 * rel_bias_strides[0]
-        if mask is not None:
-            head_mask = mask + batch64 * mask_strides[0] + head64 * mask_strides[1]
-        if inverse is not None:
-            head_inverse = inverse + rows
-        head_edges, side = edges, (tl.num_programs(0) // key_blocks * group).to(tl.int64) * queries
-        if CLIPPED:
-            head_edges = edges + rows
-        head_v = query_v
-        if query_v is not None:
-            head_v = query_v + batch64 * query_strides[0] + head64 * query_strides[1]
-        sums = tl.zeros((BLOCK,), tl.float32)
+        rows = (batch * heads + head).to(tl.int64) * queries
+        visible = Visible(
+            nearest, farthest, queries, key_stop, at(given.key_mask, batch, head), at(given.mask, batch, head), units.hidden_from
+        )
+        tables = Tables(
+            at(given.rel_k, batch, head), at(given.rel_q, batch, head), at(given.rel_v, batch, head), at(given.rel_bias, batch, head),
+            table_rows, start,
+        )  # fmt: skip
         total_key, total_value, sums = _key_walk(
-            total_key, total_value, sums, key_tile, value_tile,
-            query_u + batch64 * query_strides[0] + head64 * query_strides[1], head_v,
-            grad_output + batch64 * grad_strides[0] + head64 * grad_strides[1], base + rows, head_inverse, delta + rows, head_edges, side,
-            head_rel_k, head_rel_q, head_rel_v, head_rel_bias, key_mask, head_mask,
-            (query_strides[2], query_strides[3]), (grad_strides[2], grad_strides[3]),
-            (rel_k_strides[1], rel_k_strides[2]), (rel_q_strides[1], rel_q_strides[2]), (rel_v_strides[1], rel_v_strides[2]),
-            rel_bias_strides[1], key_mask_strides[1], mask_strides,
-            key_start, queries, key_stop, first, last, table_start, table_rows, log2_scale, hidden_from,
-            drawn, threshold, keep_scale, batch, head,
-            CLIPPED, LATE, key_sums is not None, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
+            total_key, total_value, tl.full((TILE.BLOCK,), 0.0, tl.float32), key, value,
+            Queries(at(given.query_u, batch, head), at(given.query_v, batch, head)), at(given_grad, batch, head),
+            Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows)), side,
+            key_start, tables, visible,
+            Dropout(drawn, threshold, units.keep_scale, batch, head), units, key_sums is not None, TILE,
         )  # fmt: skip
         if key_sums is not None:
-            column = key_start + tl.arange(0, BLOCK)
-            tl.store(key_sums + (batch64 * heads + head64) * keys + column, sums, mask=column < keys)
-    store_rows(
-        grad_key + batch64 * grad_key_strides[0] + key_head64 * grad_key_strides[1], total_key * scale, key_start, keys,
-        (grad_key_strides[2], grad_key_strides[3]), SIZE, BLOCK, BLOCK_SIZE,
-    )  # fmt: skip
-    store_rows(
-        grad_value + batch64 * grad_value_strides[0] + key_head64 * grad_value_strides[1], total_value * keep_scale, key_start, keys,
-        (grad_value_strides[2], grad_value_strides[3]), VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE,
-    )  # fmt: skip
+            column = key_start + tl.arange(0, TILE.BLOCK)
+            tl.store(key_sums + (batch * heads + head).to(tl.int64) * keys + column, sums, mask=column < keys)
+    store_rows(to_key, total_key * units.scale, key_start, keys, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    total_value = total_value * units.keep_scale
+    store_rows(to_value, total_value, key_start, keys, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)

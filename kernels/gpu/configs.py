@@ -9,11 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
-
-# Triton 3.6's compiler gives up on pipelining a loop with the far tiles' branch in it (clipped); 3.9's does not.
-PIPELINES_BRANCHES = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
-
 
 class Configuration(NamedTuple):
     block: int  # queries and keys of a tile
@@ -26,7 +21,7 @@ class Configuration(NamedTuple):
 CANDIDATES = [
     Configuration(*candidate)
     for candidate in (
-        (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 4, 1), (32, 8, 1),
+        (64, 4, 3), (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 4, 1), (32, 8, 1),
         (16, 4, 2), (16, 8, 2), (16, 4, 1), (16, 8, 1),
     )
 ]  # fmt: skip
@@ -65,11 +60,11 @@ _TABLE = {
         "table_gradient": ((32, 8, 2), (32, 4, 2), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
     },
     "sm_90": {
-        "forward": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 8, 2), (32, 8, 2), (16, 4, 2)),
+        "forward": ((64, 4, 3), (64, 4, 3), (64, 4, 2), (64, 4, 1), (32, 8, 2), (16, 4, 2)),
         "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
-        "query_gradient": ((64, 4, 2), (64, 4, 2), (64, 8, 2), (32, 8, 2), (32, 8, 2), (16, 4, 2)),
-        "key_gradient": ((64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 8, 2), (16, 4, 2), (16, 8, 2)),
-        "table_gradient": ((32, 8, 2), (32, 8, 2), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+        "query_gradient": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (32, 8, 2), (16, 4, 2)),
+        "key_gradient": ((64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 1), (16, 4, 2), (16, 8, 2)),
+        "table_gradient": ((64, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 1), (16, 8, 1), (16, 8, 1)),
     },
     "sm_100": {
         "forward": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (32, 8, 2), (16, 4, 2)),
@@ -117,6 +112,8 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
     size: the larger of D and Dv; itemsize: of the inputs; clipped: the loop has a branch for tiles far from the tables; extra: rel_q or
     rel_v are there.
     """
+    if kernel.endswith("_product") or kernel == "join":  # with the block of the kernel that made the tiles; the loads are what takes time
+        return [Configuration(block, 4, stages) for block in (64, 32) for stages in (3, 2, 1)]
     if target == "interpreter":  # not all alike: kernels must get on with each other's
         return [Configuration(16 if kernel == "table_gradient" else 32, 4, 1)]
     place = 0 if size <= 64 else 1 if size <= 128 else 2
@@ -127,6 +124,4 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
     else:
         first = Configuration(*_TABLE[family(target)][kernel][2 * place + clipped])
     smaller = [candidate for candidate in CANDIDATES[CANDIDATES.index(first) + 1 :] if candidate.block <= first.block]
-    if clipped and not PIPELINES_BRANCHES:
-        first, smaller = first._replace(num_stages=1), [candidate for candidate in smaller if candidate.num_stages == 1]
     return [first, *smaller]

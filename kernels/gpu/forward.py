@@ -3,8 +3,8 @@ inside the loop. Nothing but the output and its log-sum-exp is written.
 
 From one block of keys to the next the window of the table moves on by one block: what was its high block becomes its low one, so
 rel_k takes a single product more per tile than plain attention. Where tables are clipped (CLIPPED), tiles that lie so far to one side that
-all their distances belong to the tables' first or last row take no such product, but a number per query; in the few others both blocks
-are computed.
+all their distances belong to the tables' first or last row take no such product, but a number per query: they have a loop of their own,
+before that of the tiles in between.
 
 Scores are kept in units of ln 2, so that weights are powers of two; with LATE they are multiplied into these units only in the exponent.
 """
@@ -12,117 +12,117 @@ Scores are kept in units of ln 2, so that weights are powers of two; with LATE t
 import triton
 import triton.language as tl
 
-from .tile import add_dot, dot, dropout_keep, in_low, load_bias, load_rows, load_window, mask_scores, skew, store_rows, unskew
-
-# Sizes and offsets change from call to call: their values must not make new kernels.
-SIZES = [
-    "heads", "group", "queries", "keys", "query_blocks", "split_keys", "table_rows", "query_offset", "first", "last", "left",
-    "threshold", "splits", "rows",
-]  # fmt: skip
+from .operands import SIZES, Dropout, Matrix, Queries, Span, Steps, Tables, Visible, at
+from .tile import (
+    add_dot,
+    dot,
+    dropout_keep,
+    hide,
+    in_low,
+    in_registers,
+    load_bias,
+    load_rows,
+    load_window,
+    skew,
+    store_rows,
+    unskew,
+)
 
 
 @triton.jit
-def relative_window(
-    content, rel_k, rel_bias, first, table_rows, rel_k_strides, rel_bias_stride, log2_scale,
-    LATE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def relative_window(content, tables, first, units, TILE: tl.constexpr):
     """One block of a window: content.rel_k^T (query, distance) plus rel_bias."""
-    if rel_k is not None:
-        table = load_window(rel_k, first, table_rows, rel_k_strides, SIZE, BLOCK, BLOCK_SIZE)
-        window = dot(content, tl.trans(table), PRECISION)
-        if not LATE:
-            window = window * log2_scale
-        if rel_bias is not None:
-            window += load_bias(rel_bias, first, table_rows, rel_bias_stride, BLOCK)[None, :]
+    if tables.rel_k is not None:
+        table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        window = dot(content, tl.trans(table), TILE)
+        if not TILE.LATE:
+            window = window * units.log2_scale
+        if tables.rel_bias is not None:
+            window += load_bias(tables.rel_bias, first, tables.rows, TILE.BLOCK)[None, :]
     else:
-        window = tl.zeros((BLOCK, BLOCK), tl.float32) + load_bias(rel_bias, first, table_rows, rel_bias_stride, BLOCK)[None, :]
+        window = tl.full((TILE.BLOCK, TILE.BLOCK), 0.0, tl.float32)
+        window += load_bias(tables.rel_bias, first, tables.rows, TILE.BLOCK)[None, :]
     return window
 
 
 @triton.jit
-def tile_scores(
-    query_u, query_v, key, low, edge_left, edge_right, rel_k, rel_q, rel_bias, rel_k_strides, rel_q_strides, rel_bias_stride,
-    first, key_start, near, beyond, table_rows, log2_scale,
-    CLIPPED: tl.constexpr, LATE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(query, key), and the window's high block. `low`: its low block. Tiles before `near` and from `beyond` on are far ones."""
+def tile_scores(query, key, low, tables, first, nought, units, FAR: tl.constexpr, TILE: tl.constexpr):
+    """Scores (query, key) but for what is hidden, and the window's high block, the next tile's low one.
+
+    low: the window's low block; first: the tables' row where it begins; nought: see `skew`. FAR: without a window, the caller adds a number
+    per query.
+    """
     high = low
-    if rel_k is None and rel_bias is None:
-        scores = dot(query_u, tl.trans(key), PRECISION)
-        if not LATE:
-            scores = scores * log2_scale
-    elif CLIPPED:
-        scores = dot(query_u, tl.trans(key), PRECISION)
-        if not LATE:
-            scores = scores * log2_scale
-        if (key_start >= near) & (key_start < beyond):
-            block = relative_window(
-                query_v, rel_k, rel_bias, first, table_rows, rel_k_strides, rel_bias_stride, log2_scale,
-                LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
-            )  # fmt: skip
-            following = relative_window(
-                query_v, rel_k, rel_bias, first + BLOCK, table_rows, rel_k_strides, rel_bias_stride, log2_scale,
-                LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
-            )  # fmt: skip
-            scores += skew(block, following, BLOCK, True, True)
-        else:
-            scores += tl.where(key_start < near, edge_left, edge_right)[:, None]
+    if (tables.rel_k is None and tables.rel_bias is None) or FAR:
+        scores = dot(query.u, tl.trans(key), TILE)
+        if not TILE.LATE:
+            scores = scores * units.log2_scale
     else:
-        high = relative_window(
-            query_v, rel_k, rel_bias, first + BLOCK, table_rows, rel_k_strides, rel_bias_stride, log2_scale,
-            LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
-        )  # fmt: skip
-        if LATE:
-            scores = add_dot(query_u, tl.trans(key), skew(low, high, BLOCK, True, True), PRECISION)
+        high = relative_window(query.v, tables, first + TILE.BLOCK, units, TILE)
+        if TILE.LATE:
+            scores = add_dot(query.u, tl.trans(key), skew(low, high, nought, TILE.BLOCK, True, True), TILE)
         else:
-            scores = dot(query_u, tl.trans(key), PRECISION) * log2_scale + skew(low, high, BLOCK, True, True)
-    if rel_q is not None:
-        before = dot(load_window(rel_q, first, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE), tl.trans(key), PRECISION)
-        after = dot(load_window(rel_q, first + BLOCK, table_rows, rel_q_strides, SIZE, BLOCK, BLOCK_SIZE), tl.trans(key), PRECISION)
-        by_key = skew(before, after, BLOCK, False, False)
-        scores += by_key if LATE else by_key * log2_scale
+            scores = dot(query.u, tl.trans(key), TILE) * units.log2_scale + skew(low, high, nought, TILE.BLOCK, True, True)
+    if tables.rel_q is not None:
+        table = load_window(tables.rel_q, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        before = dot(table, tl.trans(key), TILE)
+        table = load_window(tables.rel_q, first + TILE.BLOCK, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        after = dot(table, tl.trans(key), TILE)
+        by_key = skew(before, after, nought, TILE.BLOCK, False, False)
+        scores += by_key if TILE.LATE else by_key * units.log2_scale
     return scores, high
 
 
 @triton.jit
-def edge_scores(
-    query_v, rel_k, rel_bias, row, rel_k_strides, rel_bias_stride, log2_scale,
-    LATE: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
+def edge_scores(query_v, tables, row, units, TILE: tl.constexpr):
     """What row `row` of the tables adds to the scores of each query."""
-    edge = tl.zeros((query_v.shape[0],), tl.float32)
-    if rel_k is not None:
-        column = tl.arange(0, BLOCK_SIZE)
-        entry = tl.load(rel_k + tl.cast(row, tl.int64) * rel_k_strides[0] + column * rel_k_strides[1], mask=column < SIZE, other=0.0)
+    edge = tl.full((TILE.BLOCK,), 0.0, tl.float32)
+    if tables.rel_k is not None:
+        column = tl.arange(0, TILE.COLUMNS)
+        address = tables.rel_k.base + tl.cast(row, tl.int64) * tables.rel_k.row + column * tables.rel_k.column
+        entry = tl.load(address, mask=column < TILE.SIZE, other=0.0)
         edge += tl.sum(query_v.to(tl.float32) * entry.to(tl.float32)[None, :], axis=1)
-        if not LATE:
-            edge = edge * log2_scale
-    if rel_bias is not None:
-        edge += tl.load(rel_bias + tl.cast(row, tl.int64) * rel_bias_stride).to(tl.float32) * 1.4426950408889634
+        if not TILE.LATE:
+            edge = edge * units.log2_scale
+    if tables.rel_bias is not None:
+        edge += tl.load(tables.rel_bias.base + tl.cast(row, tl.int64) * tables.rel_bias.row).to(tl.float32) * 1.4426950408889634
     return edge
 
 
 @triton.jit
-def key_ranges(
-    query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, CLIPPED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Keys start ... stop that some of the queries see, and in between where tiles far to the left end and those far to the right begin.
+def key_ranges(query_start, visible, tables, TILE: tl.constexpr):
+    """Keys that some of the queries see, and where tiles far to the left end and those far to the right begin.
 
-    All but `stop` are multiples of BLOCK. `table_start`: the distance (key index minus query index) of the tables' first row.
+    All but `stop` are multiples of BLOCK.
     """
-    last_query = tl.minimum(query_start + BLOCK, queries) - 1
-    start = tl.minimum(tl.maximum(query_start + first_distance, 0), key_stop)
-    stop = tl.maximum(tl.minimum(last_query + last_distance + 1, key_stop), start)
+    BLOCK: tl.constexpr = TILE.BLOCK
+    last_query = tl.minimum(query_start + BLOCK, visible.queries) - 1
+    start = tl.minimum(tl.maximum(query_start + visible.first, 0), visible.key_stop)
+    stop = tl.maximum(tl.minimum(last_query + visible.last + 1, visible.key_stop), start)
     start = (start // BLOCK * BLOCK).to(tl.int32)
     stop = stop.to(tl.int32)
     near, beyond = start, stop
-    if CLIPPED:
-        # Far to the left: key_start + BLOCK - 1 - query_start <= table_start. To the right: key_start - last query >= its last row.
-        end = tl.maximum(query_start + table_start + 1, start) // BLOCK * BLOCK
+    if TILE.CLIPPED:
+        # Far to the left: key_start + BLOCK - 1 - query_start <= tables.start. To the right: key_start - last query >= its last row.
+        end = tl.maximum(query_start + tables.start + 1, start) // BLOCK * BLOCK
         near = tl.minimum(end, (stop + BLOCK - 1) // BLOCK * BLOCK).to(tl.int32)
-        begin = tl.maximum(query_start + BLOCK - 1 + table_start + table_rows - 1 + BLOCK - 1, near) // BLOCK * BLOCK
+        begin = tl.maximum(query_start + BLOCK - 1 + tables.start + tables.rows - 1 + BLOCK - 1, near) // BLOCK * BLOCK
         beyond = tl.minimum(begin, tl.maximum((stop + BLOCK - 1) // BLOCK * BLOCK, near)).to(tl.int32)
-    return start, near, beyond, stop
+    return Span(start, near, beyond, stop)
+
+
+@triton.jit
+def steps_of(start, stop, span, FAR: tl.constexpr, TILE: tl.constexpr):
+    """Of the tiles start ... stop of a span: the far ones of both sides, or those in between."""
+    turn, jump = stop, 0
+    if FAR:
+        near, beyond = tl.minimum(span.near, stop), tl.maximum(span.beyond, start)
+        turn = start + (tl.maximum(near - start, 0) + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK
+        jump = beyond - turn
+        stop = turn + tl.maximum(stop - beyond, 0)
+    elif TILE.CLIPPED:
+        start, stop = tl.maximum(span.near, start), tl.minimum(span.beyond, stop)
+    return Steps(start, turn, jump, stop)
 
 
 @triton.jit
@@ -135,179 +135,172 @@ def _shifted(bound, offset):
 
 
 @triton.jit
-def distances(offsets, batch, query_offset, first, last, left):
-    """Key index minus query index of one batch element: the first and the last distance seen, and that of the tables' first row.
-
-    `first` and `last` hold query_offset already, `offsets` comes on top of it.
-    """
+def offsets_of(inputs, batch, keys, table_start, first, last):
+    """Of one batch element, as key index minus query index: the first and the last distance seen, and that of the tables' first row. And
+    where its keys end."""
     offset = tl.cast(0, tl.int64)
-    if offsets is not None:
-        offset += tl.load(offsets + batch).to(tl.int64)
-    table_start = offset + query_offset - left
-    return _shifted(tl.cast(first, tl.int64), offset), _shifted(tl.cast(last, tl.int64), offset), table_start
+    if inputs.offsets is not None:
+        offset += tl.load(inputs.offsets + batch).to(tl.int64)
+    key_stop = keys
+    if inputs.key_lengths is not None:
+        key_stop = tl.minimum(tl.load(inputs.key_lengths + batch).to(tl.int64), keys).to(tl.int32)
+    return _shifted(tl.cast(first, tl.int64), offset), _shifted(tl.cast(last, tl.int64), offset), offset + table_start, key_stop
 
 
 @triton.jit
-def is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK: tl.constexpr):
-    """Whether every query of a tile sees every key of it, masks aside."""
-    return (
-        (key_start >= 0)
-        & (key_start + BLOCK <= key_stop)
-        & (key_start - (query_start + BLOCK - 1) >= first_distance)
-        & (key_start + BLOCK - 1 - query_start <= last_distance)
-    )
+def drawn_seed(inputs, TILE: tl.constexpr):
+    seed = 0
+    if TILE.DROPOUT:
+        seed = tl.load(inputs.seed)
+    return seed
+
+
+@triton.jit
+def window_start(query_start, key_start, tables, BLOCK: tl.constexpr):
+    """The tables' row where the window of a tile begins."""
+    return key_start - query_start - (BLOCK - 1) - tables.start
+
+
+@triton.jit
+def queries_in_registers(query, TILE: tl.constexpr):
+    """Heads up to 64 leave registers for it."""
+    if TILE.COLUMNS <= 64:
+        u = in_registers(query.u, TILE)
+        v = in_registers(query.v, TILE)
+        query = Queries(u, v)
+    return query
+
+
+@triton.jit
+def load_queries(queries, start, stop, TILE: tl.constexpr):
+    """Tiles of what is Matrix, or None, in `queries`."""
+    u = load_rows(queries.u, start, stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    v = u
+    if queries.v is not None:
+        v = load_rows(queries.v, start, stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    return Queries(u, v)
 
 
 @triton.jit
 def walk_keys(
-    total, highest, norm, query_u, query_v, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, mask,
-    key_strides, value_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-    begin, end, query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, log2_scale, hidden_from,
-    seed, threshold, batch, head,
-    CLIPPED: tl.constexpr, LATE: tl.constexpr, VALUES: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Queries against those keys of begin ... end that some of them see: (sum of values, highest score, sum of weights)."""
-    start, near, beyond, stop = key_ranges(
-        query_start, queries, key_stop, first_distance, last_distance, table_start, table_rows, CLIPPED, BLOCK
-    )
-    start, stop = tl.maximum(start, begin), tl.minimum(stop, end)
-    low, left, right = total, highest, highest
-    if rel_k is not None or rel_bias is not None:
-        if CLIPPED:
-            left = edge_scores(query_v, rel_k, rel_bias, 0, rel_k_strides, rel_bias_stride, log2_scale, LATE, SIZE, BLOCK_SIZE)
-            right = edge_scores(
-                query_v, rel_k, rel_bias, table_rows - 1, rel_k_strides, rel_bias_stride, log2_scale, LATE, SIZE, BLOCK_SIZE
-            )
-        else:
-            low = relative_window(
-                query_v, rel_k, rel_bias, start - query_start - (BLOCK - 1) - table_start, table_rows, rel_k_strides, rel_bias_stride,
-                log2_scale, LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
-            )  # fmt: skip
-    for key_start in tl.range(start, stop, BLOCK):
-        first = key_start - query_start - (BLOCK - 1) - table_start
-        key_tile = load_rows(key, key_start, key_stop, key_strides, SIZE, BLOCK, BLOCK_SIZE)
-        scores, low = tile_scores(
-            query_u, query_v, key_tile, low, left, right, rel_k, rel_q, rel_bias, rel_k_strides, rel_q_strides, rel_bias_stride,
-            first, key_start, near, beyond, table_rows, log2_scale, CLIPPED, LATE, SIZE, BLOCK, BLOCK_SIZE, PRECISION,
-        )  # fmt: skip
-        if key_mask is not None or mask is not None or not is_whole(query_start, key_start, key_stop, first_distance, last_distance, BLOCK):
-            scores = mask_scores(
-                scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride,
-                mask, mask_strides, hidden_from, BLOCK, False,
-            )  # fmt: skip
-        unit = log2_scale if LATE else 1.0
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1) * unit)
-        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp2(scores * unit - base[:, None])
-        shrink = tl.exp2(highest - base)
-        norm = norm * shrink + tl.sum(weights, axis=1)
-        highest = new_highest
-        if VALUES:
-            if DROPOUT:
-                keep = dropout_keep(seed, threshold, batch, head, query_start, key_start, BLOCK, False, True)
-                weights = tl.where(keep, weights, 0.0)  # scaled at the end, in float32
-            weights = weights.to(value.dtype.element_ty)
-            value_tile = load_rows(value, key_start, key_stop, value_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-            total = add_dot(weights, value_tile, total * shrink[:, None], PRECISION)
-            if rel_v is not None:
-                by_distance = unskew(weights, weights, BLOCK, True, True)
-                inside = in_low(BLOCK, True, True)
-                table = load_window(rel_v, first, table_rows, rel_v_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-                total = add_dot(tl.where(inside, by_distance, 0.0).to(weights.dtype), table, total, PRECISION)
-                table = load_window(rel_v, first + BLOCK, table_rows, rel_v_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-                total = add_dot(tl.where(inside, 0.0, by_distance).to(weights.dtype), table, total, PRECISION)
+    total, highest, norm, query, query_start, key, value, tables, visible, dropout, begin, end, units, TILE: tl.constexpr
+):
+    """Queries against those keys of begin ... end that some of them see: (sum of values, highest score, sum of weights).
+
+    key, value: Matrix. Without a value the first of these is what it was.
+    """
+    span = key_ranges(query_start, visible, tables, TILE)
+    begin, end = tl.maximum(span.start, begin), tl.minimum(span.stop, end)
+    for FAR in tl.static_range(1 if TILE.CLIPPED else 0, -1, -1):
+        steps = steps_of(begin, end, span, FAR, TILE)
+        low, edge = total, tl.full((TILE.BLOCK,), 0.0, tl.float32)
+        if FAR:
+            left = edge_scores(query.v, tables, 0, units, TILE)
+            right = edge_scores(query.v, tables, tables.rows - 1, units, TILE)
+        elif tables.rel_k is not None or tables.rel_bias is not None:
+            low = relative_window(query.v, tables, window_start(query_start, steps.start, tables, TILE.BLOCK), units, TILE)
+        for step in tl.range(steps.start, steps.stop, TILE.BLOCK):
+            key_start = step
+            if FAR:
+                key_start += tl.where(step >= steps.turn, steps.jump, 0)
+                edge = tl.where(step < steps.turn, left, right)
+            first = window_start(query_start, key_start, tables, TILE.BLOCK)
+            key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            scores, low = tile_scores(query, key_tile, low, tables, first, 0, units, FAR, TILE)
+            scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, False)
+            unit = units.log2_scale if TILE.LATE else 1.0
+            new_highest = tl.maximum(highest, (tl.max(scores, axis=1) + edge) * unit)
+            base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+            weights = tl.exp2(scores * unit - (base - edge * unit)[:, None])
+            shrink = tl.exp2(highest - base)
+            norm = norm * shrink + tl.sum(weights, axis=1)
+            highest = new_highest
+            if value is not None:
+                if TILE.DROPOUT:
+                    keep = dropout_keep(dropout, query_start, key_start, TILE.BLOCK, False, True)
+                    weights = tl.where(keep, weights, 0.0)  # scaled at the end, in float32
+                weights = weights.to(value.base.dtype.element_ty)
+                value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+                total = add_dot(weights, value_tile, total * shrink[:, None], TILE)
+                if tables.rel_v is not None:
+                    total = add_by_distance(
+                        weights, tables.rel_v, first, tables.rows, total, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, True, True, TILE
+                    )
     return total, highest, norm
+
+
+@triton.jit
+def add_by_distance(
+    tile, table, first, rows, total,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """total plus the tile, un-skewed, times the table's rows."""
+    by_distance = unskew(tile, tile, 0, TILE.BLOCK, ROWS, QUERY)
+    inside = in_low(TILE.BLOCK, ROWS, QUERY)
+    window = load_window(table, first, rows, SIZE, COLUMNS, TILE.BLOCK)
+    total = add_dot(tl.where(inside, by_distance, 0.0).to(tile.dtype), window, total, TILE)
+    window = load_window(table, first + TILE.BLOCK, rows, SIZE, COLUMNS, TILE.BLOCK)
+    return add_dot(tl.where(inside, 0.0, by_distance).to(tile.dtype), window, total, TILE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    query_u, query_v, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, key_lengths, mask, offsets, seed, output, lse,
-    query_strides, key_strides, value_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_strides,
-    key_mask_strides, mask_strides, output_strides,
-    heads, group, queries, keys, query_blocks, split_keys, table_rows, query_offset, first, last, left, log2_scale, hidden_from,
-    threshold, keep_scale,
-    CLIPPED: tl.constexpr, LATE: tl.constexpr, DROPOUT: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    inputs, output, lse, units, batches, heads, group, queries, keys, split_keys, table_rows, table_start, first, last, threshold,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (query block of a head of a batch element, split of the keys). Shapes as in relattn.arguments.Tensors.
+    """Program (query block of a head of a batch element, split of the keys).
 
-    query_v is None where it equals query_u. lse (splits, B, H, Lq) and output (splits, B, H, Lq, Dv) are partial where there is more than
-    one split; output_strides has five entries. `first` and `last`, the distances (key index minus query index) seen, as in `distances`.
+    lse (splits, B, H, Lq) and output (splits, B, H, Lq, Dv), contiguous, are partial where there is more than one split; `output` is the
+    Operand of the first. `first` and `last`, the distances (key index minus query index) seen, and table_start, that of the tables' first
+    row, hold the call's query_offset already.
     """
     # The last blocks first: under a causal mask they see the most keys.
-    query_start = (query_blocks - 1 - tl.program_id(0) % query_blocks) * BLOCK
-    batch, head = tl.program_id(0) // query_blocks // heads, tl.program_id(0) // query_blocks % heads
+    blocks = tl.cdiv(queries, TILE.BLOCK)
+    query_start = (blocks - 1 - tl.program_id(0) % blocks) * TILE.BLOCK
+    batch, head = tl.program_id(0) // blocks // heads, tl.program_id(0) // blocks % heads
     split = tl.program_id(1)
-    batch64, head64, key_head = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
 
-    first, last, table_start = distances(offsets, batch, query_offset, first, last, left)
-    key_stop = keys
-    if key_lengths is not None:
-        key_stop = tl.minimum(tl.load(key_lengths + batch).to(tl.int64), keys).to(tl.int32)
-    if rel_k is not None:
-        rel_k += head64 * rel_k_strides[0]
-    if rel_q is not None:
-        rel_q += head64 * rel_q_strides[0]
-    if rel_v is not None:
-        rel_v += head64 * rel_v_strides[0]
-    if rel_bias is not None:
-        rel_bias += head64 * rel_bias_strides[0]
-    if key_mask is not None:
-        key_mask += batch64 * key_mask_strides[0]
-    if mask is not None:
-        mask += batch64 * mask_strides[0] + head64 * mask_strides[1]
-    drawn = 0
-    if DROPOUT:
-        drawn = tl.load(seed)
+    nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
+    visible = Visible(
+        nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
+    )
+    tables = Tables(
+        at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
+        table_rows, start,
+    )  # fmt: skip
+    query = load_queries(Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), query_start, queries, TILE)
+    query = queries_in_registers(query, TILE)
+    key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
+    dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
 
-    row_strides = (query_strides[2], query_strides[3])
-    query_u += batch64 * query_strides[0] + head64 * query_strides[1]
-    tile_u = load_rows(query_u, query_start, queries, row_strides, SIZE, BLOCK, BLOCK_SIZE)
-    tile_v = tile_u
-    if query_v is not None:
-        query_v += batch64 * query_strides[0] + head64 * query_strides[1]
-        tile_v = load_rows(query_v, query_start, queries, row_strides, SIZE, BLOCK, BLOCK_SIZE)
-
-    total = tl.zeros((BLOCK, BLOCK_VALUE_SIZE), tl.float32)
-    highest, norm = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    total = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
+    highest, norm = tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
     total, highest, norm = walk_keys(
-        total, highest, norm, tile_u, tile_v,
-        key + batch64 * key_strides[0] + key_head * key_strides[1], value + batch64 * value_strides[0] + key_head * value_strides[1],
-        rel_k, rel_q, rel_v, rel_bias, key_mask, mask, (key_strides[2], key_strides[3]), (value_strides[2], value_strides[3]),
-        (rel_k_strides[1], rel_k_strides[2]), (rel_q_strides[1], rel_q_strides[2]), (rel_v_strides[1], rel_v_strides[2]),
-        rel_bias_strides[1], key_mask_strides[1], mask_strides,
-        split * split_keys, (split + 1) * split_keys, query_start, queries, key_stop, first, last, table_start, table_rows,
-        log2_scale, hidden_from, drawn, threshold, batch, head,
-        CLIPPED, LATE, True, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
+        total, highest, norm, query, query_start, key, value, tables, visible, dropout,
+        split * split_keys, (split + 1) * split_keys, units, TILE,
     )  # fmt: skip
     # A query that sees nothing: output 0 and -inf.
-    total = total * tl.where(norm == 0.0, 0.0, (keep_scale if DROPOUT else 1.0) / norm)[:, None]
+    total = total * tl.where(norm == 0.0, 0.0, (units.keep_scale if TILE.DROPOUT else 1.0) / norm)[:, None]
     log_sum = (tl.where(highest == float("-inf"), 0.0, highest) + tl.log2(norm)) * 0.6931471805599453
-    slot = split.to(tl.int64)
-    output += slot * output_strides[0] + batch64 * output_strides[1] + head64 * output_strides[2]
-    store_rows(
-        output, total, query_start, queries, (output_strides[3], output_strides[4]), VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE
-    )
-    lse += slot * (tl.num_programs(0) // query_blocks).to(tl.int64) * queries + (batch64 * heads + head64) * queries
-    row = query_start + tl.arange(0, BLOCK)
-    tl.store(lse + row, log_sum, mask=row < queries)
+    rows = (split * batches * heads).to(tl.int64) * queries  # of the splits before
+    here = at(output, batch, head)
+    here = Matrix(here.base + rows * TILE.VALUE_SIZE, here.row, here.column)
+    store_rows(here, total, query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    row = query_start + tl.arange(0, TILE.BLOCK)
+    tl.store(lse + rows + (batch * heads + head).to(tl.int64) * queries + row, log_sum, mask=row < queries)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def combine_kernel(
-    partial, partial_lse, output, lse, output_strides, heads, queries, splits, rows,
-    VALUE_SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr,
-):  # fmt: skip
+def combine_kernel(partial, partial_lse, output, lse, heads, queries, splits, rows, TILE: tl.constexpr):
     """Joins the splits of `forward_kernel`, in their order: partial (splits, B, H, Lq, Dv) and partial_lse (splits, B, H, Lq), float32."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, BLOCK_VALUE_SIZE)
-    inside, full = row < rows, (row < rows)[:, None] & (column < VALUE_SIZE)[None, :]
-    total = tl.zeros((BLOCK, BLOCK_VALUE_SIZE), tl.float32)
-    highest, norm = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    row = tl.program_id(0).to(tl.int64) * TILE.BLOCK + tl.arange(0, TILE.BLOCK)
+    column = tl.arange(0, TILE.VALUE_COLUMNS)
+    inside, full = row < rows, (row < rows)[:, None] & (column < TILE.VALUE_SIZE)[None, :]
+    total = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
+    highest, norm = tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
     for split in tl.range(0, splits):
         part = tl.load(partial_lse + split * rows + row, mask=inside, other=float("-inf"))
-        values = tl.load(partial + ((split * rows + row) * VALUE_SIZE)[:, None] + column[None, :], mask=full, other=0.0)
+        values = tl.load(partial + ((split * rows + row) * TILE.VALUE_SIZE)[:, None] + column[None, :], mask=full, other=0.0)
         new_highest = tl.maximum(highest, part, propagate_nan=tl.PropagateNan.ALL)
         base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         shrink, weight = tl.exp(highest - base), tl.exp(part - base)
@@ -316,7 +309,7 @@ def combine_kernel(
         highest = new_highest
     total = total * tl.where(norm == 0.0, 0.0, 1.0 / norm)[:, None]
     batch, head, index = row // queries // heads, row // queries % heads, row % queries
-    output += batch * output_strides[0] + head * output_strides[1] + index * output_strides[2]
-    tl.store(output[:, None] + column[None, :] * output_strides[3], total.to(output.dtype.element_ty), mask=full)
+    place = output.base + batch * output.batch + head * output.head + index * output.row
+    tl.store(place[:, None] + column[None, :] * output.column, total.to(output.base.dtype.element_ty), mask=full)
     log_sum = tl.where(highest == float("-inf"), 0.0, highest) + tl.log(norm)
     tl.store(lse + row, log_sum, mask=inside)

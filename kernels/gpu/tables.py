@@ -9,84 +9,68 @@ import triton
 import triton.language as tl
 
 from .backward import transposed_tile
-from .forward import SIZES, distances
+from .forward import drawn_seed, load_queries, offsets_of
+from .operands import SIZES, Dropout, Matrix, Queries, Saved, Tables, Visible, at, past
 from .tile import add_dot, in_low, load_rows, load_window, store_rows, unskew
 
 
 @triton.jit
 def _diagonal_walk(
-    total_low, total_high, sums_low, sums_high, low, high, query_u, query_v, key, value, grad_output, base, inverse, delta,
-    rel_q, rel_v, rel_bias, key_mask, mask,
-    row_strides, key_strides, value_strides, grad_row_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-    start, stop, step, lead, queries, key_stop, first_distance, last_distance, first, table_rows, log2_scale, hidden_from,
-    seed, threshold, keep_scale, batch, head,
-    TABLE: tl.constexpr, LATE: tl.constexpr, SUMS: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr,
-    SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    total_low, total_high, sums_low, sums_high, low, high, queries, key, value, grad_output, saved, tables, window, visible,
+    dropout, start, stop, step, lead, units, TABLE: tl.constexpr, SUMS: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of queries start, start + step ... stop against the keys that stand `lead` further."""
+    """Blocks of queries start, start + step ... stop against the keys that stand `lead` further. low, high: rel_k's rows from
+    `window` on."""
     for query_start in tl.range(start, stop, step):
         key_start = query_start + lead
-        tile_u = load_rows(query_u, query_start, queries, row_strides, SIZE, BLOCK, BLOCK_SIZE)
-        tile_v = tile_u
-        if query_v is not None:
-            tile_v = load_rows(query_v, query_start, queries, row_strides, SIZE, BLOCK, BLOCK_SIZE)
-        slopes = load_rows(grad_output, query_start, queries, grad_row_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
-        key_tile = load_rows(key, key_start, key_stop, key_strides, SIZE, BLOCK, BLOCK_SIZE)
-        value_tile = load_rows(value, key_start, key_stop, value_strides, VALUE_SIZE, BLOCK, BLOCK_VALUE_SIZE)
+        query = load_queries(queries, query_start, visible.queries, TILE)
+        slopes = load_rows(grad_output, query_start, visible.queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+        key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
         weights, grad = transposed_tile(
-            key_tile, value_tile, tile_u, tile_v, slopes, base, inverse, delta, None, 0, low, high,
-            None, rel_q, rel_v, rel_bias, key_mask, mask,
-            rel_q_strides, rel_q_strides, rel_v_strides, rel_bias_stride, key_mask_stride, mask_strides,
-            query_start, key_start, queries, key_stop, first_distance, last_distance, first, 0, 0, table_rows, log2_scale, hidden_from,
-            seed, threshold, keep_scale, batch, head,
-            False, LATE, ALIGNED, DROPOUT, SIZE, VALUE_SIZE, BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
+            key_tile, value_tile, query, slopes, saved, low, high, tables, window, query_start, key_start, visible, dropout, units,
+            ALIGNED, False, TILE,
         )  # fmt: skip
         if TABLE == "rel_q":  # the content is the key: (key, distance)
             half = grad.to(key_tile.dtype)
-            by_distance = unskew(half, half, BLOCK, True, False)
-            inside = in_low(BLOCK, True, False)
+            by_distance = unskew(half, half, 0, TILE.BLOCK, True, False)
+            inside = in_low(TILE.BLOCK, True, False)
             part = tl.where(inside, by_distance, 0.0).to(key_tile.dtype)
-            total_low = add_dot(tl.trans(part), key_tile, total_low, PRECISION)
+            total_low = add_dot(tl.trans(part), key_tile, total_low, TILE)
             part = tl.where(inside, 0.0, by_distance).to(key_tile.dtype)
-            total_high = add_dot(tl.trans(part), key_tile, total_high, PRECISION)
+            total_high = add_dot(tl.trans(part), key_tile, total_high, TILE)
         else:  # (distance, query)
-            inside = in_low(BLOCK, False, True)
+            inside = in_low(TILE.BLOCK, False, True)
             if TABLE == "rel_v":
                 content = slopes
                 half = weights.to(content.dtype)
-                by_distance = unskew(half, half, BLOCK, False, True)
+                by_distance = unskew(half, half, 0, TILE.BLOCK, False, True)
             elif SUMS:
-                content = tile_v
-                by_distance = unskew(grad, grad, BLOCK, False, True)
+                content = query.v
+                by_distance = unskew(grad, grad, 0, TILE.BLOCK, False, True)
                 sums_low += tl.sum(tl.where(inside, by_distance, 0.0), axis=1)
                 sums_high += tl.sum(tl.where(inside, 0.0, by_distance), axis=1)
             else:
-                content = tile_v
+                content = query.v
                 half = grad.to(content.dtype)
-                by_distance = unskew(half, half, BLOCK, False, True)
+                by_distance = unskew(half, half, 0, TILE.BLOCK, False, True)
             if TABLE != "sums":
                 part = tl.where(inside, by_distance, 0.0).to(content.dtype)
-                total_low = add_dot(part, content, total_low, PRECISION)
+                total_low = add_dot(part, content, total_low, TILE)
                 part = tl.where(inside, 0.0, by_distance).to(content.dtype)
-                total_high = add_dot(part, content, total_high, PRECISION)
+                total_high = add_dot(part, content, total_high, TILE)
     return total_low, total_high, sums_low, sums_high
 
 
-@triton.jit(do_not_specialize=[*SIZES, "diagonals", "first_diagonal", "shared_heads", "batches", "chunk"])
+@triton.jit(do_not_specialize=SIZES)
 def table_gradient_kernel(
-    query_u, query_v, key, value, rel_k, rel_q, rel_v, rel_bias, key_mask, key_lengths, mask, offsets, seed, grad_output,
-    delta, base, inverse, partial, partial_sums,
-    query_strides, key_strides, value_strides, rel_k_strides, rel_q_strides, rel_v_strides, rel_bias_strides,
-    key_mask_strides, mask_strides, grad_strides,
-    heads, group, queries, keys, batch, diagonals, first_diagonal, shared_heads, batches, chunk,
-    table_rows, query_offset, first, last, left, log2_scale, hidden_from, threshold, keep_scale,
-    TABLE: tl.constexpr, LATE: tl.constexpr, ABSORB: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr, DROPOUT: tl.constexpr,
-    SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_VALUE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    inputs, grad_output, saved, partial, partial_sums, units,
+    heads, group, queries, keys, batches, table_rows, table_start, first, last, threshold,
+    diagonals, first_diagonal, shared_heads, chunk_batches, chunk,
+    TABLE: tl.constexpr, ABSORB: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (diagonal, `shared_heads` heads, split): `chunk` queries of `batches` batch elements, the splits of one batch element lying
-    together. TABLE: "rel_k", "rel_q" or "rel_v", or "sums" for no table at all.
+    """Program (diagonal, `shared_heads` heads, split): `chunk` queries of `chunk_batches` batch elements, the splits of one batch element
+    lying together. TABLE: "rel_k", "rel_q" or "rel_v", or "sums" for no table at all.
 
     partial (splits, heads / shared_heads, diagonals, 2 BLOCK, D) and, for rel_k and "sums", partial_sums (splits, heads, diagonals,
     2 BLOCK) or None, float32: the gradient, and the sum of the score gradients, by distance. Unscaled, also by what dropout leaves.
@@ -94,56 +78,42 @@ def table_gradient_kernel(
     the batch element's own offset (`offsets`). With ABSORB the first and the last diagonal stand for all those beyond them too. With FAR,
     which excludes that, pairs of a query and a key are left out that lie in a tile of FAR_BLOCK, a multiple of BLOCK, far from the tables.
     """
+    # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
+    given = inputs
+    given_grad = grad_output
     # Diagonals from the middle outwards: the longest ones first.
+    BLOCK: tl.constexpr = TILE.BLOCK
     place = tl.program_id(0)
     index = diagonals // 2 + tl.where(place % 2 == 0, place // 2, -(place // 2) - 1)
     if diagonals % 2 == 0:
         index = diagonals // 2 + tl.where(place % 2 == 0, -(place // 2) - 1, place // 2)
     split, head_group = tl.program_id(2), tl.program_id(1)
     chunks = (queries + chunk - 1) // chunk
-    first_batch, query_begin = split // chunks * batches, split % chunks * chunk
-    COLUMNS: tl.constexpr = BLOCK_VALUE_SIZE if TABLE == "rel_v" else BLOCK_SIZE
-    ROW_SIZE: tl.constexpr = VALUE_SIZE if TABLE == "rel_v" else SIZE
+    first_batch, query_begin = split // chunks * chunk_batches, split % chunks * chunk
+    COLUMNS: tl.constexpr = TILE.VALUE_COLUMNS if TABLE == "rel_v" else TILE.COLUMNS
     PHASES: tl.constexpr = FAR_BLOCK // BLOCK
-    drawn = 0
-    if DROPOUT:
-        drawn = tl.load(seed)
+    drawn = drawn_seed(given, TILE)
 
-    table_start = tl.cast(query_offset, tl.int64) - left
-    total_low, total_high = tl.zeros((BLOCK, COLUMNS), tl.float32), tl.zeros((BLOCK, COLUMNS), tl.float32)
+    table_start64 = tl.cast(table_start, tl.int64)
+    total_low, total_high = tl.full((BLOCK, COLUMNS), 0.0, tl.float32), tl.full((BLOCK, COLUMNS), 0.0, tl.float32)
     slot = split.to(tl.int64)
     for member in tl.range(0, shared_heads):
         head = head_group * shared_heads + member
-        head64, key_head = head.to(tl.int64), (head // group).to(tl.int64)
-        sums_low, sums_high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        head_rel_q, head_rel_v, head_rel_bias, head_mask = rel_q, rel_v, rel_bias, mask
-        if rel_q is not None:
-            head_rel_q = rel_q + head64 * rel_q_strides[0]
-        if rel_v is not None:
-            head_rel_v = rel_v + head64 * rel_v_strides[0]
-        if rel_bias is not None:
-            head_rel_bias = rel_bias + head64 * rel_bias_strides[0]
-        for element in tl.range(first_batch, tl.minimum(first_batch + batches, batch)):
-            batch64 = tl.cast(element, tl.int64)
-            first_distance, last_distance, _ = distances(offsets, element, query_offset, first, last, left)
+        sums_low, sums_high = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
+        for element in tl.range(first_batch, tl.minimum(first_batch + chunk_batches, batches)):
+            nearest, farthest, start_here, key_stop = offsets_of(given, element, keys, table_start64, first, last)
             shift = tl.cast(0, tl.int64)
-            if offsets is not None:
-                shift = tl.load(offsets + element).to(tl.int64)
-            key_stop = keys
-            if key_lengths is not None:
-                key_stop = tl.minimum(tl.load(key_lengths + element).to(tl.int64), keys).to(tl.int32)
-            if mask is not None:
-                head_mask = mask + batch64 * mask_strides[0] + head64 * mask_strides[1]
-            head_key_mask = key_mask
-            if key_mask is not None:
-                head_key_mask = key_mask + batch64 * key_mask_strides[0]
-            rows = (batch64 * heads + head64) * queries
-            head_inverse = inverse
-            if inverse is not None:
-                head_inverse = inverse + rows
-            head_v = query_v
-            if query_v is not None:
-                head_v = query_v + batch64 * query_strides[0] + head64 * query_strides[1]
+            if given.offsets is not None:
+                shift = tl.load(given.offsets + element).to(tl.int64)
+            rows = (tl.cast(element, tl.int64) * heads + head) * queries
+            visible = Visible(
+                nearest, farthest, queries, key_stop, at(given.key_mask, element, head), at(given.mask, element, head), units.hidden_from
+            )
+            rel_k = at(given.rel_k, element, head)
+            tables = Tables(
+                None, at(given.rel_q, element, head), at(given.rel_v, element, head), at(given.rel_bias, element, head),
+                table_rows, start_here,
+            )  # fmt: skip
             lowest = (index + first_diagonal).to(tl.int64)
             highest = lowest
             if ABSORB:  # all that have tiles, from the last query and the first key to the first query and the last key
@@ -155,47 +125,48 @@ def table_gradient_kernel(
                     highest = tl.maximum(highest, (keys - shift) // BLOCK + 2)
             for diagonal in tl.range(lowest, highest + 1):
                 lead = diagonal * BLOCK + shift
-                window = diagonal * BLOCK - (BLOCK - 1) - table_start
+                window = diagonal * BLOCK - (BLOCK - 1) - table_start64
                 # Tiles with a key and a query, whose distances lead - BLOCK < d < lead + BLOCK some query may see.
                 start = tl.maximum(query_begin, (tl.maximum(1 - BLOCK - lead, 0) + BLOCK - 1) // BLOCK * BLOCK)
                 stop = tl.minimum(tl.minimum(query_begin + chunk, queries), key_stop - lead)
-                seen = (lead + BLOCK - 1 >= first_distance) & (lead - (BLOCK - 1) <= last_distance) & (stop > start)
+                seen = (lead + BLOCK - 1 >= nearest) & (lead - (BLOCK - 1) <= farthest) & (stop > start)
                 for phase in tl.static_range(PHASES):
                     begin = start + ((phase * BLOCK - start) % FAR_BLOCK + FAR_BLOCK) % FAR_BLOCK
                     if FAR:  # the tile of FAR_BLOCK around this one
                         around = (phase * BLOCK + lead + 16 * FAR_BLOCK * queries) // FAR_BLOCK * FAR_BLOCK - 16 * FAR_BLOCK * queries
-                        seen_here = seen & (around + FAR_BLOCK - 1 > table_start) & (around - FAR_BLOCK + 1 < table_start + table_rows - 1)
+                        after, until = around + FAR_BLOCK - 1 > table_start64, around - FAR_BLOCK + 1 < table_start64 + table_rows - 1
+                        seen_here = seen & after & until
                     else:
                         seen_here = seen
                     if seen_here & (stop > begin):
                         low, high = None, None
                         if rel_k is not None:
-                            strides = (rel_k_strides[1], rel_k_strides[2])
-                            low = load_window(rel_k + head64 * rel_k_strides[0], window, table_rows, strides, SIZE, BLOCK, BLOCK_SIZE)
-                            high = load_window(
-                                rel_k + head64 * rel_k_strides[0], window + BLOCK, table_rows, strides, SIZE, BLOCK, BLOCK_SIZE
-                            )  # fmt: skip
+                            low = load_window(rel_k, window, table_rows, TILE.SIZE, TILE.COLUMNS, BLOCK)
+                            high = load_window(rel_k, window + BLOCK, table_rows, TILE.SIZE, TILE.COLUMNS, BLOCK)
                         total_low, total_high, sums_low, sums_high = _diagonal_walk(
                             total_low, total_high, sums_low, sums_high, low, high,
-                            query_u + batch64 * query_strides[0] + head64 * query_strides[1], head_v,
-                            key + batch64 * key_strides[0] + key_head * key_strides[1],
-                            value + batch64 * value_strides[0] + key_head * value_strides[1],
-                            grad_output + batch64 * grad_strides[0] + head64 * grad_strides[1], base + rows, head_inverse, delta + rows,
-                            head_rel_q, head_rel_v, head_rel_bias, head_key_mask, head_mask,
-                            (query_strides[2], query_strides[3]), (key_strides[2], key_strides[3]), (value_strides[2], value_strides[3]),
-                            (grad_strides[2], grad_strides[3]), (rel_q_strides[1], rel_q_strides[2]), (rel_v_strides[1], rel_v_strides[2]),
-                            rel_bias_strides[1], key_mask_strides[1], mask_strides,
-                            begin.to(tl.int32), stop.to(tl.int32), FAR_BLOCK, lead.to(tl.int32), queries, key_stop,
-                            first_distance, last_distance, window, table_rows, log2_scale, hidden_from,
-                            drawn, threshold, keep_scale, element, head,
-                            TABLE, LATE, partial_sums is not None, offsets is None, DROPOUT, SIZE, VALUE_SIZE,
-                            BLOCK, BLOCK_SIZE, BLOCK_VALUE_SIZE, PRECISION,
+                            Queries(at(given.query_u, element, head), at(given.query_v, element, head)),
+                            at(given.key, element, head // group), at(given.value, element, head // group),
+                            at(given_grad, element, head),
+                            Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), None), tables, window, visible,
+                            Dropout(drawn, threshold, units.keep_scale, element, head),
+                            begin.to(tl.int32), stop.to(tl.int32), FAR_BLOCK, lead.to(tl.int32), units,
+                            TABLE, partial_sums is not None, given.offsets is None, TILE,
                         )  # fmt: skip
         if partial_sums is not None:
-            place64 = ((slot * heads + head64) * diagonals + index) * (2 * BLOCK)
+            place64 = ((slot * heads + head) * diagonals + index) * (2 * BLOCK)
             tl.store(partial_sums + place64 + tl.arange(0, BLOCK), sums_low)
             tl.store(partial_sums + place64 + BLOCK + tl.arange(0, BLOCK), sums_high)
-    if TABLE != "sums":
-        partial += ((slot * tl.num_programs(1) + head_group) * diagonals + index) * (2 * BLOCK * ROW_SIZE)
-        store_rows(partial, total_low, 0, BLOCK, (ROW_SIZE, 1), ROW_SIZE, BLOCK, COLUMNS)
-        store_rows(partial + BLOCK * ROW_SIZE, total_high, 0, BLOCK, (ROW_SIZE, 1), ROW_SIZE, BLOCK, COLUMNS)
+    slot = (slot * tl.num_programs(1) + head_group) * diagonals + index
+    if TABLE == "rel_v":
+        _store_window(partial, slot, total_low, total_high, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, BLOCK)
+    elif TABLE != "sums":
+        _store_window(partial, slot, total_low, total_high, TILE.SIZE, TILE.COLUMNS, BLOCK)
+
+
+@triton.jit
+def _store_window(partial, slot, low, high, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The two blocks of a window, in the slot that is its own."""
+    window = partial + slot * (2 * BLOCK * SIZE)
+    store_rows(Matrix(window, SIZE, 1), low, 0, BLOCK, SIZE, COLUMNS, BLOCK)
+    store_rows(Matrix(window + BLOCK * SIZE, SIZE, 1), high, 0, BLOCK, SIZE, COLUMNS, BLOCK)

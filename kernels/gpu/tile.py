@@ -13,7 +13,7 @@ The slide goes through shared memory, as a gather on the flattened window. Matri
 them the columns 2 (l mod 4) + {0, 1} (+ 8 t). The window is flattened in an order of its index bits, free as a matter of layout, in which
 the 32 lanes meet 32 different banks when they store it and when they load a tile from it, however far each row slides: the lowest five
 bits of an address are, for content along rows, [r2 r1 r0 c2 c1], where (c2 c1) takes all four values over the four lanes that share a row,
-whatever is added to c; along columns [r1 r0 c2 c1 r2]. tests/test_gpu.py counts the banks.
+whatever is added to c; along columns [r1 r0 c2 c1 r2]. tests/backends/test_triton.py counts the banks.
 """
 
 import triton
@@ -21,53 +21,80 @@ import triton.language as tl
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """A product of two tiles in float32. PRECISION: "tf32" or "ieee", of float32 operands; "interpreter" multiplies float32 copies, since
-    Triton's interpreter takes bfloat16's bits for integers."""
-    if PRECISION == "interpreter":
+def dot(a, b, TILE: tl.constexpr):
+    """A product of two tiles in float32. TILE.PRECISION: "tf32" or "ieee", of float32 operands; "interpreter" multiplies float32 copies,
+    since Triton's interpreter takes bfloat16's bits for integers."""
+    if TILE.PRECISION == "interpreter":
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee", out_dtype=tl.float32)
     else:
-        product = tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+        product = tl.dot(a, b, input_precision=TILE.PRECISION, out_dtype=tl.float32)
     return product
 
 
 @triton.jit
-def add_dot(a, b, total, PRECISION: tl.constexpr):
+def add_dot(a, b, total, TILE: tl.constexpr):
     """total + a b."""
-    if PRECISION == "interpreter":
+    if TILE.PRECISION == "interpreter":
         total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee", out_dtype=tl.float32)
     else:
-        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=tl.float32)
+        total = tl.dot(a, b, total, input_precision=TILE.PRECISION, out_dtype=tl.float32)
     return total
 
 
 @triton.jit
-def load_rows(base, start, stop, strides, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows start ... start + ROWS of a matrix with `stop` rows of SIZE numbers, (ROWS, COLUMNS); zeros beyond."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+def load_rows(matrix, start, stop, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows start ... start + BLOCK of a matrix with `stop` rows; zeros beyond."""
+    row, column = tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     inside = ((start + row).to(tl.uint32) < stop)[:, None]  # rows before the first are beyond the last
     if SIZE != COLUMNS:
         inside = inside & (column < SIZE)[None, :]
-    address = base + tl.cast(start, tl.int64) * strides[0] + (row[:, None] * strides[0] + column[None, :] * strides[1])
+    address = matrix.base + tl.cast(start, tl.int64) * matrix.row + (row[:, None] * matrix.row + column[None, :] * matrix.column)
     return tl.load(address, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(base, tile, start, stop, strides, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside = (start + row < stop)[:, None]
-    if SIZE != COLUMNS:
-        inside = inside & (column < SIZE)[None, :]
-    address = base + tl.cast(start, tl.int64) * strides[0] + (row[:, None] * strides[0] + column[None, :] * strides[1])
-    tl.store(address, tile.to(base.dtype.element_ty), mask=inside)
+def in_registers(tile, TILE: tl.constexpr):
+    """The same tile. Triton has wgmma read a first operand that was loaded from shared memory, each time anew, but keeps one that was
+    computed in registers; adding zero is enough (a negative zero may become a positive one)."""
+    if TILE.PRECISION != "interpreter":
+        tile = tile + tl.full((1, 1), 0.0, tile.dtype)
+    return tile
 
 
 @triton.jit
-def load_window(base, first, table_rows, strides, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows first ... first + ROWS of a table, clamped to those it has."""
-    start, row = _clamped(first, table_rows, ROWS)
+def store_tile(tiles, tile, index, BLOCK: tl.constexpr):
+    """A tile (BLOCK, BLOCK) as number `index` of those in memory, in an order in which eight numbers that follow one another are in the
+    same thread, and all lanes' lie together: the store needs no exchange between threads."""
+    tile = tl.permute(tl.reshape(tile, (BLOCK // 16, 2, 8, BLOCK // 32, 4, 4, 2)), (1, 3, 0, 2, 5, 4, 6))
+    place = tl.cast(index, tl.int64) * (BLOCK * BLOCK) + tl.arange(0, BLOCK * BLOCK)
+    tl.store(tiles + place, tl.reshape(tile, (BLOCK * BLOCK,)))
+
+
+@triton.jit
+def load_tile(tiles, index, exists, BLOCK: tl.constexpr):
+    """What `store_tile` wrote; zeros if not `exists`."""
+    place, count = tl.arange(0, BLOCK * BLOCK), tl.where(exists, BLOCK * BLOCK, 0)
+    tile = tl.load(tiles + tl.cast(index, tl.int64) * (BLOCK * BLOCK) + place, mask=place < count, other=0.0)
+    tile = tl.permute(tl.reshape(tile, (2, BLOCK // 32, BLOCK // 16, 8, 4, 4, 2)), (2, 0, 3, 1, 5, 4, 6))
+    return tl.reshape(tile, (BLOCK, BLOCK))
+
+
+@triton.jit
+def store_rows(matrix, tile, start, stop, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
+    inside = (start + row < stop)[:, None]
+    if SIZE != COLUMNS:
+        inside = inside & (column < SIZE)[None, :]
+    address = matrix.base + tl.cast(start, tl.int64) * matrix.row + (row[:, None] * matrix.row + column[None, :] * matrix.column)
+    tl.store(address, tile.to(matrix.base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_window(table, first, table_rows, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows first ... first + BLOCK of a table, clamped to those it has."""
+    start, row = _clamped(first, table_rows, BLOCK)
     column = tl.arange(0, COLUMNS)
-    address = base + start.to(tl.int64) * strides[0] + (row[:, None] * strides[0] + column[None, :] * strides[1])
+    address = table.base + start.to(tl.int64) * table.row + (row[:, None] * table.row + column[None, :] * table.column)
     if SIZE != COLUMNS:
         tile = tl.load(address, mask=(column < SIZE)[None, :], other=0.0)
     else:
@@ -76,19 +103,19 @@ def load_window(base, first, table_rows, strides, SIZE: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
-def _clamped(first, table_rows, ROWS: tl.constexpr):
+def _clamped(first, table_rows, BLOCK: tl.constexpr):
     """The first row that a window reads, and how much further each of its rows is: 64-bit numbers stay scalars."""
     start = tl.minimum(tl.maximum(first, 0), table_rows - 1)
-    lead = tl.minimum(tl.maximum(first - start, -ROWS), ROWS).to(tl.int32)
+    lead = tl.minimum(tl.maximum(first - start, -BLOCK), BLOCK).to(tl.int32)
     start = start.to(tl.int32)
-    return start, tl.minimum(tl.maximum(lead + tl.arange(0, ROWS), 0), table_rows - 1 - start)
+    return start, tl.minimum(tl.maximum(lead + tl.arange(0, BLOCK), 0), table_rows - 1 - start)
 
 
 @triton.jit
-def load_bias(base, first, table_rows, stride, ROWS: tl.constexpr):
-    """Entries first ... first + ROWS of a (R,) bias, clamped to those it has, in units of ln 2."""
-    start, row = _clamped(first, table_rows, ROWS)
-    return tl.load(base + start.to(tl.int64) * stride + row * stride).to(tl.float32) * 1.4426950408889634
+def load_bias(bias, first, table_rows, BLOCK: tl.constexpr):
+    """Entries first ... first + BLOCK of a (R,) bias, clamped to those it has, in units of ln 2."""
+    start, row = _clamped(first, table_rows, BLOCK)
+    return tl.load(bias.base + start.to(tl.int64) * bias.row + row * bias.row).to(tl.float32) * 1.4426950408889634
 
 
 @triton.jit
@@ -98,17 +125,6 @@ def _flatten(tile, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     else:  # [r5 r4 r3 | c5 c4 c3 | c0 | r1 r0 | c2 c1 | r2]
         tile = tl.permute(tl.reshape(tile, (BLOCK // 8, 2, 4, BLOCK // 8, 4, 2)), (0, 3, 5, 2, 4, 1))
     return tl.reshape(tile, (BLOCK * BLOCK,))
-
-
-@triton.jit
-def _flatten_two(first, second, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """As if the second tile stood to the right of the first (below it, if not ROWS)."""
-    both = tl.join(first, second)
-    if ROWS:
-        both = tl.permute(tl.reshape(both, (BLOCK // 8, 8, BLOCK // 8, 4, 2, 2)), (0, 5, 2, 4, 1, 3))
-    else:
-        both = tl.permute(tl.reshape(both, (BLOCK // 8, 2, 4, BLOCK // 8, 4, 2, 2)), (6, 0, 3, 5, 2, 4, 1))
-    return tl.reshape(both, (2 * BLOCK * BLOCK,))
 
 
 @triton.jit
@@ -130,44 +146,94 @@ def _content_and_other(BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _slide(
-    first, second, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """Of two tiles side by side, in the line of each content the elements START + CONTENT * content + OTHER * other."""
-    content, other = _content_and_other(BLOCK, ROWS)
-    # Eights and remainders apart, so that the addresses of a thread differ by constants: offsets in its loads instead of registers.
-    rest = CONTENT * (content % 8) + OTHER * (other % 8) + (START + BLOCK)
-    eights = CONTENT * (content // 8) + OTHER * (other // 8) + rest // 8 - BLOCK // 8
-    rest = rest % 8
-    if ROWS:
-        block = (content // 8) * (BLOCK // 4) + eights
-        address = (block * 2 + rest % 2) * 32 + (content % 8) * 4 + rest // 2
-    else:
-        block = eights * (BLOCK // 8) + content // 8
-        address = (block * 2 + content % 2) * 32 + (rest % 4) * 8 + (content % 8) // 2 * 2 + rest // 4
-    flat = tl.gather(_flatten_two(first, second, BLOCK, ROWS), _flatten(address, BLOCK, ROWS), 0)
-    return _unflatten(flat, BLOCK, ROWS)
+def unknown_zero(start):
+    """0, of an index, which stays below 2^30; but the compiler does not know. Addresses that hold it are computed in the loop, instead of
+    once before it and kept in a register each."""
+    return start >> 30
 
 
 @triton.jit
-def skew(low, high, BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr):
-    """From the two blocks of a window, one column (row, if not ROWS) per distance, to a tile of scores."""
-    if QUERY:
-        scores = _slide(low, high, -1, 1, BLOCK - 1, BLOCK, ROWS)
+def _turns(
+    nought, WIDTH: tl.constexpr, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """Of place START + CONTENT * content + OTHER * other, modulo BLOCK, with other < WIDTH: eights and rest. Of a thread's elements few
+    differ in more than the eights."""
+    content = tl.arange(0, BLOCK)[:, None] if ROWS else tl.arange(0, BLOCK)[None, :]
+    other = tl.arange(0, WIDTH)[None, :] if ROWS else tl.arange(0, WIDTH)[:, None]
+    line = CONTENT * content + OTHER * (other % 8) + (START + BLOCK + nought)
+    return content, (line // 8 + OTHER * (other // 8) + BLOCK // 8) % (BLOCK // 8), line % 8
+
+
+@triton.jit
+def _rotate(tile, nought, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """In the line of each content the elements START + CONTENT * content + OTHER * other, modulo BLOCK; 32-bit."""
+    content, eights, rest = _turns(nought, BLOCK, CONTENT, OTHER, START, BLOCK, ROWS)
+    if ROWS:
+        address = ((content // 8 * (BLOCK // 8) + eights) * 2 + rest % 2) * 32 + content % 8 * 4 + rest // 2
     else:
-        scores = _slide(low, high, 1, -1, BLOCK - 1, BLOCK, ROWS)
+        address = ((eights * (BLOCK // 8) + content // 8) * 2 + content % 2) * 32 + rest % 4 * 8 + content % 8 // 2 * 2 + rest // 4
+    return _unflatten(tl.gather(_flatten(tile, BLOCK, ROWS), _flatten(address, BLOCK, ROWS), 0), BLOCK, ROWS)
+
+
+@triton.jit
+def _flatten_words(tile, BLOCK: tl.constexpr):
+    """(BLOCK, BLOCK / 2): [r5 r4 r3 | c4 c3 | c0 | r2 r1 r0 | c2 c1]"""
+    return tl.reshape(tl.permute(tl.reshape(tile, (BLOCK // 8, 8, BLOCK // 16, 4, 2)), (0, 2, 4, 1, 3)), (BLOCK * BLOCK // 2,))
+
+
+@triton.jit
+def _rotate_halves(tile, nought, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr):
+    """`_rotate` of 16-bit numbers along rows: columns c and c + BLOCK / 2, which stay that far apart, travel as one 32-bit word."""
+    HALF: tl.constexpr = BLOCK // 2
+    bits = tile.to(tl.uint16, bitcast=True).to(tl.uint32)
+    first, second = tl.split(tl.permute(tl.reshape(bits, (BLOCK, 2, HALF)), (0, 2, 1)))
+    content, eights, rest = _turns(nought, HALF, CONTENT, OTHER, START, BLOCK, True)
+    address = ((content // 8 * (HALF // 8) + eights % (HALF // 8)) * 2 + rest % 2) * 32 + content % 8 * 4 + rest // 2
+    flat = tl.gather(_flatten_words(first | (second << 16), BLOCK), _flatten_words(address, BLOCK), 0)
+    words = tl.reshape(tl.permute(tl.reshape(flat, (BLOCK // 8, HALF // 8, 2, 8, 4)), (0, 3, 1, 4, 2)), (BLOCK, HALF))
+    words = tl.where(eights < HALF // 8, words, (words >> 16) | (words << 16))
+    both = tl.join((words & 0xFFFF).to(tl.uint16), (words >> 16).to(tl.uint16))
+    return tl.reshape(tl.permute(both, (0, 2, 1)), (BLOCK, BLOCK)).to(tile.dtype, bitcast=True)
+
+
+@triton.jit
+def skew(low, high, nought, BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr):
+    """From the two blocks of a window, one column (row, if not ROWS) per distance, to a tile of scores. Of each line the tile needs BLOCK
+    consecutive distances, one of each remainder modulo BLOCK: the two blocks are packed into one, whose lines rotate.
+
+    nought: 0, or `unknown_zero` where registers are scarce.
+    """
+    packed = tl.where(in_low(BLOCK, ROWS, QUERY), low, high)
+    if QUERY:
+        scores = _rotate(packed, nought, -1, 1, BLOCK - 1, BLOCK, ROWS)
+    else:
+        scores = _rotate(packed, nought, 1, -1, BLOCK - 1, BLOCK, ROWS)
     return scores
 
 
 @triton.jit
-def unskew(low, high, BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr):
+def unskew(low, high, nought, BLOCK: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr):
     """A block of distances: those of the tile whose window has this block as its low one, and those of the tile of which it is the high
     one. They share no place (`in_low` tells them apart), so nothing is added."""
+    content, other = _content_and_other(BLOCK, ROWS)
     if QUERY:
-        by_distance = _slide(high, low, 1, 1, 1, BLOCK, ROWS)
+        packed = tl.where(other <= content, low, high)
+        by_distance = _unrotate(packed, nought, 1, 1, 1, BLOCK, ROWS)
     else:
-        by_distance = _slide(low, high, 1, -1, BLOCK - 1, BLOCK, ROWS)
+        packed = tl.where(other >= content, low, high)
+        by_distance = _unrotate(packed, nought, 1, -1, BLOCK - 1, BLOCK, ROWS)
     return by_distance
+
+
+@triton.jit
+def _unrotate(tile, nought, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    if tile.dtype.primitive_bitwidth == 32:
+        tile = _rotate(tile, nought, CONTENT, OTHER, START, BLOCK, ROWS)
+    elif ROWS:
+        tile = _rotate_halves(tile, nought, CONTENT, OTHER, START, BLOCK)
+    else:  # single 16-bit numbers meet in the banks
+        tile = _rotate(tile.to(tl.float32), nought, CONTENT, OTHER, START, BLOCK, ROWS).to(tile.dtype)
+    return tile
 
 
 @triton.jit
@@ -202,18 +268,16 @@ def _philox(seed, batch, head, query, quarter):
 
 
 @triton.jit
-def dropout_keep(
-    seed, threshold, batch, head, query_start, key_start, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
+def dropout_keep(dropout, query_start, key_start, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr):
     """Which weights of a tile survive dropout, bool. ALIGNED: key_start is a multiple of 4, and four keys share the work."""
-    limit = tl.cast(threshold, tl.int32).to(tl.uint32, bitcast=True)
+    limit = tl.cast(dropout.threshold, tl.int32).to(tl.uint32, bitcast=True)
     query = query_start + tl.arange(0, BLOCK)
-    if ALIGNED:
+    if ALIGNED and BLOCK >= 32:  # with less, Triton 3.6 gives threads that share an element different ones
         quarter = key_start // 4 + tl.arange(0, BLOCK // 4)
         if TRANSPOSED:
-            word0, word1, word2, word3 = _philox(seed, batch, head, query[None, :], quarter[:, None])
+            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[None, :], quarter[:, None])
         else:
-            word0, word1, word2, word3 = _philox(seed, batch, head, query[:, None], quarter[None, :])
+            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[:, None], quarter[None, :])
         keep0, keep1 = (word0 >= limit).to(tl.int8), (word1 >= limit).to(tl.int8)
         keep2, keep3 = (word2 >= limit).to(tl.int8), (word3 >= limit).to(tl.int8)
         four = tl.join(tl.join(keep0, keep2), tl.join(keep1, keep3))  # [..., high bit, low bit] of the key's place among four
@@ -223,41 +287,54 @@ def dropout_keep(
     else:
         key = tl.maximum(key_start + tl.arange(0, BLOCK), 0)  # keys before the first are hidden anyway
         if TRANSPOSED:
-            word0, word1, word2, word3 = _philox(seed, batch, head, query[None, :], (key // 4)[:, None])
+            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[None, :], (key // 4)[:, None])
             place = (key % 4)[:, None]
         else:
-            word0, word1, word2, word3 = _philox(seed, batch, head, query[:, None], (key // 4)[None, :])
+            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[:, None], (key // 4)[None, :])
             place = (key % 4)[None, :]
         keep = tl.where(place < 2, tl.where(place == 0, word0, word1), tl.where(place == 2, word2, word3)) >= limit
     return keep
 
 
 @triton.jit
-def mask_scores(
-    scores, query_start, key_start, queries, key_stop, first_distance, last_distance, key_mask, key_mask_stride, mask, mask_strides,
-    hidden_from, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """The scores, plus a float mask (then they are in units of ln 2); -inf where the query may not see the key.
+def is_whole(query_start, key_start, visible, BLOCK: tl.constexpr):
+    """Whether every query of a tile sees every key of it, masks aside."""
+    return (
+        (key_start >= 0)
+        & (key_start + BLOCK <= visible.key_stop)
+        & (key_start - (query_start + BLOCK - 1) >= visible.first)
+        & (key_start + BLOCK - 1 - query_start <= visible.last)
+    )
 
-    key_mask (Lk,), mask (Lq, Lk) of this batch element and head, or None. Distances are key index minus query index.
-    """
+
+@triton.jit
+def hide(scores, query_start, key_start, visible, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The scores, plus a float mask (then they are in units of ln 2); -inf where the query may not see the key."""
+    # Without a mask, tiles that every query sees whole skip this.
+    if visible.key_mask is not None or visible.mask is not None or not is_whole(query_start, key_start, visible, BLOCK):
+        scores = _masked(scores, query_start, key_start, visible, BLOCK, TRANSPOSED)
+    return scores
+
+
+@triton.jit
+def _masked(scores, query_start, key_start, visible, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr):
     if TRANSPOSED:
         query, key = (query_start + tl.arange(0, BLOCK))[None, :], (key_start + tl.arange(0, BLOCK))[:, None]
     else:
         query, key = (query_start + tl.arange(0, BLOCK))[:, None], (key_start + tl.arange(0, BLOCK))[None, :]
-    inside = (key >= 0) & (key < key_stop)
-    # Without a mask only tiles that some query does not see whole come here; the others skip this.
+    key_mask, mask = visible.key_mask, visible.mask
+    inside = (key >= 0) & (key < visible.key_stop)
     if key_mask is not None:
-        inside = inside & (tl.load(key_mask + tl.cast(key, tl.int64) * key_mask_stride, mask=inside, other=0) != 0)
+        inside = inside & (tl.load(key_mask.base + tl.cast(key, tl.int64) * key_mask.column, mask=inside, other=0) != 0)
     distance = key - query
-    visible = inside & (distance >= first_distance) & (distance <= last_distance)
+    seen = inside & (distance >= visible.first) & (distance <= visible.last)
     if mask is not None:
-        address = mask + tl.cast(query, tl.int64) * mask_strides[2] + tl.cast(key, tl.int64) * mask_strides[3]
-        entry = tl.load(address, mask=(key >= 0) & (key < key_stop) & (query < queries), other=0)
-        if mask.dtype.element_ty == tl.uint8:
-            visible = visible & (entry != 0)
+        address = mask.base + tl.cast(query, tl.int64) * mask.row + tl.cast(key, tl.int64) * mask.column
+        entry = tl.load(address, mask=(key >= 0) & (key < visible.key_stop) & (query < visible.queries), other=0)
+        if mask.base.dtype.element_ty == tl.uint8:
+            seen = seen & (entry != 0)
         else:
             entry = entry.to(tl.float32)
-            visible = visible & ~(entry <= hidden_from)
+            seen = seen & ~(entry <= visible.hidden_from)
             scores = scores + entry * 1.4426950408889634
-    return tl.where(visible, scores, float("-inf"))
+    return tl.where(seen, scores, float("-inf"))

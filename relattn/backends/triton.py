@@ -30,6 +30,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 _CONFIGURATION: tuple[int, int, int] | None = None
 _SPLITS = 0
 _TABLE_PROGRAMS = 0
+# Bytes of the tiles of weights and of score gradients in memory; 0 = by the size of the device.
+_TILE_BYTES = 0
 
 
 def _why_missing() -> str | None:
@@ -108,17 +110,26 @@ def backward(
     gradients = {name: empty_gradient(tensor) for name, tensor, need in differentiable if need and tensor is not None}
     if output.numel() == 0 or tensors.key.numel() == 0:
         return [gradient.zero_() for gradient in gradients.values()]
-    call = _Call(tensors, settings, seed)
-    call.backward(grad_output, grad_lse, output, lse, gradients)
+    from relattn.backends import triton_backward  # it needs what is defined here
+
+    triton_backward.Backward(tensors, settings, seed, gradients, grad_output, lse).run(grad_lse, output)
     return list(gradients.values())
 
 
-def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
-    """The strides of a tensor that broadcasts to `dims` dimensions."""
+def _operand(tensor: Tensor | None, dims: str = "bhrc") -> Any:
+    """An Operand of some of the dimensions batch, head, row and column, with stride 0 where it broadcasts."""
     if tensor is None:
-        return (0,) * dims
-    own = tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (0,) * (dims - len(own)) + own
+        return None
+    operands = _kernels().operands
+    strides = dict.fromkeys("bhrc", operands.LACKING) | dict.fromkeys(dims, 0)
+    own = dims[len(dims) - tensor.dim() :]
+    strides |= {dim: 0 if size == 1 else stride for dim, size, stride in zip(own, tensor.shape, tensor.stride(), strict=True)}
+    return operands.Operand(tensor, *strides.values())
+
+
+def _whole(tensor: Tensor) -> Any:
+    """The Operand of a tensor (B, H, rows, columns)."""
+    return _kernels().operands.Operand(tensor, *tensor.stride())
 
 
 def _near(tensor: Tensor) -> Tensor:
@@ -159,12 +170,13 @@ class _Call:
         if right is not None:
             self.last = min(settings.query_offset + right, _UNBOUNDED - 1)
         self.table_start = settings.query_offset - settings.left  # the tables' first row, as key index minus query index
+        self._prepared: dict[tuple[str, ...] | None, tuple[Any, Any, dict[str, Any]]] = {}
 
     def _plus(self, query: Tensor, bias: Tensor | None) -> Tensor:
         result = empty_with_layout(query, query.shape)
         return result.copy_(query) if bias is None else torch.add(query, bias[:, None, :], out=result)
 
-    def _run(self, kernel: str, launch: Callable[[Any], None], largest_block: int = 2**30) -> int:
+    def _run(self, kernel: str, launch: Callable[[Any], None], largest_block: int = 2**30, block: int | None = None) -> int:
         """Launch with the best configuration, with a smaller one where the chip lacks the room; the block size that it was."""
         if _CONFIGURATION is not None:
             candidates = [_kernels().configs.Configuration(*_CONFIGURATION)]
@@ -172,7 +184,7 @@ class _Call:
             size, extra = max(self.size, self.value_size), self.rel_q is not None or self.rel_v is not None
             target, clipped = _target(self.query_u.device), self._clipped(16)
             candidates = _kernels().configs.configurations(kernel, target, size, self.dtype.itemsize, clipped, extra)
-        candidates = [candidate for candidate in candidates if candidate.block <= largest_block]
+        candidates = [candidate for candidate in candidates if candidate.block <= largest_block and block in (None, candidate.block)]
         if len(candidates) > 1 and autotune.wanted():
             device = self.query_u.device
             candidates = autotune.by_speed(kernel, self._key(), candidates, launch, _kernels().OutOfResources, device)
@@ -215,39 +227,53 @@ class _Call:
 
     def _constants(self, configuration) -> dict[str, Any]:
         block, warps, stages = configuration
-        precision = "interpreter" if INTERPRETED else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        precision = "interpreter" if INTERPRETED else "tf32" if self.dtype == torch.float32 and _tf32() else "ieee"
         power = _kernels().next_power_of_2
         return dict(
-            SIZE=self.size, VALUE_SIZE=self.value_size, BLOCK=block, BLOCK_SIZE=max(16, power(self.size)),
-            BLOCK_VALUE_SIZE=max(16, power(self.value_size)), PRECISION=precision,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+            BLOCK=block, SIZE=self.size, COLUMNS=max(16, power(self.size)), VALUE_SIZE=self.value_size,
+            VALUE_COLUMNS=max(16, power(self.value_size)), LATE=self.exact and self.settings.scale > 0.0,
+            DROPOUT=self.settings.dropout_p > 0.0, PRECISION=precision, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
 
+    @functools.cached_property
     def _shared(self) -> dict[str, Any]:
         """Arguments that most kernels take."""
-        settings = self.settings
-        drop = settings.dropout_p
-        threshold = min(round(drop * 2**32), 2**32 - 1)  # at p = 1 what is kept all the same is multiplied by 0
+        settings, operands = self.settings, _kernels().operands
+        tables = (_operand(table, "hrc") for table in (self.rel_k, self.rel_q, self.rel_v))
+        threshold = min(round(settings.dropout_p * 2**32), 2**32 - 1)  # at p = 1 what is kept all the same is multiplied by 0
         return dict(
-            query_u=self.query_u, query_v=self.query_v, key=self.key, value=self.value,
-            rel_k=self.rel_k, rel_q=self.rel_q, rel_v=self.rel_v, rel_bias=self.rel_bias,
-            key_mask=self.key_mask, key_lengths=self.key_lengths, mask=self.mask, offsets=self.offsets, seed=self.seed,
-            query_strides=tuple(self.query_u.stride()), key_strides=tuple(self.key.stride()), value_strides=tuple(self.value.stride()),
-            rel_k_strides=_strides(self.rel_k, 3), rel_q_strides=_strides(self.rel_q, 3), rel_v_strides=_strides(self.rel_v, 3),
-            rel_bias_strides=_strides(self.rel_bias, 2), key_mask_strides=_strides(self.key_mask, 2), mask_strides=_strides(self.mask, 4),
-            heads=self.heads, group=self.heads // self.key_heads, queries=self.queries, keys=self.keys,
-            table_rows=self.table_rows, query_offset=settings.query_offset, first=self.first, last=self.last, left=settings.left,
-            scale=float(settings.scale), log2_scale=settings.scale * _LOG2_E, hidden_from=self.hidden_from,
-            threshold=threshold - 2**32 if threshold >= 2**31 else threshold, keep_scale=self.keep_scale,
-            DROPOUT=drop > 0.0, LATE=self.exact and settings.scale > 0.0,
+            inputs=operands.Inputs(
+                _whole(self.query_u), None if self.query_v is None else _whole(self.query_v), _whole(self.key), _whole(self.value),
+                *tables, _operand(self.rel_bias, "hr"), _operand(self.key_mask, "bc"), _operand(self.mask),
+                self.key_lengths, self.offsets, self.seed,
+            ),
+            units=operands.Units(float(settings.scale), settings.scale * _LOG2_E, self.hidden_from, self.keep_scale),
+            heads=self.heads, group=self.heads // self.key_heads, queries=self.queries, keys=self.keys, batches=self.batch,
+            table_rows=self.table_rows, table_start=self.table_start, first=self.first, last=self.last,
+            threshold=threshold - 2**32 if threshold >= 2**31 else threshold,
         )  # fmt: skip
 
-    def _launch(self, kernel: str, grid: tuple[int, ...], configuration, **arguments) -> None:
+    def _launch(
+        self, kernel: str, grid: tuple[int, ...], configuration, clipped: bool = False, again: tuple[str, ...] | None = None,
+        **arguments: Any,
+    ) -> None:  # fmt: skip
+        """`again`: a name for this call's launches that differ in sizes and new tensors only; Triton prepares the first of them."""
+        # Triton launches on the current device.
+        on_device = contextlib.nullcontext() if INTERPRETED else torch.cuda.device(self.query_u.device)
+        if again in self._prepared:
+            compiled, names, known = self._prepared[again]
+            known = known | arguments
+            with on_device:
+                compiled[(*grid, 1, 1)[:3]](*(known[name] for name in names))
+            return
         function, names = _kernels().kernel(kernel)
-        arguments = self._shared() | self._constants(configuration) | arguments
-        device = self.query_u.device
-        with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(device):  # Triton launches on the current device
-            function[grid](**{name: arguments[name] for name in names})
+        constants = self._constants(configuration) | {"CLIPPED": clipped}
+        tile = _kernels().operands.Tile(**{name: constants[name] for name in _kernels().operands.Tile._fields})
+        arguments = self._shared | constants | arguments | {"TILE": tile}
+        with on_device:
+            compiled = function[grid](**{name: arguments[name] for name in names})
+        if again is not None and isinstance(compiled, _kernels().CompiledKernel):
+            self._prepared[again] = compiled, function.arg_names, arguments
 
     def _splits(self, programs: int, block: int) -> int:
         """How many parts the keys are cut into, where queries alone leave the chip idle."""
@@ -269,200 +295,33 @@ class _Call:
         splits = self._splits(programs, block)
         split_keys = -(-self.keys // splits // block) * block
         splits = -(-self.keys // split_keys)
-        parts, part_lse, strides = output, lse, (0, *output.stride())
+        parts, part_lse = output, lse
         if splits > 1:
             parts = torch.empty((splits, *output.shape), dtype=torch.float32, device=output.device)
             part_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=output.device)
-            strides = tuple(parts.stride())
         self._launch(
-            "forward", (programs, splits), configuration, output=parts, lse=part_lse, output_strides=strides,
-            query_blocks=query_blocks, split_keys=split_keys, CLIPPED=self._clipped(block),
+            "forward", (programs, splits), configuration, clipped=self._clipped(block), lse=part_lse, split_keys=split_keys,
+            output=_whole(parts if splits == 1 else parts[0]),
         )  # fmt: skip
         if splits > 1:
             rows = self.batch * self.heads * self.queries
             self._launch(
                 "combine", (-(-rows // 4),), configuration._replace(block=4, num_warps=4), partial=parts, partial_lse=part_lse,
-                output=output, lse=lse, output_strides=tuple(output.stride()), splits=splits, rows=rows,
+                output=_whole(output), lse=lse, splits=splits, rows=rows,
             )  # fmt: skip
 
-    def backward(
-        self, grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor, gradients: dict[str, Tensor]
-    ) -> None:  # fmt: skip
-        need = gradients.keys()
-        grad_output = _near(grad_output)
-        any_clipped = self._clipped(16)  # with larger tiles fewer are far
 
-        def per_query(*sizes: int) -> Tensor:
-            return torch.empty((*sizes, *lse.shape), dtype=torch.float32, device=lse.device)
-
-        rows = dict(
-            delta=per_query(), base=per_query(), inverse=None if self.exact else per_query(), edges=per_query(2) if any_clipped else None
-        )
-        common = dict(grad_output=grad_output, grad_strides=tuple(grad_output.stride()), **rows)
-
-        def grid(block: int, length: int, heads: int) -> tuple[int, int]:
-            blocks = -(-length // block)
-            return blocks, blocks * self.batch * heads
-
-        def prepare(configuration) -> None:
-            blocks, programs = grid(configuration.block, self.queries, self.heads)
-            self._launch(
-                "prepare", (programs,), configuration, **common, output=output, lse=lse, grad_lse=grad_lse,
-                output_strides=tuple(output.stride()), grad_lse_strides=_strides(grad_lse, 3), query_blocks=blocks, CLIPPED=any_clipped,
-            )  # fmt: skip
-
-        def query_gradient(configuration) -> None:
-            blocks, programs = grid(configuration.block, self.queries, self.heads)
-            self._launch(
-                "query_gradient", (programs,), configuration, **common, grad_query=grad_query, edge_sums=edge_sums,
-                grad_query_strides=tuple(grad_query.stride()), query_blocks=blocks, CLIPPED=self._clipped(configuration.block),
-            )  # fmt: skip
-
-        def key_gradient(configuration) -> None:
-            blocks, programs = grid(configuration.block, self.keys, self.key_heads)
-            self._launch(
-                "key_gradient", (programs,), configuration, **common, grad_key=grad_key, grad_value=grad_value, key_sums=key_sums,
-                grad_key_strides=tuple(grad_key.stride()), grad_value_strides=tuple(grad_value.stride()), key_blocks=blocks,
-                CLIPPED=self._clipped(configuration.block),
-            )  # fmt: skip
-
-        self._run("prepare", prepare)
-        by_table = need & {"rel_k", "rel_bias", "pos_bias_v"}
-        edge_sums, far_block = None, 0
-        if "query" in need or (any_clipped and by_table):
-            edge_sums = per_query(2) if any_clipped else None
-            grad_query = gradients["query"] if "query" in need else torch.empty_like(self.query_u)
-            far_block = self._run("query_gradient", query_gradient)
-        if need & {"key", "value", "pos_bias_u"}:
-            grad_key = gradients["key"] if "key" in need else torch.empty_like(self.key)
-            grad_value = gradients["value"] if "value" in need else torch.empty_like(self.value)
-            key_sums = None
-            if "pos_bias_u" in need:
-                key_sums = torch.empty((self.batch, self.heads, self.keys), dtype=torch.float32, device=lse.device)
-            self._run("key_gradient", key_gradient)
-            if key_sums is not None:
-                sums = key_sums.unflatten(1, (self.key_heads, -1))
-                total = torch.einsum("bngj,bnjd->ngd", sums, self.key.float()).flatten(0, 1)
-                gradients["pos_bias_u"].copy_(total * self.settings.scale)
-        if by_table:
-            # With offsets by batch element the diagonals' tiles are not those whose edge sums are known: all are walked.
-            far = edge_sums if far_block and self._clipped(far_block) and self.offsets is None else None
-            self._content_gradients(gradients, common, far, far_block)
-        for name in ("rel_q", "rel_v"):
-            if name in need:
-                found, _ = self._table_gradient(name, gradients[name], False, common, 0)
-                assert found is not None
-                factor = self.settings.scale if name == "rel_q" else self.keep_scale
-                gradients[name].copy_((found * factor).view(gradients[name].shape))
-
-    def _content_gradients(self, gradients: dict[str, Tensor], common: dict[str, Any], far: Tensor | None, far_block: int) -> None:
-        """Gradients of rel_k, rel_bias and pos_bias_v. `far` (2, B, H, Lq): what tiles of far_block far from the tables owe their edges."""
-        want_sums = bool(gradients.keys() & {"rel_bias", "pos_bias_v"})
-        total, sums = self._table_gradient("rel_k", gradients.get("rel_k"), want_sums, common, 0 if far is None else far_block)
-        if far is not None:
-            content = self.query_u if self.query_v is None else self.query_v
-            if total is not None:
-                owed = torch.einsum("sbhi,bhid->hsd", far, content.float())
-                owed = owed.sum(0, keepdim=True) if total.shape[0] == 1 else owed
-                total[:, 0] += owed[:, 0]
-                total[:, -1] += owed[:, 1]
-            if sums is not None:
-                left, right = far.sum((1, 3))
-                sums[:, 0] += left
-                sums[:, -1] += right
-        if total is not None:
-            gradients["rel_k"].copy_((total * self.settings.scale).view(gradients["rel_k"].shape))
-        if sums is not None and "rel_bias" in gradients:
-            gradients["rel_bias"].copy_(sums if gradients["rel_bias"].dim() == 2 else sums.sum(0))
-        if sums is not None and "pos_bias_v" in gradients:
-            assert self.rel_k is not None
-            table = self.rel_k.float().expand(self.heads, -1, -1)
-            gradients["pos_bias_v"].copy_(torch.bmm(sums[:, None], table)[:, 0] * self.settings.scale)
-
-    def _table_gradient(
-        self, name: str, gradient: Tensor | None, want_sums: bool, common: dict[str, Any], far_block: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """By table row, unscaled, float32: the gradient of a table (T, R, D), and the sums of the score gradients (H, R).
-
-        far_block: pairs in tiles of that size that are far from the tables are left out; 0 = none are.
-        """
-        groups = self.heads if gradient is not None and gradient.dim() == 3 else 1
-        size, device = self.value_size if name == "rel_v" else self.size, self.query_u.device
-        total, sums = None, None
-        if gradient is not None:
-            total = torch.empty((groups, self.table_rows, size), dtype=torch.float32, device=device)
-        if want_sums:
-            sums = torch.empty((self.heads, self.table_rows), dtype=torch.float32, device=device)
-
-        def table_gradient(configuration) -> None:  # may run more than once
-            block = configuration.block
-            for result in (total, sums):
-                if result is not None:
-                    result.zero_()
-            lowest, highest = self._diagonals(block)
-            absorb = not far_block and (self.offsets is not None or self._beyond(block))
-            # Diagonals with a distance of the tables' own, t * block + block - 1 > table_start and t * block - (block - 1) < its last row.
-            near = far_block or block
-            first = -((near - 2 - self.table_start) // near)
-            last = (self.table_start + self.table_rows - 2 + near - 1) // near
-            if absorb:
-                lowest, highest = first - 1, max(last, first) + 1
-            else:  # a tile of far_block has those of the diagonals from one above its own to one below
-                ratio = near // block
-                lowest, highest = max(lowest, first * ratio - (ratio - 1)), min(highest, last * ratio + ratio - 1)
-            diagonals = highest - lowest + 1
-            if diagonals <= 0:
-                return
-            head_groups, batches, chunk = self._cut(diagonals, groups, block, near)
-            splits = -(-self.batch // batches) * -(-self.queries // chunk)
-            partial, partial_sums = None, None
-            if total is not None:
-                partial = torch.empty((splits, head_groups, diagonals, 2, block, size), dtype=torch.float32, device=device)
-            if sums is not None:
-                partial_sums = torch.empty((splits, self.heads, diagonals, 2, block), dtype=torch.float32, device=device)
-            self._launch(
-                "table_gradient", (diagonals, head_groups, splits), configuration, **common,
-                partial=partial, partial_sums=partial_sums, batch=self.batch, diagonals=diagonals, first_diagonal=lowest,
-                shared_heads=self.heads // head_groups, batches=batches, chunk=chunk,
-                TABLE="sums" if total is None else name, ABSORB=absorb, FAR=far_block > 0, FAR_BLOCK=near,
-            )  # fmt: skip
-            row = lowest * block - (block - 1) - self.table_start
-            if total is not None and partial is not None:
-                windows = partial.sum(0)
-                _fold(windows.sum(0, keepdim=True) if groups == 1 else windows, row, total)
-            if sums is not None and partial_sums is not None:
-                _fold(partial_sums.sum(0), row, sums)
-
-        self._run("table_gradient", table_gradient, far_block or 2**30)
-        return total, sums
-
-    def _cut(self, diagonals: int, groups: int, block: int, near: int) -> tuple[int, int, int]:
-        """How a table's gradient is divided among programs: groups of heads, batch elements and queries of a program."""
-        wanted = _TABLE_PROGRAMS or (4 if INTERPRETED else 4 * _processors(self.query_u.device))
-        wanted = max(1, wanted // diagonals)
-        head_groups = groups
-        if groups == 1:
-            head_groups = max(count for count in range(1, self.heads + 1) if self.heads % count == 0 and count <= wanted)
-        wanted = -(-wanted // head_groups)
-        batches = -(-self.batch // min(wanted, self.batch))
-        wanted = -(-wanted // -(-self.batch // batches))
-        blocks = -(-self.queries // near)
-        return head_groups, batches, -(-blocks // min(wanted, blocks)) * near
+def _tf32() -> bool:
+    """Whether float32 products may run as tf32, by torch's switch; asking the old one raises where the new one was used."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    return torch.backends.cuda.matmul.allow_tf32 if precision == "none" else precision == "tf32"
 
 
-def _fold(windows: Tensor, row: int, total: Tensor) -> None:
-    """Add windows (T, diagonals, 2, block, ...) to a table's gradient (T, R, ...): neighbours overlap by a block, the first begins at
-    `row`, and what lies beyond the table belongs to its edge rows."""
-    diagonals, block, rows = windows.shape[1], windows.shape[3], total.shape[1]
-    by_distance = windows.new_zeros((windows.shape[0], (diagonals + 1) * block, *windows.shape[4:]))
-    by_distance[:, :-block] += windows[:, :, 0].flatten(1, 2)
-    by_distance[:, block:] += windows[:, :, 1].flatten(1, 2)
-    below = min(max(-row, 0), by_distance.shape[1])
-    inside = min(max(rows - row, below), by_distance.shape[1])
-    if inside > below:
-        total[:, row + below : row + inside] += by_distance[:, below:inside]
-    total[:, 0] += by_distance[:, :below].sum(1)
-    total[:, -1] += by_distance[:, inside:].sum(1)
+@functools.cache
+def _tile_bytes(device: torch.device) -> int:
+    """Of the tiles of weights and score gradients that the backward pass keeps in memory at once, whatever the lengths: a 128th of the
+    device's memory, 512 MiB at most."""
+    return 2**29 if INTERPRETED else min(2**29, torch.cuda.get_device_properties(device).total_memory // 128)
 
 
 @functools.cache

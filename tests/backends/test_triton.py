@@ -142,7 +142,7 @@ def test_autotuning_is_asked_for_and_remembered(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu._kernels().configs, "configurations", lambda *_: [configuration(32, 4, 1), configuration(16, 4, 1)])
     monkeypatch.setenv("RELATTN_CACHE", str(tmp_path / "new"))
     monkeypatch.setattr("relattn.backends.autotune._REPEATS", 1)
-    tensors = inputs(rows=11, heads=1, queries=20, keys=20)
+    tensors = inputs(rows=11, heads=1)  # clipped: every kernel of one gradient has a configuration of its own
     expected = gradients(tensors, "triton", max_relative_position=5)
     assert not (tmp_path / "new").exists()
     monkeypatch.setenv("RELATTN_AUTOTUNE", "1")
@@ -172,35 +172,50 @@ class Allocations(TorchDispatchMode):
         return result
 
 
+def tensors_in(argument) -> list[Tensor]:
+    """Operands are tuples of tensors and strides."""
+    if isinstance(argument, tuple):
+        return [tensor for part in argument for tensor in tensors_in(part)]
+    return [argument] if isinstance(argument, Tensor) else []
+
+
 @needs_kernels
-@pytest.mark.parametrize("rows", [None, 33])
-def test_nothing_of_length_by_length_is_ever_written(monkeypatch, rows):
-    """Kernels write to tensors that they are handed, and these are listed here, with all that PyTorch makes around them."""
-    length, size = 384, 16
-    tensors = inputs(heads=1, queries=length, keys=length, size=size, rows=rows)
+@pytest.mark.parametrize(("rows", "size"), [(None, 16), (None, 80), (33, 16)])
+def test_nothing_of_length_by_length_is_ever_written(monkeypatch, rows, size):
+    """Kernels write to tensors that they are handed, and these are listed here, with all that PyTorch makes around them. Only a fixed
+    number of bytes holds tiles of scores, whatever the length."""
+    length, budget = 384, 150_000
+    tensors = inputs(heads=1, queries=length, keys=length, size=size, rows=rows, dtype=torch.bfloat16)
     handed, launch = [], gpu._Call._launch
 
     def listed(self, kernel, grid, configuration, **arguments):
-        everything = self._shared() | arguments
-        handed.extend((value.untyped_storage().nbytes(), name) for name, value in everything.items() if isinstance(value, Tensor))
+        everything = self._shared | arguments
+        for name, value in everything.items():
+            handed.extend((tensor.untyped_storage().nbytes(), name) for tensor in tensors_in(value))
         launch(self, kernel, grid, configuration, **arguments)
 
     monkeypatch.setattr(gpu._Call, "_launch", listed)
     monkeypatch.setattr(gpu, "_TABLE_PROGRAMS", 8)
+    monkeypatch.setattr(gpu, "_TILE_BYTES", budget)
     if gpu.INTERPRETED:
-        monkeypatch.setattr(gpu, "_CONFIGURATION", (64, 4, 1))
+        monkeypatch.setattr(gpu, "_CONFIGURATION", (32, 4, 1))
     clip = length - 1 if rows is None else rows // 2
     call = Tensors(*(tensor.detach() for tensor in tensors)), Settings(clip, clip, False, None, None, 0, 0.0, 0.25)
     seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
     with Allocations() as allocations:
         output, lse = gpu.forward(*call, seed)
         found = gpu.backward(torch.ones_like(output), None, *call, output, lse, seed, [True] * 4 + [False] * 6)
-    half_a_matrix = length * length * 2  # bytes: L x L in 16 bits
+    tiles = {name: bytes_ for bytes_, name in handed if name in ("kept_tiles", "grad_tiles", "owed_tiles")}
+    others = [entry for entry in handed if not entry[1].endswith("tiles")]
+    linear = 4 * 4 * length * size  # bytes: twice a float32 gradient of the table's 2 L rows
     assert len(found) == 4
     assert len(handed) > 20
     assert len(allocations.sizes) > 20
-    assert max(handed)[0] < half_a_matrix, max(handed)
-    assert max(allocations.sizes)[0] < half_a_matrix, max(allocations.sizes)
+    assert len(tiles) == (0 if rows else 1 if size == 16 else 3)
+    assert sum(tiles.values()) <= budget
+    assert max(others)[0] <= linear, max(others)
+    assert max(allocations.sizes)[0] <= max(linear, budget), max(allocations.sizes)
+    assert size > 16 or max(linear, budget) < length * length * 2  # L x L in 16 bits
 
 
 @needs_kernels
@@ -247,39 +262,55 @@ if gpu.unavailable() is None:
     from relattn.kernels.gpu import tile
 
     @triton.jit
-    def slide_kernel(
-        order, result, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    def rotate_kernel(
+        order, result, halves, CONTENT: tl.constexpr, OTHER: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
     ):  # fmt: skip
         line, place = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-        if ROWS:  # element (content, place along the window) is numbered content * 2 BLOCK + place
-            first = line * (2 * BLOCK) + place
-        else:
-            first = place * (2 * BLOCK) + line
-        tl.store(order + tl.arange(0, 2 * BLOCK * BLOCK), tile._flatten_two(first, first + BLOCK, BLOCK, ROWS))
-        slid = tile._slide(first, first + BLOCK, CONTENT, OTHER, START, BLOCK, ROWS)
-        tl.store(result + line * BLOCK + place, slid)
+        numbers = line * BLOCK + place
+        tl.store(order + tl.arange(0, BLOCK * BLOCK), tile._flatten(numbers, BLOCK, ROWS))
+        tl.store(result + numbers, tile._rotate(numbers, 0, CONTENT, OTHER, START, BLOCK, ROWS))
+        if ROWS:
+            tl.store(halves + numbers, tile._rotate_halves(numbers.to(tl.int16), 0, CONTENT, OTHER, START, BLOCK))
+
+    @triton.jit
+    def words_kernel(order, BLOCK: tl.constexpr):
+        numbers = tl.arange(0, BLOCK)[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        tl.store(order + tl.arange(0, BLOCK * BLOCK // 2), tile._flatten_words(numbers, BLOCK))
 
 
 @needs_interpreter
-def test_no_bank_conflicts_and_the_slide_is_what_it_says():
-    """In the layout of matrix units' results (tile.py) every store of a window and every load of a tile meets 32 banks."""
+def test_no_bank_conflicts_and_the_rotation_is_what_it_says():
+    """In the layout of matrix units' results (tile.py) every store of a tile and every load of the rotated one meets 32 banks."""
     block = 64
     lanes = [(lane // 4, 2 * (lane % 4)) for lane in range(32)]
+
+    def by_number(order):
+        address = torch.empty_like(order).long()
+        address[order.long()] = torch.arange(len(order))
+        return address
+
+    words = torch.zeros(block * block // 2, dtype=torch.int32)
+    words_kernel[(1,)](words, block)
+    word_address = by_number(words)
     for rows in (True, False):
         for content_sign, other_sign, start in ((-1, 1, block - 1), (1, -1, block - 1), (1, 1, 1)):
-            order, result = torch.zeros(2 * block * block, dtype=torch.int32), torch.zeros(block, block, dtype=torch.int32)
-            slide_kernel[(1,)](order, result, content_sign, other_sign, start, block, rows)
+            order = torch.zeros(block * block, dtype=torch.int32)
+            result, halves = torch.zeros(block, block, dtype=torch.int32), torch.zeros(block, block, dtype=torch.int16)
+            rotate_kernel[(1,)](order, result, halves, content_sign, other_sign, start, block, rows)
             content, other = torch.meshgrid(torch.arange(block), torch.arange(block), indexing="ij")
-            expected = content * 2 * block + start + content_sign * content + other_sign * other
-            assert torch.equal(result.long(), expected if rows else expected.T)
-            address = torch.empty_like(order).long()
-            address[order.long()] = torch.arange(len(order))  # by number
+            place = (start + content_sign * content + other_sign * other) % block
+            expected = content * block + place if rows else (place * block + content).T
+            assert torch.equal(result.long(), expected)
+            assert not rows or torch.equal(halves.long(), expected)
+            address = by_number(order)
             for row, column, element in ((r, c, e) for r in range(0, block, 8) for c in range(0, block, 8) for e in (0, 1)):
                 places = [(row + r, column + c + element) for r, c in lanes]
-                for half in (0, block):
-                    stored = [(a * 2 * block + b if rows else b * 2 * block + a) + half for a, b in places]
-                    assert len({int(address[number]) % 32 for number in stored}) == 32
+                assert len({int(address[a * block + b]) % 32 for a, b in places}) == 32
                 assert len({int(address[result[a, b]]) % 32 for a, b in places}) == 32
+                if rows and column < block // 2:  # words: columns c and c + BLOCK / 2
+                    assert len({int(word_address[a * (block // 2) + b]) % 32 for a, b in places}) == 32
+                    loaded = [a * (block // 2) + int(place[a, b]) % (block // 2) for a, b in places]
+                    assert len({int(word_address[word]) % 32 for word in loaded}) == 32
 
 
 def test_importing_relattn_imports_no_triton():

@@ -1,0 +1,158 @@
+"""What travels through the kernels under one name: operands with their strides, and what belongs together.
+
+Triton takes a NamedTuple as an argument of a kernel and of the functions in it, and specialises its numbers as it does loose ones, always:
+strides, of which the compiler should know which are 1 and which are multiples of 16, travel here; sizes, whose values must not make new
+kernels, are loose arguments in `SIZES`. None stands for what is absent, at compile time; with Triton 3.6 no function can return a tuple
+that holds None, so these are made in the kernels, nor can such a tuple be compared with None itself.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+# Sizes and offsets change from call to call: their values must not make new kernels.
+SIZES = [
+    "heads", "group", "queries", "keys", "batches", "split_keys", "splits", "rows", "table_rows", "table_start", "first", "last",
+    "threshold", "diagonals", "first_diagonal", "shared_heads", "chunk", "chunk_batches", "first_pair", "columns", "key_begin", "key_end",
+]  # fmt: skip
+
+
+LACKING = tl.constexpr(0)  # a compile-time stride: nothing is left of it in the code
+
+
+class Operand(NamedTuple):
+    """A tensor (B, H, rows, columns) and its strides; LACKING of a dimension that it has not."""
+
+    base: Any
+    batch: Any
+    head: Any
+    row: Any
+    column: Any
+
+
+class Matrix(NamedTuple):
+    """What an operand holds for one batch element and head: (rows, columns)."""
+
+    base: Any
+    row: Any
+    column: Any
+
+
+class Inputs(NamedTuple):
+    """Of every kernel, as relattn.arguments.Tensors has them. query_v is None where it equals query_u."""
+
+    query_u: Any  # Operand, as all down to mask
+    query_v: Any
+    key: Any
+    value: Any
+    rel_k: Any  # (H, R, D), as rel_q; rel_v (H, R, Dv); stride 0 where the heads share it
+    rel_q: Any
+    rel_v: Any
+    rel_bias: Any  # (H, R): its rows have no columns
+    key_mask: Any  # (B, Lk): one row
+    mask: Any
+    key_lengths: Any  # pointers: (B,)
+    offsets: Any  # (B,), on top of what table_start, first and last hold
+    seed: Any
+
+
+class Units(NamedTuple):
+    scale: Any  # of the scores
+    log2_scale: Any  # scores times this are in units of ln 2
+    hidden_from: Any  # a float mask's number, from which on downwards it hides
+    keep_scale: Any  # of the weights that dropout keeps
+
+
+class Saved(NamedTuple):
+    """Per query, (B, H, Lq) float32 pointers that `prepare_kernel` writes and the backward kernels read; it says what they are."""
+
+    delta: Any
+    base: Any
+    inverse: Any
+    edges: Any  # (2, B, H, Lq)
+
+
+class Tile(NamedTuple):
+    """Compile-time constants of a tile of BLOCK queries and BLOCK keys."""
+
+    BLOCK: int
+    SIZE: int  # numbers of a row of queries, keys, rel_k and rel_q
+    COLUMNS: int  # and those that a tile has for them, a power of two
+    VALUE_SIZE: int  # of values, rel_v and the output
+    VALUE_COLUMNS: int
+    CLIPPED: bool  # whether tiles may be far: all their distances belong to the tables' first or last row
+    LATE: bool  # scores are multiplied into units of ln 2 in the exponent only
+    DROPOUT: bool
+    PRECISION: str  # of `tile.dot`
+
+
+class Queries(NamedTuple):
+    """Queries as they meet the keys, and as they meet rel_k: Matrix, v None where it is u; or tiles of both."""
+
+    u: Any
+    v: Any
+
+
+class Tables(NamedTuple):
+    """Of one head, Matrix or None; `rows` each has, and the distance (key index minus query index) of the first, `start`."""
+
+    rel_k: Any
+    rel_q: Any
+    rel_v: Any
+    rel_bias: Any
+    rows: Any
+    start: Any
+
+
+class Visible(NamedTuple):
+    """What queries of one batch element and head see: distances first ... last (key index minus query index) of keys before key_stop, but
+    for what the masks (Matrix or None) hide."""
+
+    first: Any
+    last: Any
+    queries: Any
+    key_stop: Any
+    key_mask: Any
+    mask: Any
+    hidden_from: Any
+
+
+class Dropout(NamedTuple):
+    seed: Any
+    threshold: Any
+    keep_scale: Any
+    batch: Any
+    head: Any
+
+
+class Span(NamedTuple):
+    """Where a loop over tiles begins and stops; the tiles before `near` and from `beyond` on are far ones."""
+
+    start: Any
+    near: Any
+    beyond: Any
+    stop: Any
+
+
+class Steps(NamedTuple):
+    """A loop over one part of a Span's tiles: steps start ... stop, of which those from `turn` on stand for a tile `jump` further."""
+
+    start: Any
+    turn: Any
+    jump: Any
+    stop: Any
+
+
+@triton.jit
+def at(operand, batch, head):
+    """The Matrix of one batch element and head. Of None it is None."""
+    if operand is not None:
+        base = operand.base + tl.cast(head, tl.int64) * operand.head + tl.cast(batch, tl.int64) * operand.batch
+        return Matrix(base, operand.row, operand.column)
+
+
+@triton.jit
+def past(pointer, offset):
+    if pointer is not None:
+        return pointer + offset

@@ -1,0 +1,86 @@
+"""What Triton's compiler sees of a call, without a GPU: whether every kernel compiles, and how often it has to."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import torch
+
+import relattn
+from relattn.backends import triton as gpu
+from tests import fuzz
+from tests.edges import edges
+
+pytest.importorskip("triton")
+if gpu.INTERPRETED:
+    pytest.skip("with the interpreter on, nothing compiles", allow_module_level=True)
+
+from tests.kernels.stand_in import stand_in
+
+# Of tests/fuzz.py: between them every argument, both kinds of masks, offsets and lengths by batch element, dropout, the three dtypes.
+SEEDS = (0, 2, 3, 4, 7, 9, 10, 12, 16, 23, 28)
+EDGES = ("causal with an offset of 1 * 2^62", "window of 2^62", "window of one key", "grouped queries, tables by head")
+
+
+def launched(call: fuzz.Call, dtype=torch.bfloat16, **options) -> list:
+    with stand_in(**options) as found:
+        fuzz.run(call, "triton", dtype)
+    return found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_calls_compile(seed):
+    """Triton's interpreter has no types: a name that an `if` binds anew to another one passes there, and compiles nowhere."""
+    found = launched(fuzz.random_call(seed), (torch.float32, torch.bfloat16, torch.float16)[seed % 3])
+    assert all(f"tt.func public @{launch.name}" in launch.module for launch in found)
+    assert {"forward_kernel", "prepare_kernel", "query_gradient_kernel", "key_gradient_kernel"} <= {launch.name for launch in found}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges_compile(name):
+    assert len(launched(edges(3)[name])) >= 4
+
+
+LENGTHS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96, 100, 127, 128, 129, 160, 255, 256, 257, 300, 400, 500, 511,
+           512, 513, 640, 777, 1000, 1024, 1025, 1536, 2048, 2049, 3000, 3333, 4095, 4096)  # fmt: skip
+KINDS = {
+    "plain": {},
+    "clipped": {"clip": 16},
+    "causal": {"is_causal": True},
+    "one query": {"is_causal": True, "queries": 1},
+    "masks": {"mask": True},
+    "float mask": {"float_mask": True},
+    "key mask": {"key_mask": True},
+    "odd head size": {"size": 33},
+    "large head": {"size": 128},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths_make_few_compilations(kind):
+    """Sizes are not specialised; what remains is whether strides are 1 or multiples of 16, and where tables are clipped."""
+    compiled = collections.defaultdict(set)
+    with stand_in(compiles=False) as found:
+        for length in LENGTHS:
+            backward(length, **KINDS[kind])
+    for launch in found:
+        compiled[launch.name].add(launch.key)
+    table = "table_gradient_kernel" if kind == "clipped" else "table_product_kernel"
+    keys = "key_product_kernel" if kind == "large head" else "key_gradient_kernel"
+    assert {"forward_kernel", "prepare_kernel", "query_gradient_kernel", keys, table} <= compiled.keys()
+    assert max(map(len, compiled.values())) <= 4, {name: len(keys) for name, keys in compiled.items()}
+
+
+def backward(length, queries=None, size=64, clip=None, mask=False, float_mask=False, key_mask=False, **arguments):
+    queries, clip = queries or length, length - 1 if clip is None else clip
+    shapes = ((2, 2, queries, size), (2, 2, length, size), (2, 2, length, size), (2, 2 * clip + 1, size))
+    tensors = [torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    if mask or float_mask:
+        arguments["attn_mask"] = torch.zeros(2, 1 + float_mask, queries, length, dtype=torch.bfloat16 if float_mask else torch.bool)
+    if key_mask:
+        arguments["key_mask"] = torch.ones(2, length, dtype=torch.bool)
+    if queries == 1:
+        arguments["query_offset"] = length - 1
+    output = relattn.relative_attention(*tensors, max_relative_position=clip, backend="triton", **arguments)
+    torch.autograd.grad(output, tensors, torch.empty_like(output))
