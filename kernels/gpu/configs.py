@@ -1,8 +1,9 @@
 """Block sizes, warps and pipeline stages of the kernels, by architecture, head size and dtype.
 
-Chosen offline, by what compiling them shows (`python -m kernels.gpu.resources`, which also searches: --search): of CANDIDATES, ordered
-by the speed expected of them, the first that neither spills registers nor takes more shared memory than the chip has. None of them has
-been timed yet; RELATTN_AUTOTUNE=1 times the candidates on the machine at hand.
+Those of sm_90 for 16-bit inputs and heads up to 128 were chosen by timing them on an H200 (Triton 3.6): two programs on an SM are worth
+more than registers that do not spill. The others were chosen offline, by what compiling an earlier form of the kernels showed (`python -m
+relattn.kernels.gpu.resources`, which also searches: --search): of CANDIDATES the first that neither spilled registers nor took more shared
+memory than the chip has. RELATTN_AUTOTUNE=1 times the candidates on the machine at hand.
 """
 
 from __future__ import annotations
@@ -112,8 +113,12 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
     size: the larger of D and Dv; itemsize: of the inputs; clipped: the loop has a branch for tiles far from the tables; extra: rel_q or
     rel_v are there.
     """
-    if kernel.endswith("_product") or kernel == "join":  # with the block of the kernel that made the tiles; the loads are what takes time
-        return [Configuration(block, 4, stages) for block in (64, 32) for stages in (3, 2, 1)]
+    if kernel.endswith("_product") or kernel == "join":
+        # With the block of the kernel that made the tiles. Loads are what takes time: as many stages as there is room for.
+        stage = (8192 + 128 * size) * (2 if kernel == "query_product" else 1)
+        most = min(3, SHARED_MEMORY.get(family(target), stage) // stage) if target != "interpreter" else 1
+        warps = 4 if size <= 128 else 8
+        return [Configuration(block, warps, stages) for block in (64, 32) for stages in range(max(1, most), 0, -1)]
     if target == "interpreter":  # not all alike: kernels must get on with each other's
         return [Configuration(16 if kernel == "table_gradient" else 32, 4, 1)]
     place = 0 if size <= 64 else 1 if size <= 128 else 2

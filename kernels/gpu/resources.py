@@ -1,7 +1,7 @@
 """What the kernels' shipped configurations take of a chip, found by compiling them: no GPU is needed. `python -m kernels.gpu.resources`.
 
 Prints a row per kernel: registers and stack bytes of a thread (stack is where spilled registers go), shared memory of a program, matrix
-instructions. Exits with status 1 if one spills or takes more shared memory than the chip has. --search finds the table in configs.py anew.
+instructions. Exits with status 1 if one spills a lot or takes more shared memory than the chip has. --search finds the table in configs.py anew.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ NAMES = (
 )  # fmt: skip
 SIZES = (64, 128, 256)
 VARIANTS = ("plain", "clipped", "extra")
-# Where a GPU has measured the configurations, what they spill is no objection.
+# Where a GPU has measured the configurations, what they spill is no objection: of the fastest ones some spill over a thousand bytes a
+# thread. Elsewhere more than this is.
 MEASURED = ("sm_90",)
-# (target, kernel, head size, itemsize): bytes a thread.
-KNOWN_SPILLS: dict[tuple[str, str, int, int], int] = {}
+MOST_STACK = 512
 
 
 class Case(NamedTuple):
@@ -113,8 +113,7 @@ def measure(case: Case, configuration: Configuration) -> tuple[Resources, dict[s
         usage = _cuobjdump(assembly["cubin"], "-res-usage")
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         products = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", assembly["ptx"]))
-    spills = case.target not in MEASURED and stack > KNOWN_SPILLS.get(case[:4], 0)
-    fits = not spills and shared <= configs.SHARED_MEMORY[case.target]
+    fits = (case.target in MEASURED or stack <= MOST_STACK) and shared <= configs.SHARED_MEMORY[case.target]
     return Resources(registers, stack, shared, products, fits), assembly
 
 
@@ -133,7 +132,7 @@ def _shipped(case: Case) -> tuple[Case, Configuration, Resources]:
 
 
 def _searched(case: Case) -> tuple[Case, Configuration, Resources]:
-    """The first candidate that fits, or else the one that spills least."""
+    """The first candidate that spills nothing and fits, or else the one that spills least."""
     best = None
     for configuration in configs.CANDIDATES:
         try:
@@ -141,9 +140,9 @@ def _searched(case: Case) -> tuple[Case, Configuration, Resources]:
         except Exception as error:  # a compiler may give up on what cannot fit
             print(f"{case}, {configuration}: {type(error).__name__}", file=sys.stderr)
             continue
-        if best is None or found.ok or found.stack < best[2].stack:
+        if best is None or found.stack < best[2].stack:
             best = case, configuration, found
-        if found.ok:
+        if found.ok and found.stack == 0:
             break
     assert best is not None, case
     return best

@@ -1,19 +1,19 @@
 """What is done with one tile of scores, as functions that Triton inlines into the kernels.
 
-A tile is BLOCK queries against BLOCK keys. Numbers inside a tile: query m, key n. The distances that occur in it are consecutive:
-BLOCK - 1 + n - m is one of 0 ... 2 BLOCK - 2, so the rows of a relative table that it needs are a *window* of two blocks, low and high.
-A product with the window (rel_k: q.E^T) has one column per distance, and the skew, to one column per key, is a slide of each row:
+A tile is BLOCK queries against BLOCK keys, its *window* the two blocks of table rows that it needs, and the *skew* brings a product with
+the window to one column per key: kernels/README.md draws them. Numbers inside a tile: query m, key n.
 
     scores[m, n] = window[m, BLOCK - 1 + n - m]
 
 For rel_q, whose content is the key, it is window[n, BLOCK - 1 + n - m]. Four cases then: the content is the query or the key (QUERY), and
-it stands along the tile's rows or its columns (ROWS). The way back, for gradients and for rel_v, is a slide too.
+it stands along the tile's rows or its columns (ROWS). Of each line a tile needs BLOCK consecutive distances, one of each remainder modulo
+BLOCK, so that the window's blocks are packed into one, whose lines rotate. The way back, for gradients and for rel_v, is a rotation too.
 
-The slide goes through shared memory, as a gather on the flattened window. Matrix units leave in lane l of a warp the rows l / 4 (+ 8), of
-them the columns 2 (l mod 4) + {0, 1} (+ 8 t). The window is flattened in an order of its index bits, free as a matter of layout, in which
-the 32 lanes meet 32 different banks when they store it and when they load a tile from it, however far each row slides: the lowest five
-bits of an address are, for content along rows, [r2 r1 r0 c2 c1], where (c2 c1) takes all four values over the four lanes that share a row,
-whatever is added to c; along columns [r1 r0 c2 c1 r2]. tests/backends/test_triton.py counts the banks.
+A rotation goes through shared memory, as a gather on the flattened tile. Matrix units leave in lane l of a warp the rows l / 4 (+ 8), of
+them the columns 2 (l mod 4) + {0, 1} (+ 8 t). The tile is flattened in an order of its index bits, free as a matter of layout, in which
+the 32 lanes meet 32 different banks when they store it and when they load it rotated, however far: the lowest five bits of an address are,
+for content along rows, [r2 r1 r0 c2 c1], where (c2 c1) takes all four values over the four lanes that share a row, whatever is added to c;
+along columns [r1 r0 c2 c1 r2]. tests/backends/test_triton.py counts the banks. That holds for 32-bit numbers; 16-bit ones travel in pairs.
 """
 
 import triton

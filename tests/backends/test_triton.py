@@ -197,8 +197,7 @@ def test_nothing_of_length_by_length_is_ever_written(monkeypatch, rows, size):
     monkeypatch.setattr(gpu._Call, "_launch", listed)
     monkeypatch.setattr(gpu, "_TABLE_PROGRAMS", 8)
     monkeypatch.setattr(gpu, "_TILE_BYTES", budget)
-    if gpu.INTERPRETED:
-        monkeypatch.setattr(gpu, "_CONFIGURATION", (32, 4, 1))
+    monkeypatch.setattr(gpu, "_CONFIGURATION", (32, 4, 1))
     clip = length - 1 if rows is None else rows // 2
     call = Tensors(*(tensor.detach() for tensor in tensors)), Settings(clip, clip, False, None, None, 0, 0.0, 0.25)
     seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
