@@ -1,7 +1,8 @@
 """What the kernels' shipped configurations take of a chip, found by compiling them: no GPU is needed. `python -m kernels.gpu.resources`.
 
 Prints a row per kernel: registers and stack bytes of a thread (stack is where spilled registers go), shared memory of a program, matrix
-instructions. Exits with status 1 if one spills a lot or takes more shared memory than the chip has. --search finds the table in configs.py anew.
+instructions. Exits with status 1 if one spills a lot or takes more shared memory than the chip has. --search finds the table in configs.py
+anew.
 """
 
 from __future__ import annotations
