@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -84,3 +86,15 @@ def backward(length, queries=None, size=64, clip=None, mask=False, float_mask=Fa
         arguments["query_offset"] = length - 1
     output = relattn.relative_attention(*tensors, max_relative_position=clip, backend="triton", **arguments)
     torch.autograd.grad(output, tensors, torch.empty_like(output))
+
+
+@pytest.mark.parametrize(
+    ("switch", "expected"),
+    [("", False), ("allow_tf32 = True", True), ("fp32_precision = 'tf32'", True), ("fp32_precision = 'ieee'", False)],
+)
+def test_both_of_torchs_switches_for_tf32(switch, expected):
+    """In a process of its own: once the new switch was used, torch raises where the old one is read."""
+    lines = ["import torch", "from relattn.backends import triton", switch and f"torch.backends.cuda.matmul.{switch}"]
+    lines.append("print(triton._tf32())")
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(expected)
