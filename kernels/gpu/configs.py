@@ -107,11 +107,15 @@ _SINGLE = {
 }
 
 
+def alternatives(first: list[Configuration]) -> list[Configuration]:
+    """Those of `configurations`, and after them all other candidates: what is worth timing."""
+    return [*first, *(candidate for candidate in CANDIDATES if candidate not in first)]
+
+
 def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: bool, extra: bool) -> list[Configuration]:
     """For a kernel, the one to use first; those after it need less of the chip.
 
-    size: the larger of D and Dv; itemsize: of the inputs; clipped: the loop has a branch for tiles far from the tables; extra: rel_q or
-    rel_v are there.
+    size: the larger of D and Dv; itemsize: of the inputs; clipped: tiles may lie far from the tables; extra: rel_q or rel_v are there.
     """
     if kernel.endswith("_product") or kernel == "join":
         # With the block of the kernel that made the tiles. Loads are what takes time: as many stages as there is room for.

@@ -30,9 +30,14 @@ def cache_file() -> Path:
 
 
 def by_speed(
-    kernel: str, call: str, candidates: Sequence[Any], launch: Callable[[Any], None], too_large: type[Exception], device: torch.device
+    kernel: str,
+    call: str,
+    candidates: Sequence[Any],
+    launch: Callable[[Any], None],
+    fails: Callable[[Exception], bool],
+    device: torch.device,
 ) -> list[Any]:
-    """The candidates, fastest first, by the file or by timing `launch` with each. Those that the chip has no room for are left out.
+    """The candidates, fastest first, by the file or by timing `launch` with each. Those that raise what `fails` knows are left out.
 
     kernel, call: what is timed, as a key. While a CUDA graph is being captured, nothing is timed and nothing changes.
     """
@@ -40,20 +45,22 @@ def by_speed(
     if key not in timings:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return list(candidates)
-        timings = {key: _measure(candidates, launch, too_large, device)}
+        timings = {key: _measure(candidates, launch, fails, device)}
         _write(timings)
     times = timings[key]
     known = [candidate for candidate in candidates if str(tuple(candidate)) in times]
     return sorted(known, key=lambda candidate: times[str(tuple(candidate))]) or list(candidates)
 
 
-def _measure(candidates: Sequence[Any], launch, too_large: type[Exception], device: torch.device) -> dict[str, float]:
+def _measure(candidates: Sequence[Any], launch, fails: Callable[[Exception], bool], device: torch.device) -> dict[str, float]:
     """Milliseconds of a launch, by candidate."""
     times = {}
     for candidate in candidates:
         try:
             launch(candidate)  # compiles
-        except too_large:
+        except Exception as error:
+            if not fails(error):
+                raise
             continue
         once = _milliseconds(launch, candidate, 1, device)
         count = max(1, min(1000, int(1e3 * _SECONDS / max(once, 1e-3))))
@@ -83,10 +90,18 @@ def _machine(device: torch.device) -> str:
 
 
 def _read() -> dict[str, dict[str, float]]:
+    path = cache_file()
     try:
-        return json.loads(cache_file().read_text(encoding="utf-8"))
+        state = path.stat()
+        return _parsed(path, state.st_mtime_ns, state.st_size)
     except (OSError, ValueError):
         return {}
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(path: Path, *_state: int) -> dict[str, dict[str, float]]:
+    """The file's content, parsed anew when it has changed, and not at every launch."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write(new: dict[str, dict[str, float]]) -> None:

@@ -184,16 +184,17 @@ class _Call:
             size, extra = max(self.size, self.value_size), self.rel_q is not None or self.rel_v is not None
             target, clipped = _target(self.query_u.device), self._clipped(16)
             candidates = _kernels().configs.configurations(kernel, target, size, self.dtype.itemsize, clipped, extra)
+        tuned = autotune.wanted() and _CONFIGURATION is None
+        if tuned and block is None:  # a block that is given comes with its few configurations
+            candidates = _kernels().configs.alternatives(candidates)
         candidates = [candidate for candidate in candidates if candidate.block <= largest_block and block in (None, candidate.block)]
-        if len(candidates) > 1 and autotune.wanted():
-            device = self.query_u.device
-            candidates = autotune.by_speed(kernel, self._key(), candidates, launch, _kernels().OutOfResources, device)
+        if len(candidates) > 1 and tuned:
+            candidates = autotune.by_speed(kernel, self._key(), candidates, launch, _does_not_go, self.query_u.device)
         for candidate, smaller in itertools.zip_longest(candidates, candidates[1:]):
             try:
                 launch(candidate)
-            except (_kernels().OutOfResources, RuntimeError) as error:
-                compiler = not isinstance(error, _kernels().OutOfResources)  # some pipelines are beyond some versions of it
-                if smaller is None or (compiler and "PassManager" not in str(error)):
+            except Exception as error:
+                if smaller is None or not _does_not_go(error):
                     raise
                 _warn_once(f"relattn: the {kernel} kernel falls from {candidate} to {smaller}: {error}")
             else:
@@ -309,6 +310,11 @@ class _Call:
                 "combine", (-(-rows // 4),), configuration._replace(block=4, num_warps=4), partial=parts, partial_lse=part_lse,
                 output=_whole(output), lse=lse, splits=splits, rows=rows,
             )  # fmt: skip
+
+
+def _does_not_go(error: Exception) -> bool:
+    """Whether a configuration failed for want of room, or because its pipeline is beyond this version of Triton's compiler."""
+    return isinstance(error, _kernels().OutOfResources) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
 
 
 def _tf32() -> bool:
