@@ -192,15 +192,18 @@ class Backward(launcher._Call):
 
     def _part(self, rows: int, columns: int, block: int) -> tuple[int, int]:
         """Heads (of batch elements) and columns of tiles at once: enough programs to fill the chip, a few times over where some have less
-        to do than others, and as many keys as there is room for."""
+        to do than others, and as many keys as there is room for. Short sequences: as many heads as there is room for."""
         group = self.heads // self.key_heads
         units = self.batch * self.key_heads  # heads that share a key head stay together
+        budget = launcher._TILE_BYTES or launcher._tile_bytes(self.key.device)
         slots = 2 * (4 if launcher.INTERPRETED else launcher._processors(self.key.device))
         slots *= 1 if self.first == -launcher._UNBOUNDED and self.last == launcher._UNBOUNDED else 4
-        count = max(1, min(units, slots // (rows * group)))
+        count = max(1, slots // (rows * group))
+        column = group * rows * block * block * self.dtype.itemsize * (3 if self.products else 1)
+        whole = budget // max(column * (columns + 1), group * (rows + columns) * block * self.size * 4)  # and its `partial`
+        count = min(units, whole if whole >= min(units, 3 * count) else count)
         count = -(-units // -(-units // count))
-        column = count * group * rows * block * block * self.dtype.itemsize * (3 if self.products else 1)
-        room = max(2, (launcher._TILE_BYTES or launcher._tile_bytes(self.key.device)) // column) - 1
+        room = max(2, budget // (count * column)) - 1
         return count * group, -(-columns // -(-columns // room))
 
     def _product(self, block: int, *again: str, grid: tuple[int, ...], **arguments: Any) -> None:
