@@ -1,4 +1,5 @@
-"""Gradients of the tables, without atomics: one program keeps one diagonal of tiles.
+"""Gradients of the tables where products.py does not serve (clipped tables, rel_q, rel_v, offsets by batch element), without atomics: one
+program keeps one diagonal of tiles.
 
 Tiles whose first key minus first query is the same have the same window of distances, so its two blocks of the table's gradient are summed
 in registers while the program walks the queries of its share of heads and batch elements. Each program writes its sums to a place of its
