@@ -1,8 +1,8 @@
 """The backward pass, in kernels that each keep what they sum in registers: no atomics, the same bits every time.
 
 `prepare_kernel` computes a few numbers per query. `query_gradient_kernel` has its queries stay put and walks the keys, as the forward pass
-does; `key_gradient_kernel` has its keys stay put and walks the queries. Both recompute the scores. The tables' gradients, and of large heads
-all of them, are products of tiles that the former leaves in memory (products.py), or have a walk of their own (tables.py).
+does; `key_gradient_kernel` has its keys stay put and walks the queries. Both recompute the scores. The tables' gradients, and of large
+heads all of them, are products of tiles that the former leaves in memory (products.py), or have a walk of their own (tables.py).
 
 With w the weights and do the output's gradient, of a tile: dw = do v^T (+ the skew of do rel_v^T), ds = w (dw - delta), where
 delta = sum_j w dw = do.o; then dq = ds k + unskewed(ds) rel_k, dk = ds^T q + unskewed(ds)^T rel_q, dv = w^T do.
