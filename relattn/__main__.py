@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from relattn._version import __version__
-from relattn.backends import available_backends
+from relattn.backends import available_backends, triton
 from relattn.backends.cpu import variant
 
 # What a package is imported as -> the distributions that provide it.
@@ -89,7 +89,9 @@ def report() -> dict[str, Any]:
 
 
 def _usable(name: str, facts: dict[str, Any]) -> str:
-    return f"usable, with {facts['cpu']['instruction_set']} instructions" if name == "cpu" else "usable"
+    if name == "cpu":
+        return f"usable, with {facts['cpu']['instruction_set']} instructions"
+    return triton.confirmed() if name == "triton" and not triton.INTERPRETED else "usable"
 
 
 def table(facts: dict[str, Any]) -> str:

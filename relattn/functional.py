@@ -112,7 +112,7 @@ def relative_attention(
         output, lse, _ = _by_reference(tensors, settings)
     else:
         attend = torch.ops.relattn.forward if torch.compiler.is_compiling() else RelativeAttentionFunction.apply
-        output, lse, _ = attend(chosen, *tensors, *settings)
+        output, lse, _ = attend(backends.automatic(chosen) if backend is None else chosen, *tensors, *settings)
     return (output, lse) if return_lse else output
 
 

@@ -64,11 +64,9 @@ def _forward(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
     tensors, settings = _split(call)
     device = tensors.query.device
     with no_autocast(device.type):
-        if settings.dropout_p > 0.0:
-            seed = draw_seed(device)
-        else:
-            seed = torch.zeros((), dtype=torch.int64, device=device)
-        return *backends.BACKENDS[backend].forward(tensors, settings, seed), seed
+        # Without dropout it is empty, which takes no kernel.
+        seed = draw_seed(device) if settings.dropout_p > 0.0 else torch.empty((0,), dtype=torch.int64, device=device)
+        return *backends.implementation(backend).forward(tensors, settings, seed), seed
 
 
 def _backward(backend: str, *call) -> list[Tensor]:
@@ -77,7 +75,7 @@ def _backward(backend: str, *call) -> list[Tensor]:
     with no_autocast(tensors.query.device.type):
         if grad_output is None:
             grad_output = torch.zeros_like(output)
-        return backends.BACKENDS[backend].backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)
+        return backends.implementation(backend).backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)
 
 
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
@@ -90,7 +88,7 @@ def _forward_fake(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, length, _ = query.shape
     output = empty_with_layout(query, (batch, heads, length, value.shape[3]))
     lse = query.new_empty((batch, heads, length), dtype=lse_dtype(query.dtype))
-    return output, lse, query.new_empty((), dtype=torch.int64)
+    return output, lse, query.new_empty(() if call[-2] > 0.0 else (0,), dtype=torch.int64)
 
 
 @torch.library.register_fake("relattn::backward", lib=_library)

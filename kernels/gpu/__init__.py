@@ -1,14 +1,10 @@
 """The Triton kernels, by name. Importing this imports triton."""
 
-from typing import Any
-
-from triton import next_power_of_2
-from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
 from . import backward, configs, forward, operands, products, tables, tile
 
-__all__ = ["CompiledKernel", "OutOfResources", "configs", "kernel", "next_power_of_2", "operands", "tile"]
+__all__ = ["KERNELS", "OutOfResources", "configs", "operands", "tile"]
 
 KERNELS = {
     "forward": forward.forward_kernel,
@@ -21,10 +17,5 @@ KERNELS = {
     "join": products.join_kernel,
     "query_product": products.query_product_kernel,
     "table_product": products.table_product_kernel,
+    "table_sum": tables.table_sum_kernel,
 }
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-
-
-def kernel(name: str) -> tuple[Any, tuple[str, ...]]:
-    """A kernel, and the names of what it is launched with."""
-    return KERNELS[name], (*KERNELS[name].arg_names, *_OPTIONS)

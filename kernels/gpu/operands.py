@@ -15,6 +15,7 @@ import triton.language as tl
 SIZES = [
     "heads", "group", "queries", "keys", "batches", "split_keys", "splits", "rows", "table_rows", "table_start", "first", "last",
     "threshold", "diagonals", "first_diagonal", "shared_heads", "chunk", "chunk_batches", "first_pair", "columns", "key_begin", "key_end",
+    "count", "step", "distances", "first_row", "pairs", "pair_step", "edge_rows", "first_table", "first_head",
 ]  # fmt: skip
 
 

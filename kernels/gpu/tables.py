@@ -1,9 +1,10 @@
-"""Gradients of the tables where products.py does not serve (clipped tables, rel_q, rel_v, offsets by batch element), without atomics: one
-program keeps one diagonal of tiles.
+"""Gradients of the tables, without atomics.
 
-Tiles whose first key minus first query is the same have the same window of distances, so its two blocks of the table's gradient are summed
-in registers while the program walks the queries of its share of heads and batch elements. Each program writes its sums to a place of its
-own; the caller adds them up in a fixed order, and folds the distances beyond the tables into the edge rows.
+Where products.py does not serve (clipped tables, rel_q, rel_v, offsets by batch element) one program keeps one diagonal of tiles: those
+whose first key minus first query is the same have the same window of distances, so its two blocks of the table's gradient are summed in
+registers while the program walks the queries of its share of heads and batch elements. Each program writes its sums to a place of its own;
+`table_sum_kernel` adds them up in a fixed order, as it does the sums of products.py, and folds the distances beyond the tables into the
+edge rows.
 """
 
 import triton
@@ -67,14 +68,15 @@ def _diagonal_walk(
 def table_gradient_kernel(
     inputs, grad_output, saved, partial, partial_sums, units,
     heads, group, queries, keys, batches, table_rows, table_start, first, last, threshold,
-    diagonals, first_diagonal, shared_heads, chunk_batches, chunk,
+    diagonals, first_diagonal, first_head, shared_heads, chunk_batches, chunk,
     TABLE: tl.constexpr, ABSORB: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (diagonal, `shared_heads` heads, split): `chunk` queries of `chunk_batches` batch elements, the splits of one batch element
-    lying together. TABLE: "rel_k", "rel_q" or "rel_v", or "sums" for no table at all.
+    """Program (diagonal, `shared_heads` heads of those from first_head on, split): `chunk` queries of `chunk_batches` batch elements, the
+    splits of one batch element lying together. TABLE: "rel_k", "rel_q" or "rel_v", or "sums" for no table at all.
 
-    partial (splits, heads / shared_heads, diagonals, 2 BLOCK, D) and, for rel_k and "sums", partial_sums (splits, heads, diagonals,
-    2 BLOCK) or None, float32: the gradient, and the sum of the score gradients, by distance. Unscaled, also by what dropout leaves.
+    partial (splits, groups of heads, diagonals, 2 BLOCK, D) and, for rel_k and "sums", partial_sums (splits, heads of these groups,
+    diagonals, 2 BLOCK) or None, float32: the gradient, and the sum of the score gradients, by distance. Unscaled, also by what dropout
+    leaves.
     The window of diagonal t of `diagonals` begins at distance (first_diagonal + t) BLOCK - (BLOCK - 1), key index minus query index, minus
     the batch element's own offset (`offsets`). With ABSORB the first and the last diagonal stand for all those beyond them too. With FAR,
     which excludes that, pairs of a query and a key are left out that lie in a tile of FAR_BLOCK, a multiple of BLOCK, far from the tables.
@@ -99,7 +101,8 @@ def table_gradient_kernel(
     total_low, total_high = tl.full((BLOCK, COLUMNS), 0.0, tl.float32), tl.full((BLOCK, COLUMNS), 0.0, tl.float32)
     slot = split.to(tl.int64)
     for member in tl.range(0, shared_heads):
-        head = head_group * shared_heads + member
+        head_here = head_group * shared_heads + member
+        head = first_head + head_here
         sums_low, sums_high = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
         for element in tl.range(first_batch, tl.minimum(first_batch + chunk_batches, batches)):
             nearest, farthest, start_here, key_stop = offsets_of(given, element, keys, table_start64, first, last)
@@ -155,7 +158,7 @@ def table_gradient_kernel(
                             TABLE, partial_sums is not None, given.offsets is None, TILE,
                         )  # fmt: skip
         if partial_sums is not None:
-            place64 = ((slot * heads + head) * diagonals + index) * (2 * BLOCK)
+            place64 = ((slot * tl.num_programs(1) * shared_heads + head_here) * diagonals + index) * (2 * BLOCK)
             tl.store(partial_sums + place64 + tl.arange(0, BLOCK), sums_low)
             tl.store(partial_sums + place64 + BLOCK + tl.arange(0, BLOCK), sums_high)
     slot = (slot * tl.num_programs(1) + head_group) * diagonals + index
@@ -171,3 +174,71 @@ def _store_window(partial, slot, low, high, SIZE: tl.constexpr, COLUMNS: tl.cons
     window = partial + slot * (2 * BLOCK * SIZE)
     store_rows(Matrix(window, SIZE, 1), low, 0, BLOCK, SIZE, COLUMNS, BLOCK)
     store_rows(Matrix(window + BLOCK * SIZE, SIZE, 1), high, 0, BLOCK, SIZE, COLUMNS, BLOCK)
+
+
+@triton.jit
+def _add_rows(total, matrices, count, first, step, held, row, known, TILE: tl.constexpr):
+    """Add the rows of every step-th of `count` matrices (held, D), in their order."""
+    column = tl.arange(0, TILE.COLUMNS)
+    place = row.to(tl.int64)[:, None] * TILE.SIZE + column[None, :]
+    inside = known[:, None] & (column < TILE.SIZE)[None, :]
+    fours = first + tl.maximum(count - first + step - 1, 0) // (4 * step) * (4 * step)
+    for one in tl.range(first, fours, 4 * step):
+        for index in tl.static_range(4):  # loads that do not wait for one another
+            offset = tl.cast(one + index * step, tl.int64) * held * TILE.SIZE
+            total += tl.load(matrices + offset + place, mask=inside, other=0.0)
+    for one in tl.range(fours, count, step):
+        total += tl.load(matrices + tl.cast(one, tl.int64) * held * TILE.SIZE + place, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=SIZES)
+def table_sum_kernel(
+    partial, edges, gradient, scale, count, step, first_pair, distances, chunk, first_row, pairs, pair_step, edge_rows, first_table,
+    table_rows, HALVES: tl.constexpr, ADD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Program (block of table rows, table): what `partial` holds by distance, summed by table row, times `scale`, to gradient (T, R, D).
+    The first two programs of a table have its first and its last row, to which all distances beyond belong.
+
+    partial (count, distances, D) float32. Of two HALVES it is (count, diagonals, 2, chunk, D): the high half of a diagonal and the low
+    half of the next one hold the same distances, and these are (diagonals + 1) chunk. Distance x belongs to row x + first_row; to table t
+    belongs every step-th matrix from (t - first_pair) mod step on. edges (2, pairs, edge_rows, D) float32, or None: what far tiles owe to
+    the first and to the last row, to table t of every pair_step-th pair. With ADD the gradient, float32 then, is added to.
+    """
+    block, table = tl.program_id(0), tl.program_id(1) + first_table
+    lane = tl.arange(0, TILE.BLOCK)
+    # Of a program in between each lane has a row; of the first and the last row all lanes have distances.
+    edge = block < 2
+    row = tl.where(edge, (table_rows - 1) * block, (block - 2) * TILE.BLOCK + 1 + lane)
+    start = tl.where(edge, 0, (block - 2) * TILE.BLOCK + 1 - first_row)
+    stop = tl.minimum(start + TILE.BLOCK, table_rows - 1 - first_row)
+    last = tl.where(table_rows == 1, distances, tl.maximum(table_rows - 1 - first_row, 0))
+    start = tl.where(block == 1, last, start)
+    stop = tl.where(edge, tl.where((block == 1) | (table_rows == 1), distances, 1 - first_row), stop)
+    total = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
+    first = (table + step - first_pair % step) % step
+    for begin in tl.range(start, tl.minimum(stop, distances), TILE.BLOCK):
+        distance = begin + lane
+        known = (distance >= 0) & (distance < tl.minimum(stop, distances))
+        if HALVES == 1:
+            total = _add_rows(total, partial, count, first, step, distances, distance, known, TILE)
+        else:
+            held = 2 * (distances - chunk)
+            low = distance + distance // chunk * chunk
+            total = _add_rows(total, partial, count, first, step, held, low, known & (low < held), TILE)
+            total = _add_rows(total, partial, count, first, step, held, low - chunk, known & (distance >= chunk), TILE)
+    if edges is not None:  # noqa: SIM102 (this is the compiler's condition)
+        if edge & ((block == 0) | (table_rows > 1)):
+            side = edges + block * (tl.cast(pairs, tl.int64) * edge_rows * TILE.SIZE)
+            for begin in tl.range(0, edge_rows, TILE.BLOCK):
+                known = begin + lane < edge_rows
+                total = _add_rows(total, side, pairs, table % pair_step, pair_step, edge_rows, begin + lane, known, TILE)
+    column = tl.arange(0, TILE.COLUMNS)
+    rows = tl.where(edge, tl.minimum(1, table_rows - block), table_rows - 2 - (block - 2) * TILE.BLOCK)
+    mask = (lane < rows)[:, None] & (column < TILE.SIZE)[None, :]
+    total = tl.where(edge, tl.sum(total, axis=0)[None, :], total) * scale
+    place = gradient.base + table.to(tl.int64) * gradient.head + row.to(tl.int64)[:, None] * gradient.row
+    place += column[None, :] * gradient.column
+    if ADD:
+        total += tl.load(place, mask=mask, other=0.0)
+    tl.store(place, total.to(gradient.base.dtype.element_ty), mask=mask)

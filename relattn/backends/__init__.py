@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -48,6 +48,34 @@ BACKENDS: dict[str, Backend] = {
 }
 if triton.INTERPRETED:  # then it is the slowest, and only used when asked for by name
     BACKENDS["triton"] = BACKENDS.pop("triton")
+
+
+def _or_blocked(name: str) -> Callable[..., Any]:
+    """A function of the Triton backend; blocked's, with a warning, where a kernel does not compile or launch."""
+
+    def run(*call: Any) -> Any:
+        try:
+            return getattr(triton, name)(*call)
+        except triton.KernelError as error:
+            triton.warn_once(f"{error}; such calls now take backend 'blocked', which is slower (backend='triton' by name raises)")
+            return getattr(blocked, name)(*call)
+
+    return run
+
+
+# A run on a GPU that nobody tried must not be lost: what the operators call where the backend was not named.
+_AUTOMATIC = {"triton": "triton or blocked"}
+_COMBINED = {"triton or blocked": Backend(forward=_or_blocked("forward"), backward=_or_blocked("backward"))}
+
+
+def automatic(name: str) -> str:
+    """The implementation to use where `select` chose this backend by itself."""
+    return _AUTOMATIC.get(name, name)
+
+
+def implementation(name: str) -> Backend:
+    """That of a backend, or of `automatic`'s result."""
+    return BACKENDS.get(name) or _COMBINED[name]
 
 
 def available_backends() -> dict[str, str | None]:

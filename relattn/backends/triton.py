@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -10,7 +9,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +17,13 @@ from torch import Tensor
 
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout, hidden_from
 from relattn.backends import autotune, blocked
+from relattn.backends.tape import Slot, Tape
 
 _LOG2_E = 1.0 / math.log(2.0)
 _UNBOUNDED = 2**62 + 1
 _TABLES = ("rel_k", "rel_q", "rel_v", "rel_bias")
+_MOST_TAPES = 1024
+_CONFIRMED = ("sm_90",)  # by benchmarks/gpu_check.sh on an H200
 
 # Triton's interpreter runs the kernels on CPU tensors, very slowly: for tests. Triton reads the variable when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
@@ -57,6 +59,31 @@ def unavailable() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
+class KernelError(RuntimeError):
+    """A kernel that does not compile or launch, in no configuration."""
+
+
+# Tapes of the last signatures; why a kind of call has no kernels here (`_kind`); configurations that found no room.
+_TAPES: dict[tuple[Any, ...], Tape] = {}
+_FAILED: dict[tuple[Any, ...], str] = {}
+_WITHOUT_ROOM: set[tuple[Any, ...]] = set()
+
+
+def forget() -> None:
+    """Everything that earlier calls left behind."""
+    for kept in (_TAPES, _FAILED, _WITHOUT_ROOM):
+        kept.clear()
+    warn_once.cache_clear()
+
+
+def confirmed() -> str:
+    """What is known of the kernels on this machine's GPU."""
+    target = _target(torch.device("cuda", 0))
+    if target in _CONFIRMED:
+        return f"usable; on {target} checked and timed"
+    return f"usable; for {target} compiled and emulated, not yet run on such a GPU: check with benchmarks/gpu_check.sh"
+
+
 def unsupported(tensors: Tensors, settings: Settings) -> str | None:
     query = tensors.query
     if not INTERPRETED:
@@ -72,24 +99,30 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
         return f"head sizes go to 256, and these are {query.shape[3]} and {tensors.value.shape[3]}"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
-    return None
-
-
-@functools.cache
-def _kernels() -> Any:
-    return importlib.import_module("relattn.kernels.gpu")
+    return _FAILED.get(_kind(tensors, settings)) if _FAILED else None
 
 
 def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq)."""
+    """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq).
+
+    Raises:
+        KernelError: a kernel does not compile or launch.
+    """
     query = tensors.query
     batch, heads, length, _ = query.shape
     output = empty_with_layout(query, (batch, heads, length, tensors.value.shape[3]))
     lse = query.new_empty((batch, heads, length), dtype=torch.float32)
     if output.numel() == 0 or tensors.key.numel() == 0:
         return output.zero_(), lse.fill_(-torch.inf)
-    call = _Call(tensors, settings, seed)
-    call.forward(output, lse)
+    signature = _signature(tensors, settings)
+    named = _named(tensors) | dict(output=output, lse=lse, seed=seed)
+    tape = _TAPES.get(signature)
+    if tape is not None:
+        tape.run(named)
+    else:
+        call = Call(named, settings, _usable(tensors, settings))
+        call.forward()
+        _keep(signature, call.tape)
     return output, lse
 
 
@@ -103,66 +136,119 @@ def backward(
     seed: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients of the differentiable tensors for which `needs` is True, in the order of `DIFFERENTIABLE`."""
+    """Gradients of the differentiable tensors for which `needs` is True, in the order of `DIFFERENTIABLE`.
+
+    Raises:
+        KernelError: a kernel does not compile or launch.
+    """
     if needs[DIFFERENTIABLE.index("attn_mask")]:  # not through `unsupported`, but the operator can be called by itself
         return blocked.backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)
     differentiable = zip(DIFFERENTIABLE, tensors, needs, strict=False)
     gradients = {name: empty_gradient(tensor) for name, tensor, need in differentiable if need and tensor is not None}
     if output.numel() == 0 or tensors.key.numel() == 0:
         return [gradient.zero_() for gradient in gradients.values()]
-    from relattn.backends import triton_backward  # it needs what is defined here
+    signature = _signature(tensors, settings, (grad_output, grad_lse, output, lse), needs)
+    # One number for many rows, as `output.sum().backward()` gives it: not worth kernels of its own.
+    grad_output = _near(grad_output if grad_output.stride(3) == 1 else grad_output.contiguous())
+    named = _named(tensors) | dict(grad_output=grad_output, output=output, lse=lse.contiguous(), seed=seed)
+    if grad_lse is not None:
+        named["grad_lse"] = grad_lse.contiguous()
+    named |= {f"grad_{name}": gradient for name, gradient in gradients.items()}
+    tape = _TAPES.get(signature)
+    if tape is not None:
+        tape.run(named)
+    else:
+        from relattn.backends.triton_backward import Backward  # it needs what is defined here
 
-    triton_backward.Backward(tensors, settings, seed, gradients, grad_output, lse).run(grad_lse, output)
+        call = Backward(named, settings, _usable(tensors, settings), gradients.keys())
+        call.backward()
+        _keep(signature, call.tape)
     return list(gradients.values())
 
 
-def _operand(tensor: Tensor | None, dims: str = "bhrc") -> Any:
-    """An Operand of some of the dimensions batch, head, row and column, with stride 0 where it broadcasts."""
-    if tensor is None:
-        return None
-    operands = _kernels().operands
-    strides = dict.fromkeys("bhrc", operands.LACKING) | dict.fromkeys(dims, 0)
-    own = dims[len(dims) - tensor.dim() :]
-    strides |= {dim: 0 if size == 1 else stride for dim, size, stride in zip(own, tensor.shape, tensor.stride(), strict=True)}
-    return operands.Operand(tensor, *strides.values())
+def _signature(
+    tensors: Tensors, settings: Settings, others: Sequence[Tensor | None] = (), needs: Sequence[bool] = ()
+) -> tuple[Any, ...]:  # fmt: skip
+    """All that decides which kernels are launched, with which numbers: calls of which it is the same share a tape."""
+    return (
+        *[
+            None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16)
+            for tensor in (*tensors, *others)
+        ],
+        settings, tensors.query.device, *needs, _CONFIGURATION, _SPLITS, _TABLE_PROGRAMS, _TILE_BYTES,
+        tensors.query.dtype == torch.float32 and _tf32(), autotune.wanted(),
+    )  # fmt: skip
 
 
-def _whole(tensor: Tensor) -> Any:
-    """The Operand of a tensor (B, H, rows, columns)."""
-    return _kernels().operands.Operand(tensor, *tensor.stride())
+def _kind(tensors: Tensors, settings: Settings) -> tuple[Any, ...]:
+    """What decides whether kernels compile: dtypes and which terms there are, not lengths."""
+    dtypes = (None if tensor is None else tensor.dtype for tensor in tensors)
+    return (tensors.query.device, tensors.query.shape[3], tensors.value.shape[3], settings.dropout_p > 0.0, *dtypes)
+
+
+def _usable(tensors: Tensors, settings: Settings) -> tuple[Any, ...]:
+    """`_kind`, if its kernels did not fail before: a compiler takes its time to fail."""
+    kind = _kind(tensors, settings)
+    if kind in _FAILED:
+        raise KernelError(f"relattn: backend 'triton': {_FAILED[kind]}")
+    return kind
+
+
+def _keep(signature: tuple[Any, ...], tape: Tape) -> None:
+    tape.close()
+    if autotune.wanted() and tape.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return  # nothing was timed
+    while len(_TAPES) >= _MOST_TAPES:
+        _TAPES.pop(next(iter(_TAPES)), None)
+    _TAPES[signature] = tape
+
+
+def _named(tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors that kernels read, as they take them, by the names of `Inputs`."""
+    query, rel_k = _near(tensors.query), tensors.rel_k
+    named = dict(query_u=query, key=_near(tensors.key), value=_near(tensors.value))
+    if tensors.pos_bias_u is not None or tensors.pos_bias_v is not None:
+        named["query_u"] = _plus(query, tensors.pos_bias_u)
+        if rel_k is not None:
+            named["query_v"] = _plus(query, tensors.pos_bias_v)
+    for name, table in (("rel_k", rel_k), ("rel_q", tensors.rel_q), ("rel_v", tensors.rel_v)):
+        if table is not None:
+            named[name] = table if table.dtype == query.dtype else table.to(query.dtype)
+    for name, mask in (("key_mask", tensors.key_mask), ("mask", tensors.attn_mask)):
+        if mask is not None:
+            named[name] = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    for name, tensor in (("rel_bias", tensors.rel_bias), ("key_lengths", tensors.key_lengths), ("offsets", tensors.query_offsets)):
+        if tensor is not None:
+            named[name] = tensor
+    return named
+
+
+def _plus(query: Tensor, bias: Tensor | None) -> Tensor:
+    result = empty_with_layout(query, query.shape)
+    return result.copy_(query) if bias is None else torch.add(query, bias[:, None, :], out=result)
 
 
 def _near(tensor: Tensor) -> Tensor:
     """A copy of what lies so far apart in memory that offsets inside a tile overflow 32 bits."""
-    return tensor.contiguous() if any(abs(stride) >= 2**23 for stride in tensor.stride()[-2:]) else tensor
+    _, _, row, column = tensor.stride()
+    return tensor.contiguous() if abs(row) >= 2**23 or abs(column) >= 2**23 else tensor
 
 
-class _Call:
-    """One call's tensors as the kernels take them, and the launches."""
+@functools.cache
+def _kernels() -> Any:
+    return importlib.import_module("relattn.kernels.gpu")
 
-    def __init__(self, tensors: Tensors, settings: Settings, seed: Tensor) -> None:
-        query = tensors.query
-        self.dtype = query.dtype
+
+class Call:
+    """The first call of a signature: chooses and launches, and leaves a tape. `named`: the tensors by name (`_named`)."""
+
+    def __init__(self, named: dict[str, Tensor], settings: Settings, kind: tuple[Any, ...]) -> None:
+        query = named["query_u"]
+        self.tape, self.settings, self.kind, self.names = Tape(named), settings, kind, named.keys()
+        self.dtype, self.device = query.dtype, query.device
         self.batch, self.heads, self.queries, self.size = query.shape
-        self.key_heads, self.keys, self.value_size = *tensors.key.shape[1:3], tensors.value.shape[3]
-        self.key, self.value, self.seed, self.settings = _near(tensors.key), _near(tensors.value), seed, settings
-        self.pos_bias_u, self.pos_bias_v = tensors.pos_bias_u, tensors.pos_bias_v
-        self.query_u, self.query_v = _near(query), None
-        if self.pos_bias_u is not None or self.pos_bias_v is not None:
-            self.query_u = self._plus(query, self.pos_bias_u)
-            self.query_v = self._plus(query, self.pos_bias_v) if tensors.rel_k is not None else None
-        tables = (tensors.rel_k, tensors.rel_q, tensors.rel_v)
-        self.rel_k, self.rel_q, self.rel_v = (None if table is None else table.to(self.dtype) for table in tables)
-        self.rel_bias = tensors.rel_bias
+        self.key_heads, self.keys, self.value_size = *named["key"].shape[1:3], named["value"].shape[3]
         self.table_rows = settings.left + settings.right + 1
-        self.key_mask = None if tensors.key_mask is None else tensors.key_mask.view(torch.uint8)
-        mask = tensors.attn_mask
-        self.hidden_from = 0.0 if mask is None or mask.dtype == torch.bool else hidden_from(mask.dtype)
-        self.mask = mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
-        # Only a mask or a bias that is added makes scores so large that the log-sum-exp does not hold what it should.
-        self.exact = self.rel_bias is None and (self.mask is None or self.mask.dtype == torch.uint8)
-        self.keep_scale = 1.0 / (1.0 - settings.dropout_p) if settings.dropout_p < 1.0 else 0.0
-        self.key_lengths, self.offsets = tensors.key_lengths, tensors.query_offsets
         self.first, self.last = -_UNBOUNDED, _UNBOUNDED
         if settings.window_left is not None:
             self.first = max(settings.query_offset - settings.window_left, 1 - _UNBOUNDED)
@@ -170,40 +256,98 @@ class _Call:
         if right is not None:
             self.last = min(settings.query_offset + right, _UNBOUNDED - 1)
         self.table_start = settings.query_offset - settings.left  # the tables' first row, as key index minus query index
-        self._prepared: dict[tuple[str, ...] | None, tuple[Any, Any, dict[str, Any]]] = {}
+        # Only a mask or a bias that is added makes scores so large that the log-sum-exp does not hold what it should.
+        mask = named.get("mask")
+        self.exact = "rel_bias" not in named and (mask is None or mask.dtype == torch.uint8)
+        self.keep_scale = 1.0 / (1.0 - settings.dropout_p) if settings.dropout_p < 1.0 else 0.0
+        self.arguments = self._arguments(mask)
 
-    def _plus(self, query: Tensor, bias: Tensor | None) -> Tensor:
-        result = empty_with_layout(query, query.shape)
-        return result.copy_(query) if bias is None else torch.add(query, bias[:, None, :], out=result)
+    def _arguments(self, mask: Tensor | None) -> dict[str, Any]:
+        """Those that most kernels take."""
+        settings, operands, names = self.settings, _kernels().operands, self.names
+        hidden = 0.0 if mask is None or mask.dtype == torch.uint8 else hidden_from(mask.dtype)
+        inputs = operands.Inputs(
+            *(self._operand(name, "bhrc") for name in ("query_u", "query_v", "key", "value")),
+            *(self._operand(name, "hrc") for name in ("rel_k", "rel_q", "rel_v")),
+            self._operand("rel_bias", "hr"), self._operand("key_mask", "bc"), self._operand("mask", "bhrc"),
+            *(Slot(name) if name in names else None for name in ("key_lengths", "offsets", "seed")),
+        )  # fmt: skip
+        threshold = min(round(settings.dropout_p * 2**32), 2**32 - 1)  # at p = 1 what is kept all the same is multiplied by 0
+        return dict(
+            inputs=self.tape.group("inputs", inputs),
+            units=operands.Units(float(settings.scale), settings.scale * _LOG2_E, hidden, self.keep_scale),
+            heads=self.heads, group=self.heads // self.key_heads, queries=self.queries, keys=self.keys, batches=self.batch,
+            table_rows=self.table_rows, table_start=self.table_start, first=self.first, last=self.last,
+            threshold=threshold - 2**32 if threshold >= 2**31 else threshold,
+        )  # fmt: skip
+
+    def _operand(self, name: str | None, dims: str = "bhrc") -> Any:
+        """An Operand of some of the dimensions batch, head, row and column, with stride 0 where a tensor broadcasts. Of none it is None."""
+        tensor = None if name is None else self.tape.live.get(name)
+        if name is None or tensor is None:
+            return None
+        operands = _kernels().operands
+        strides = dict.fromkeys("bhrc", operands.LACKING) | dict.fromkeys(dims, 0)
+        own = dims[len(dims) - tensor.dim() :]
+        broadcasts = name in ("rel_k", "rel_q", "rel_v", "rel_bias", "key_mask", "mask")
+        for dim, size, stride in zip(own, tensor.shape, tensor.stride(), strict=True):
+            strides[dim] = 0 if size == 1 and broadcasts else stride
+        return operands.Operand(Slot(name), *strides.values())
 
     def _run(self, kernel: str, launch: Callable[[Any], None], largest_block: int = 2**30, block: int | None = None) -> int:
         """Launch with the best configuration, with a smaller one where the chip lacks the room; the block size that it was."""
-        if _CONFIGURATION is not None:
-            candidates = [_kernels().configs.Configuration(*_CONFIGURATION)]
-        else:
-            size, extra = max(self.size, self.value_size), self.rel_q is not None or self.rel_v is not None
-            target, clipped = _target(self.query_u.device), self._clipped(16)
-            candidates = _kernels().configs.configurations(kernel, target, size, self.dtype.itemsize, clipped, extra)
-        tuned = autotune.wanted() and _CONFIGURATION is None
-        if tuned and block is None:  # a block that is given comes with its few configurations
-            candidates = _kernels().configs.alternatives(candidates)
-        candidates = [candidate for candidate in candidates if candidate.block <= largest_block and block in (None, candidate.block)]
-        if len(candidates) > 1 and tuned:
-            candidates = autotune.by_speed(kernel, self._key(), candidates, launch, _does_not_go, self.query_u.device)
-        for candidate, smaller in itertools.zip_longest(candidates, candidates[1:]):
+        candidates = self._candidates(kernel, largest_block, block)
+        tape = self.tape
+        attempts: dict[Any, list[Any]] = {}
+
+        def attempt(candidate: Any) -> None:
+            """What is timed launches the same again, many times."""
+            if candidate in attempts:
+                tape.again(attempts[candidate])
+                return
+            mark = tape.mark()
             try:
                 launch(candidate)
+            finally:
+                attempts[candidate] = tape.cut(mark)
+
+        if len(candidates) > 1 and autotune.wanted() and _CONFIGURATION is None:
+            candidates = autotune.by_speed(kernel, self._key(), candidates, attempt, _does_not_go, self.device)
+        for candidate, smaller in itertools.zip_longest(candidates, candidates[1:]):
+            mark = tape.mark()
+            try:
+                launch(candidate)
+                return candidate.block
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:
+                tape.cut(mark)
                 if smaller is None or not _does_not_go(error):
-                    raise
-                _warn_once(f"relattn: the {kernel} kernel falls from {candidate} to {smaller}: {error}")
-            else:
-                break
-        return candidate.block
+                    raise self._failure(kernel, error) from error
+                _WITHOUT_ROOM.add((kernel, candidate, *self.kind))
+                warn_once(f"relattn: the {kernel} kernel falls from {candidate} to {smaller}: {error}")
+        raise AssertionError("no candidates")
+
+    def _candidates(self, kernel: str, largest_block: int, block: int | None) -> list[Any]:
+        configs = _kernels().configs
+        if _CONFIGURATION is not None:
+            return [configs.Configuration(*_CONFIGURATION)]
+        size, extra = max(self.size, self.value_size), bool({"rel_q", "rel_v"} & self.names)
+        candidates = configs.configurations(kernel, _target(self.device), size, self.dtype.itemsize, self._clipped(16), extra)
+        if autotune.wanted() and block is None:  # a block that is given comes with its few configurations
+            candidates = configs.alternatives(candidates)
+        candidates = [one for one in candidates if one.block <= largest_block and block in (None, one.block)]
+        return [one for one in candidates if (kernel, one, *self.kind) not in _WITHOUT_ROOM] or candidates[-1:]
+
+    def _failure(self, kernel: str, error: Exception) -> KernelError:
+        first_line = next(iter(str(error).splitlines()), "")
+        reason = f"its {kernel} kernel does not compile or launch on {_target(self.device)}: {type(error).__name__}: {first_line}"
+        _FAILED[self.kind] = reason
+        return KernelError(f"relattn: backend 'triton': {reason}")
 
     def _key(self) -> str:
         """What decides which configuration is fastest, for autotuning: lengths and the number of heads by powers of two."""
-        terms = [name for name in _TABLES if getattr(self, name) is not None]
+        terms = [name for name in _TABLES if name in self.names]
         sizes = [1 << (size - 1).bit_length() for size in (self.batch * self.heads, self.queries, self.keys)]
         causal = "causal" if self.last < _UNBOUNDED else "both ways"
         return " ".join(map(str, (self.dtype, self.size, self.value_size, *sizes, causal, *terms, "clipped" * self._clipped(16))))
@@ -211,70 +355,40 @@ class _Call:
     def _diagonals(self, block: int) -> tuple[int, int]:
         """Of the tiles' first key minus first query, in blocks: the lowest and the highest that some query sees."""
         lowest, highest = -((self.queries - 1) // block), (self.keys - 1) // block
-        if self.offsets is None:  # seen: t * block + block - 1 >= first, t * block - (block - 1) <= last
+        if "offsets" not in self.names:  # seen: t * block + block - 1 >= first, t * block - (block - 1) <= last
             lowest = max(lowest, -((block - 1 - self.first) // block))
             highest = min(highest, (self.last + block - 1) // block)
         return lowest, highest
 
     def _clipped(self, block: int) -> bool:
         """Whether tiles may lie beyond the tables, where one row stands for all their distances."""
-        if (self.rel_k is None and self.rel_bias is None) or self.rel_q is not None or self.rel_v is not None:
+        if not {"rel_k", "rel_bias"} & self.names or {"rel_q", "rel_v"} & self.names:
             return False
-        return self.offsets is not None or self._beyond(block)
+        return "offsets" in self.names or self._beyond(block)
 
     def _beyond(self, block: int) -> bool:
         lowest, highest = self._diagonals(block)
         return lowest * block + block - 1 <= self.table_start or highest * block - block + 1 >= self.table_start + self.table_rows - 1
 
-    def _constants(self, configuration) -> dict[str, Any]:
-        block, warps, stages = configuration
+    def _constants(self, configuration: Any) -> dict[str, Any]:
         precision = "interpreter" if INTERPRETED else "tf32" if self.dtype == torch.float32 and _tf32() else "ieee"
-        power = _kernels().next_power_of_2
         return dict(
-            BLOCK=block, SIZE=self.size, COLUMNS=max(16, power(self.size)), VALUE_SIZE=self.value_size,
-            VALUE_COLUMNS=max(16, power(self.value_size)), LATE=self.exact and self.settings.scale > 0.0,
-            DROPOUT=self.settings.dropout_p > 0.0, PRECISION=precision, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-        )  # fmt: skip
-
-    @functools.cached_property
-    def _shared(self) -> dict[str, Any]:
-        """Arguments that most kernels take."""
-        settings, operands = self.settings, _kernels().operands
-        tables = (_operand(table, "hrc") for table in (self.rel_k, self.rel_q, self.rel_v))
-        threshold = min(round(settings.dropout_p * 2**32), 2**32 - 1)  # at p = 1 what is kept all the same is multiplied by 0
-        return dict(
-            inputs=operands.Inputs(
-                _whole(self.query_u), None if self.query_v is None else _whole(self.query_v), _whole(self.key), _whole(self.value),
-                *tables, _operand(self.rel_bias, "hr"), _operand(self.key_mask, "bc"), _operand(self.mask),
-                self.key_lengths, self.offsets, self.seed,
-            ),
-            units=operands.Units(float(settings.scale), settings.scale * _LOG2_E, self.hidden_from, self.keep_scale),
-            heads=self.heads, group=self.heads // self.key_heads, queries=self.queries, keys=self.keys, batches=self.batch,
-            table_rows=self.table_rows, table_start=self.table_start, first=self.first, last=self.last,
-            threshold=threshold - 2**32 if threshold >= 2**31 else threshold,
+            BLOCK=configuration.block, SIZE=self.size, COLUMNS=_columns(self.size), VALUE_SIZE=self.value_size,
+            VALUE_COLUMNS=_columns(self.value_size), LATE=self.exact and self.settings.scale > 0.0,
+            DROPOUT=self.settings.dropout_p > 0.0, PRECISION=precision,
         )  # fmt: skip
 
     def _launch(
-        self, kernel: str, grid: tuple[int, ...], configuration, clipped: bool = False, again: tuple[str, ...] | None = None,
-        **arguments: Any,
+        self, kernel: str, grid: tuple[int, ...], configuration: Any, clipped: bool = False, size: int | None = None, **arguments: Any
     ) -> None:  # fmt: skip
-        """`again`: a name for this call's launches that differ in sizes and new tensors only; Triton prepares the first of them."""
-        # Triton launches on the current device.
-        on_device = contextlib.nullcontext() if INTERPRETED else torch.cuda.device(self.query_u.device)
-        if again in self._prepared:
-            compiled, names, known = self._prepared[again]
-            known = known | arguments
-            with on_device:
-                compiled[(*grid, 1, 1)[:3]](*(known[name] for name in names))
-            return
-        function, names = _kernels().kernel(kernel)
-        constants = self._constants(configuration) | {"CLIPPED": clipped}
-        tile = _kernels().operands.Tile(**{name: constants[name] for name in _kernels().operands.Tile._fields})
-        arguments = self._shared | constants | arguments | {"TILE": tile}
-        with on_device:
-            compiled = function[grid](**{name: arguments[name] for name in names})
-        if again is not None and isinstance(compiled, _kernels().CompiledKernel):
-            self._prepared[again] = compiled, function.arg_names, arguments
+        """`arguments`: those that `self.arguments` has not, by name, Slots in place of tensors. size: of the tile's rows, if not D."""
+        function = _kernels().KERNELS[kernel]
+        tile = _kernels().operands.Tile(**self._constants(configuration), CLIPPED=clipped)
+        if size is not None:
+            tile = tile._replace(SIZE=size, COLUMNS=_columns(size))
+        arguments = self.arguments | arguments | {"TILE": tile}
+        options = dict(num_warps=configuration.num_warps, num_stages=configuration.num_stages, enable_fp_fusion=True)
+        self.tape.launch(function, grid, tuple(arguments[name] for name in function.arg_names), options)
 
     def _splits(self, programs: int, block: int) -> int:
         """How many parts the keys are cut into, where queries alone leave the chip idle."""
@@ -283,33 +397,36 @@ class _Call:
             return min(_SPLITS, tiles)
         if INTERPRETED:
             return 1
-        room = 2 * _processors(self.query_u.device) // programs
+        room = 2 * _processors(self.device) // programs
         return max(1, min(room, tiles // 4, 128))
 
-    def forward(self, output: Tensor, lse: Tensor) -> None:
-        self._run("forward", functools.partial(self._forward, output, lse))
+    def forward(self) -> None:
+        self._run("forward", self._forward)
 
-    def _forward(self, output: Tensor, lse: Tensor, configuration) -> None:
+    def _forward(self, configuration: Any) -> None:
         block = configuration.block
-        query_blocks = -(-self.queries // block)
-        programs = query_blocks * self.batch * self.heads
+        programs = -(-self.queries // block) * self.batch * self.heads
         splits = self._splits(programs, block)
         split_keys = -(-self.keys // splits // block) * block
         splits = -(-self.keys // split_keys)
-        parts, part_lse = output, lse
+        to, lse = self._operand("output"), Slot("lse")
         if splits > 1:
-            parts = torch.empty((splits, *output.shape), dtype=torch.float32, device=output.device)
-            part_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=output.device)
-        self._launch(
-            "forward", (programs, splits), configuration, clipped=self._clipped(block), lse=part_lse, split_keys=split_keys,
-            output=_whole(parts if splits == 1 else parts[0]),
-        )  # fmt: skip
+            shape = (splits, self.batch, self.heads, self.queries)
+            parts, lse = self.tape.new("parts", (*shape, self.value_size)), self.tape.new("part_lse", shape)
+            strides = self.tape.live[parts].stride()[1:]
+            to = to._replace(base=parts, batch=strides[0], head=strides[1], row=strides[2], column=1)
+        self._launch("forward", (programs, splits), configuration, self._clipped(block), output=to, lse=lse, split_keys=split_keys)
         if splits > 1:
             rows = self.batch * self.heads * self.queries
             self._launch(
-                "combine", (-(-rows // 4),), configuration._replace(block=4, num_warps=4), partial=parts, partial_lse=part_lse,
-                output=_whole(output), lse=lse, splits=splits, rows=rows,
+                "combine", (-(-rows // 4),), configuration._replace(block=4, num_warps=4), partial=parts, partial_lse=lse,
+                output=self._operand("output"), lse=Slot("lse"), splits=splits, rows=rows,
             )  # fmt: skip
+
+
+def _columns(size: int) -> int:
+    """Of a tile, for rows of this many numbers."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _does_not_go(error: Exception) -> bool:
@@ -347,5 +464,5 @@ def _target(device: torch.device) -> str:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)

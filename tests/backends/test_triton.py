@@ -1,10 +1,13 @@
 """The Triton backend. Most of this needs a GPU or Triton's interpreter, which `make test` runs in a process of its own (TRITON_INTERPRET=1
 is read when triton is imported); the comparisons that every backend passes are in test_backends.py and its like."""
 
+import gc
 import json
+import math
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -14,12 +17,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import relattn
 from relattn.arguments import Settings, Tensors
 from relattn.backends import triton as gpu
+from relattn.backends.tape import Slot
 from tests.edges import edges
 from tests.fuzz import call_of, check, failed_once, random_call
 
 DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
 needs_kernels = pytest.mark.skipif(gpu.unavailable() is not None, reason=str(gpu.unavailable()))
 needs_interpreter = pytest.mark.skipif(not gpu.INTERPRETED, reason="it has its own way to run on a GPU (benchmarks/gpu_check.sh)")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Tapes of one test's configurations are not another's."""
+    gpu.forget()
+    yield
+    gpu.forget()
 
 
 def inputs(batch=1, heads=2, queries=40, keys=40, size=16, rows=None, per_head=False, dtype=torch.float32) -> list[Tensor]:
@@ -47,6 +59,48 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance=2e-5) -> None:
 def test_random_calls(seed):
     """A few; `TRITON_INTERPRET=1 python -m tests.fuzz --backend triton` runs as many as wanted."""
     check(random_call(seed), "triton", (torch.float32, torch.bfloat16, torch.float16)[seed % 3])
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", [1, 2, 4, 9] if gpu.INTERPRETED else range(60))
+def test_calls_of_one_signature_share_a_tape(seed):
+    """The second one launches what the first one left, on its own tensors."""
+    call, dtype = random_call(seed), (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
+    check(call, "triton", dtype)
+    tapes = dict(gpu._TAPES)
+    other = {name: tensor.flip(0) * 0.5 for name, tensor in call.tensors.items() if tensor.is_floating_point()}
+    check(call._replace(tensors=call.tensors | other), "triton", dtype)
+    assert len(tapes) == 2
+    assert tapes == gpu._TAPES
+
+
+@needs_kernels
+def test_a_tape_holds_no_tensor():
+    tensors = inputs(rows=11)
+    found = gradients(tensors, "triton", max_relative_position=5)
+    kept = [weakref.ref(tensor.untyped_storage()) for tensor in (*tensors, *found)]
+    del tensors, found
+    gc.collect()
+    assert len(gpu._TAPES) == 2
+    assert not any(reference() for reference in kept)
+    assert all(not tape.live for tape in gpu._TAPES.values())
+
+
+@needs_kernels
+def test_table_gradients_stay_within_the_bytes_that_are_stated(monkeypatch):
+    """Of many heads with tables of their own, as many at once as there is room for."""
+    tensors = inputs(heads=4, queries=70, keys=70, rows=41, per_head=True)
+    arguments = dict(max_relative_position=20, rel_v=torch.randn(4, 41, 16, device=DEVICE, requires_grad=True))
+    found = {}
+    for budget in (20_000, 0):
+        gpu.forget()
+        monkeypatch.setattr(gpu, "_TILE_BYTES", budget)
+        output = relattn.relative_attention(*tensors, backend="triton", **arguments)
+        found[budget] = torch.autograd.grad(output.square().sum(), (*tensors, arguments["rel_v"]))
+        rooms = {name: room for tape in gpu._TAPES.values() for name, room in tape._workspace.items() if "diagonals" in name}
+        assert rooms
+        assert not budget or max(math.prod(shape) * 4 for _, shape, _ in rooms.values()) <= budget
+    close(found[20_000], found[0], 1e-6)
 
 
 @needs_kernels
@@ -114,25 +168,28 @@ def test_far_tiles_are_counted_once(monkeypatch, kernel_blocks, clip):
 @needs_kernels
 def test_a_chip_without_room_gets_a_smaller_configuration(monkeypatch):
     kernels = gpu._kernels()
-    launch, tried = gpu._Call._launch, []
+    launch, tried = gpu.Call._launch, []
 
-    def refuse_large(self, kernel, grid, configuration, **arguments):
+    def refuse_large(self, kernel, grid, configuration, *clipped, **arguments):
         tried.append((kernel, configuration.block))
-        if configuration.block > 16 and kernel != "prepare":
+        if configuration.block > 16 and kernel not in ("prepare", "table_sum"):
             raise kernels.OutOfResources(300000, 232448, "shared memory")
-        launch(self, kernel, grid, configuration, **arguments)
+        launch(self, kernel, grid, configuration, *clipped, **arguments)
 
     candidates = [kernels.configs.Configuration(block, 4, 1) for block in (64, 32, 16)]
     monkeypatch.setattr(kernels.configs, "configurations", lambda *_: candidates)
-    monkeypatch.setattr(gpu._Call, "_launch", refuse_large)
-    gpu._warn_once.cache_clear()
+    monkeypatch.setattr(gpu.Call, "_launch", refuse_large)
     tensors = inputs(rows=11)
     with pytest.warns(RuntimeWarning, match="forward kernel falls from .*block=64.* to .*block=32.*shared memory"):
         found = gradients(tensors, "triton", max_relative_position=5)
+    assert tried.count(("forward", 64)) == 1
     assert ("forward", 16) in tried
     close(found, gradients(tensors, "blocked", max_relative_position=5))
+    gradients(inputs(rows=11, queries=50), "triton", max_relative_position=5)
+    assert tried.count(("forward", 64)) == 1  # other lengths do not try what found no room
+    gpu.forget()
     monkeypatch.setattr(kernels.configs, "configurations", lambda *_: candidates[:2])
-    with pytest.raises(kernels.OutOfResources):
+    with pytest.raises(gpu.KernelError, match=r"forward kernel does not .* on .*: OutOfResources: .*shared memory"):
         gradients(tensors, "triton", max_relative_position=5)
 
 
@@ -142,14 +199,14 @@ def test_autotuning_is_asked_for_and_remembered(monkeypatch, tmp_path):
     configurations = [configuration(32, 4, 1), configuration(16, 4, 1)]
     monkeypatch.setattr(gpu._kernels().configs, "configurations", lambda *_: configurations[:1])
     monkeypatch.setattr(gpu._kernels().configs, "CANDIDATES", [configuration(64, 4, 1), *configurations])
-    launch = gpu._Call._launch
+    launch = gpu.Call._launch
 
-    def broken(self, kernel, grid, configuration, **arguments):  # Triton's compiler gives up on some
+    def broken(self, kernel, grid, configuration, *clipped, **arguments):  # Triton's compiler gives up on some
         if configuration.block == 64:
             raise RuntimeError("PassManager::run failed")
-        launch(self, kernel, grid, configuration, **arguments)
+        launch(self, kernel, grid, configuration, *clipped, **arguments)
 
-    monkeypatch.setattr(gpu._Call, "_launch", broken)
+    monkeypatch.setattr(gpu.Call, "_launch", broken)
     monkeypatch.setenv("RELATTN_CACHE", str(tmp_path / "new"))
     monkeypatch.setattr("relattn.backends.autotune._REPEATS", 1)
     tensors = inputs(rows=11, heads=1)  # clipped: every kernel of one gradient has a configuration of its own
@@ -161,8 +218,10 @@ def test_autotuning_is_asked_for_and_remembered(monkeypatch, tmp_path):
     kernels = {key.split(" | ")[1] for key in found}
     assert kernels == {"forward", "prepare", "query_gradient", "key_gradient", "table_gradient"}
     assert all(set(times) == {"(32, 4, 1)", "(16, 4, 1)"} and min(times.values()) > 0 for times in found.values())
+    gpu.forget()
     (tmp_path / "new" / "autotune.json").write_text("{ half a fi")  # killed while an older version wrote it
     close(gradients(tensors, "triton", max_relative_position=5), expected)
+    gpu.forget()
     monkeypatch.setattr("relattn.backends.autotune._measure", lambda *_: pytest.fail("timed again"))
     close(gradients(tensors, "triton", max_relative_position=5), expected)
 
@@ -182,10 +241,12 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def tensors_in(argument) -> list[Tensor]:
-    """Operands are tuples of tensors and strides."""
+def tensors_in(argument, live) -> list[Tensor]:
+    """Operands are tuples of a tensor's name and strides."""
+    if isinstance(argument, Slot):
+        argument = live[argument]
     if isinstance(argument, tuple):
-        return [tensor for part in argument for tensor in tensors_in(part)]
+        return [tensor for part in argument for tensor in tensors_in(part, live)]
     return [argument] if isinstance(argument, Tensor) else []
 
 
@@ -196,15 +257,14 @@ def test_nothing_of_length_by_length_is_ever_written(monkeypatch, rows, size):
     number of bytes holds tiles of scores, whatever the length."""
     length, budget = 384, 150_000
     tensors = inputs(heads=1, queries=length, keys=length, size=size, rows=rows, dtype=torch.bfloat16)
-    handed, launch = [], gpu._Call._launch
+    handed, launch = [], gpu.Call._launch
 
-    def listed(self, kernel, grid, configuration, **arguments):
-        everything = self._shared | arguments
-        for name, value in everything.items():
-            handed.extend((tensor.untyped_storage().nbytes(), name) for tensor in tensors_in(value))
-        launch(self, kernel, grid, configuration, **arguments)
+    def listed(self, kernel, grid, configuration, *clipped, **arguments):
+        for name, value in (self.arguments | arguments).items():
+            handed.extend((tensor.untyped_storage().nbytes(), name) for tensor in tensors_in(value, self.tape.live))
+        launch(self, kernel, grid, configuration, *clipped, **arguments)
 
-    monkeypatch.setattr(gpu._Call, "_launch", listed)
+    monkeypatch.setattr(gpu.Call, "_launch", listed)
     monkeypatch.setattr(gpu, "_TABLE_PROGRAMS", 8)
     monkeypatch.setattr(gpu, "_TILE_BYTES", budget)
     monkeypatch.setattr(gpu, "_CONFIGURATION", (32, 4, 1))

@@ -11,6 +11,7 @@ Triton's interpreter has no types: that a kernel compiles only shows here, or on
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -66,6 +67,9 @@ class _Kernel:
     def run(self, x: int, y: int, z: int, *_: object) -> None:
         self.launched.append(Launch(self.name, self.module, (x, y, z), id(self)))
 
+    def __getitem__(self, grid: tuple[int, int, int]):
+        return functools.partial(self.run, *grid)
+
 
 def _triton_ir(source: Any, target: GPUTarget, options: dict[str, Any]) -> str:
     """The first step of triton.compile, which finds what is wrong with a kernel's types, in a second instead of ten."""
@@ -78,18 +82,24 @@ def _triton_ir(source: Any, target: GPUTarget, options: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def stand_in(target: str = "sm_90", compiles: bool = True, processors: int = 132) -> Iterator[list[Launch]]:
-    """Within it relattn's backend "triton" takes CPU tensors and runs nothing. Not `compiles`: launches are only told apart."""
+def stand_in(
+    target: str = "sm_90", compiles: bool = True, processors: int = 132, error: Exception | None = None
+) -> Iterator[list[Launch]]:  # fmt: skip
+    """Within it relattn's backend "triton" takes CPU tensors and runs nothing. Not `compiles`: launches are only told apart. error: what
+    Triton's compiler raises."""
     launched: list[Launch] = []
-    constants = gpu._Call._constants
+    constants = gpu.Call._constants
 
     def compile(source, target, options, **_):
+        if error is not None:
+            raise error
         return _Kernel(source.fn.__name__, _triton_ir(source, target, options) if compiles else None, launched)
 
     def as_on_a_gpu(self, configuration):
         return constants(self, configuration) | {"PRECISION": "ieee"}
 
     def forget() -> None:
+        gpu.forget()
         for function in gpu._kernels().KERNELS.values():
             function.device_caches.clear()
 
@@ -101,7 +111,7 @@ def stand_in(target: str = "sm_90", compiles: bool = True, processors: int = 132
             mock.patch.object(gpu, "INTERPRETED", True),
             mock.patch.object(gpu, "_target", return_value=target),
             mock.patch.object(gpu, "_processors", return_value=processors),
-            mock.patch.object(gpu._Call, "_constants", as_on_a_gpu),
+            mock.patch.object(gpu.Call, "_constants", as_on_a_gpu),
             mock.patch.dict(backends.BACKENDS, {"triton": backends.BACKENDS["triton"]._replace(unavailable=lambda: None)}),
         ):
             forget()

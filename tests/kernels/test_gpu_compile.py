@@ -8,8 +8,10 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import relattn
+from relattn.arguments import Settings, Tensors
 from relattn.backends import triton as gpu
 from tests import fuzz
 from tests.edges import edges
@@ -86,6 +88,62 @@ def backward(length, queries=None, size=64, clip=None, mask=False, float_mask=Fa
         arguments["query_offset"] = length - 1
     output = relattn.relative_attention(*tensors, max_relative_position=clip, backend="triton", **arguments)
     torch.autograd.grad(output, tensors, torch.empty_like(output))
+
+
+class Kernels(TorchDispatchMode):
+    """What torch computes by itself: each takes a launch on a GPU, views and new tensors take none."""
+
+    free = ("empty", "view", "detach", "transpose", "slice", "alias", "expand", "as_strided")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not any(part in name for part in self.free):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clip", [127, 8])
+@pytest.mark.parametrize("again", [False, True])
+def test_at_most_six_launches_with_backward(clip, again):
+    call = Tensors(*(torch.zeros(shape, dtype=torch.bfloat16) for shape in ((2, 2, 128, 64),) * 3 + ((2 * clip + 1, 64),)))
+    settings, needs = Settings(clip, clip, False, None, None, 0, 0.0, 0.125), [True] * 4 + [False] * 6
+    with stand_in(compiles=False) as found:
+        for _ in range(1 + again):
+            found.clear()
+            with Kernels() as others:
+                output, lse = gpu.forward(call, settings, torch.empty((0,), dtype=torch.int64))
+                gpu.backward(output, None, call, settings, output, lse, torch.empty((0,), dtype=torch.int64), needs)
+    names = [launch.name for launch in found]
+    table = "table_product_kernel" if clip == 127 else "table_gradient_kernel"
+    walks = ["query_gradient_kernel", table, "table_sum_kernel", "key_gradient_kernel"]
+    assert sorted(names) == sorted(["forward_kernel", "prepare_kernel", *walks])
+    assert not others.names
+
+
+def test_a_kernel_that_does_not_compile_costs_no_run(recwarn):
+    """With the automatic choice: blocked, one warning, and the reason afterwards. By name it is an error."""
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((1, 2, 20, 8),) * 3 + ((39, 8),)]
+    expected = torch.autograd.grad(relattn.relative_attention(*tensors, backend="blocked").square().sum(), tensors)
+    with stand_in(error=RuntimeError("PTXAS error: Internal compiler error\nand more")) as found:
+        assert relattn.explain(*tensors).backend == "triton"
+        output = relattn.relative_attention(*tensors)
+        gradients = torch.autograd.grad(output.square().sum(), tensors)
+        reasons = relattn.explain(*tensors).reasons
+        relattn.relative_attention(*tensors)
+        with pytest.raises(ValueError, match="backend: 'triton' cannot take this call: its forward kernel does not compile"):
+            relattn.relative_attention(*tensors, backend="triton")
+        with pytest.raises(gpu.KernelError, match="its forward kernel does not compile or launch on sm_90: RuntimeError: PTXAS"):
+            relattn.relative_attention(*(tensor.bfloat16() for tensor in tensors), backend="triton")
+    torch.testing.assert_close(gradients, expected)
+    assert "its forward kernel does not compile or launch on sm_90: RuntimeError: PTXAS error" in reasons["triton"]
+    assert not found
+    messages = [str(warning.message) for warning in recwarn if warning.category is RuntimeWarning]
+    assert len(messages) == 1
+    assert "such calls now take backend 'blocked'" in messages[0]
 
 
 @pytest.mark.parametrize(
