@@ -1,0 +1,51 @@
+"""Wavefronts of shared memory: how many a kernel's accesses take, and how many of them only because threads meet in a bank."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from .parser import Kernel
+
+
+class BankConflicts:
+    """Counts by PTX line, over all programs that ran."""
+
+    def __init__(self) -> None:
+        self.programs = 0
+        self.wavefronts: Counter[int] = Counter()
+        self.needed: Counter[int] = Counter()
+        self._known: dict[tuple, tuple[int, int]] = {}
+
+    def add(self, addresses: np.ndarray, width: int, warp: np.ndarray, line: int) -> None:
+        """addresses of the active threads in order, bytes of each, its warp."""
+        key = width, addresses.tobytes(), warp.tobytes()
+        if key not in self._known:
+            self._known[key] = wavefronts(addresses, width, warp)
+        found, needed = self._known[key]
+        self.wavefronts[line] += found
+        self.needed[line] += needed
+
+    def report(self, kernel: Kernel) -> list[str]:
+        """Of a program: all wavefronts, then each line that takes more than it needs, worst first."""
+        programs, extra = max(1, self.programs), self.wavefronts - self.needed
+        total, excess = self.wavefronts.total(), extra.total()
+        lines = [f"{total / programs:.0f} wavefronts of shared memory a program, {excess / programs:.0f} by bank conflicts"]
+        for line, more in extra.most_common():
+            lines.append(f"  {self.wavefronts[line] / programs:8.1f}, {more / programs:.1f} by conflicts, at {kernel.place(line)}")
+        return lines
+
+
+def wavefronts(addresses: np.ndarray, width: int, warp: np.ndarray) -> tuple[int, int]:
+    """Of one access, and without conflicts. Of more than 4 bytes a thread, a warp's threads go in halves or quarters."""
+    total = needed = 0
+    lanes = 32 if width <= 4 else 128 // width
+    for number in np.unique(warp):
+        mine = addresses[warp == number].astype(np.int64)
+        for start in range(0, len(mine), lanes):
+            places = mine[start : start + lanes, None] + np.arange(0, max(width, 4), 4)
+            words = np.unique(places >> 2)
+            total += int(np.bincount(words % 32).max())
+            needed += -(-len(words) // 32)
+    return total, needed
