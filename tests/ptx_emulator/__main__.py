@@ -18,7 +18,7 @@ import triton
 
 from .calls import cases, outcome
 
-SEEDS = (3, 7, 12, 23)  # of tests/fuzz.py, for a run that names no call
+SEEDS = (4, 20, 22, 26, 35, 41)  # of tests/fuzz.py, for a run that names no call: small ones, cut in several ways
 
 
 def main() -> None:

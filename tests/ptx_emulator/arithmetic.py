@@ -46,7 +46,7 @@ def mul_hi(a, b):
     if a.dtype.itemsize == 4:
         wide = i8 if a.dtype.kind == "i" else u8
         return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
-    return np.array([(int(x) * int(y)) >> 64 for x, y in zip(a, b)], object).astype(a.dtype)
+    return np.array([(int(x) * int(y)) >> 64 for x, y in zip(a, b, strict=True)], object).astype(a.dtype)
 
 
 def shift_left(a, count):

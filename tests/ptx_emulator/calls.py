@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
+from relattn.backends import triton as gpu
 from tests import fuzz
 from tests.fuzz import Call
 
@@ -30,9 +32,15 @@ class Outcome(NamedTuple):
 
 def outcome(name: str, target: str, dtype: torch.dtype, **options: Any) -> Outcome:
     """Of one of `cases`, or of the random call with a seed; options: of harness.emulated."""
-    call, sizes = (fuzz.random_call(int(name)), fuzz.cut) if name.isdigit() else (cases()[name], contextlib.nullcontext)
+    call = fuzz.random_call(int(name)) if name.isdigit() else cases()[name]
+    sizes = fuzz.cut if name.isdigit() else _split if name == "split" else contextlib.nullcontext
     with emulated(target, **options) as session:
         return Outcome(session, fuzz.errors(call, "triton", dtype, sizes))
+
+
+def _split(seed: int) -> contextlib.AbstractContextManager:
+    """The keys in two parts, which a GPU's number of processors decides."""
+    return mock.patch.object(gpu, "_SPLITS", 2)
 
 
 def _call(seed: int, batch=1, heads=2, key_heads=None, queries=130, keys=None, size=64, value_size=None, clip=None, per_head=False,
@@ -95,4 +103,6 @@ def cases() -> dict[str, Call]:
         "negative offset": _call(29, heads=1, queries=70, query_offset=-4, clip=(70, 70)),
         "causal rel_bias": _call(30, heads=1, queries=70, tables=("rel_k", "rel_bias"), is_causal=True),
         "float mask": float_mask,
+        "split": _call(32, heads=1, queries=70, keys=150),
+        "join": _call(33, heads=1, queries=1000, keys=60, size=72),
     }  # fmt: skip

@@ -29,7 +29,8 @@ from .parser import parse
 
 # Triton before 3.7.1 puts no fence.proxy.async between cp.async and wgmma (its pull request 9610 does). CUTLASS leaves it out on Hopper
 # too; the PTX ISA asks for it.
-_OF_TRITON = {"async proxy: wgmma reads what cp.async wrote, without fence.proxy.async"} if Version(triton.__version__) < Version("3.7.1") else set()
+_FENCES_COPIES = Version(triton.__version__) >= Version("3.7.1")
+_OF_TRITON = set[str]() if _FENCES_COPIES else {"async proxy: wgmma reads what cp.async wrote, without fence.proxy.async"}
 
 
 class Session:

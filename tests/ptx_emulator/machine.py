@@ -359,7 +359,8 @@ class Program:
 
     def reduce(self, mode, value, mask) -> np.ndarray:
         self._whole_warps(mask, "redux")
-        operation = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[mode]
+        bitwise = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+        operation = ({"add": np.add, "min": np.minimum, "max": np.maximum} | bitwise)[mode]
         return np.repeat(operation.reduce(value.reshape(-1, 32), axis=1, dtype=value.dtype), 32)
 
 

@@ -46,6 +46,7 @@ class GlobalMemory:
 
     def add(self, address: int, data: np.ndarray, name: str) -> None:
         """data: uint8. A range inside one that is known already is that one."""
+        assert address % 16 == 0, "a buffer that is not aligned as a GPU's are"
         place = bisect.bisect_right(self.bases, address)
         if place and address + len(data) <= self.buffers[place - 1][0] + len(self.buffers[place - 1][1]):
             return
@@ -83,41 +84,43 @@ class GlobalMemory:
             if len(outside):
                 address = int(addresses[outside[0]])
                 raise EmulatedFault(
-                    f"{what} out of bounds: thread {outside[0]} of those active, and {len(outside) - 1} more; address {address:#x}, {size} bytes; "
-                    f"nearest is {name} at {base:#x} to {end:#x} ({address - end:+d} from its end)"
+                    f"{what} out of bounds: thread {outside[0]} of those active, and {len(outside) - 1} more; "
+                    f"address {address:#x}, {size} bytes; nearest is {name} at {base:#x} to {end:#x} ({address - end:+d} from its end)"
                 )
             found.append((which, base, data))
         return found
 
     def load(self, addresses: np.ndarray, width: int, count: int, what: str, line: int, findings: Findings) -> np.ndarray:
         """(threads, count) of `width` bytes each."""
+        size = width * count
         result = np.empty((len(addresses), count), UNSIGNED[width])
-        for which, base, data in self._find(addresses, width * count, what):
-            index = (addresses[which] - np.uint64(base)).astype(np.int64)
-            assert base % width == 0, "a buffer that is not aligned to its elements"
-            places = index[:, None] + np.arange(width * count)
-            if self._others(self.writers[base][places]).any():
+        for which, base, data in self._find(addresses, size, what):
+            index = (addresses[which] - np.uint64(base)).astype(np.int64) // size
+            if self._others(_rows(self.writers[base], size)[index]).any():
                 findings.add("race: global memory is read that another program writes", line)
-            readers = self.readers[base]
-            readers[places] = np.where(self._others(readers[places]), -1, self.program)
-            words = data[: len(data) // width * width].view(UNSIGNED[width])
-            result[which] = words[(index // width)[:, None] + np.arange(count)]
+            readers = _rows(self.readers[base], size)
+            readers[index] = np.where(self._others(readers[index]), -1, self.program)
+            result[which] = _rows(data, size)[index].view(UNSIGNED[width])
         return result
 
     def store(self, addresses: np.ndarray, values: np.ndarray, what: str, line: int, findings: Findings) -> None:
-        width, count = values.dtype.itemsize, values.shape[1]
-        for which, base, data in self._find(addresses, width * count, what):
-            index = (addresses[which] - np.uint64(base)).astype(np.int64)
-            places = index[:, None] + np.arange(width * count)
+        """values: (threads, count)."""
+        size = values.dtype.itemsize * values.shape[1]
+        for which, base, data in self._find(addresses, size, what):
+            index = (addresses[which] - np.uint64(base)).astype(np.int64) // size
             for verb, programs in (("writes", self.writers[base]), ("reads", self.readers[base])):
-                if self._others(programs[places]).any():
+                if self._others(_rows(programs, size)[index]).any():
                     findings.add(f"race: global memory is written that another program {verb}", line)
-            self.writers[base][places] = self.program
-            words = data[: len(data) // width * width].view(UNSIGNED[width])
-            words[(index // width)[:, None] + np.arange(count)] = values[which]
+            _rows(self.writers[base], size)[index] = self.program
+            _rows(data, size)[index] = np.ascontiguousarray(values[which]).view(np.uint8)
 
     def _others(self, programs: np.ndarray) -> np.ndarray:
         return (programs != 0) & (programs != self.program)
+
+
+def _rows(array: np.ndarray, size: int) -> np.ndarray:
+    """One element for each byte, by what an access of that many bytes takes. What is left over at the end, none can take: it is aligned."""
+    return array[: len(array) // size * size].reshape(-1, size)
 
 
 class Findings:
@@ -301,10 +304,10 @@ class SharedMemory:
         dirty = self._words(self.dirty, 16)[rows]
         if dirty.any():
             flags = self.dirty[self._bytes_of(rows, 16)]
-            for kind, name in ((1, "a store"), (2, "cp.async")):
-                if (flags == kind).any():
-                    mask = (self.dirty == kind).astype(np.uint8)
-                    self._report(f"async proxy: wgmma reads what {name} wrote, without fence.proxy.async", rows, 16, line, mask, self.write_line)
+            for number, name in ((1, "a store"), (2, "cp.async")):
+                if (flags == number).any():
+                    kind, mask = f"async proxy: wgmma reads what {name} wrote, without fence.proxy.async", self.dirty == number
+                    self._report(kind, rows, 16, line, mask, self.write_line)
         self._words(self.multiplying, 16)[rows] += self._ones[16]
         self.multiplications += 1
 

@@ -266,7 +266,8 @@ class Translator:
         width = bits(instruction.type) if instruction.type != "pred" else 1
         if isinstance(of, Vector):  # pack
             part = width // len(of.items)
-            pieces = [f"({self.read(item, f'b{part}')}.astype(u{width // 8}) << u{width // 8}({index * part}))" for index, item in enumerate(of.items)]
+            wide, items = f"u{width // 8}", enumerate(of.items)
+            pieces = [f"({self.read(item, f'b{part}')}.astype({wide}) << {wide}({index * part}))" for index, item in items]
             return self.write(to, " | ".join(pieces), f"b{width}", mask)
         if isinstance(to, Vector):
             part = width // len(to.items)
@@ -334,7 +335,8 @@ class Translator:
     def _ldmatrix(self, instruction: Instruction, mask: str | None) -> list[str]:
         to, address = instruction.operands
         registers = to.items if isinstance(to, Vector) else (to,)
-        lines = [f"t = M.load_matrix({self.address(address, 'b32')}, {len(registers)}, {'trans' in instruction.parts}, {mask}, {instruction.line})"]
+        transposed, place = "trans" in instruction.parts, self.address(address, "b32")
+        lines = [f"t = M.load_matrix({place}, {len(registers)}, {transposed}, {mask}, {instruction.line})"]
         for index, register in enumerate(registers):
             lines += self.write(register, f"t[{index}]", "b32", mask)
         return lines
