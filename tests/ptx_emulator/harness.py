@@ -75,8 +75,8 @@ class Session:
 
     def remarks(self) -> list[str]:
         """What is no finding: mistakes of the compiler that are known, reads of undefined registers of which nothing came."""
-        known = [f"{key}: known of this version of Triton: {line}" for key, kind, line in self._found() if kind in _OF_TRITON]
-        return known + [f"{key}: without consequence: {machine.undefined}" for key, machine in self.machines.items() if machine.undefined]
+        known = [f"{key}: known of this version of Triton: {kind}" for key, kind, _ in self._found() if kind in _OF_TRITON]
+        return known + [f"of no consequence: {machine.undefined}" for machine in self.machines.values() if machine.undefined]
 
     def _found(self) -> Iterator[tuple[str, str, str]]:
         for key, machine in self.machines.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import traceback
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,6 +45,24 @@ class Undefined(_Guarded):
     error = UndefinedRead("a register is read that nothing has written")
 
 
+class Copy(NamedTuple):
+    """A cp.async of the program's threads: elements of shared memory and what they will hold."""
+
+    index: np.ndarray
+    values: np.ndarray
+    warp: np.ndarray
+    line: int
+
+
+class Product(NamedTuple):
+    """A wgmma of the program's warps."""
+
+    rows_read: list[tuple[np.ndarray, range]]  # of shared memory, and by which warps
+    operands: dict[int, np.ndarray]  # registers that it reads, by number
+    written: set[int]  # ids of the registers in flight
+    line: int
+
+
 class Program:
     """One program (CTA) while it runs. fill: a byte that registers hold at the start; None: reading them raises UndefinedRead."""
 
@@ -59,10 +78,10 @@ class Program:
         self.special |= {"%ntid.x": zero + np.uint32(self.threads), "%ntid.y": zero + np.uint32(1), "%ntid.z": zero + np.uint32(1)}
         for axis, index, size in zip("xyz", place, grid, strict=True):
             self.special |= {f"%ctaid.{axis}": zero + np.uint32(index), f"%nctaid.{axis}": zero + np.uint32(size)}
-        self.copies: list[tuple] = []  # not committed
-        self.copy_groups: list[list[tuple]] = []
-        self.products: list[tuple] = []
-        self.product_groups: list[list[tuple]] = []
+        self.copies: list[Copy] = []  # not committed
+        self.copy_groups: list[list[Copy]] = []
+        self.products: list[Product] = []
+        self.product_groups: list[list[Product]] = []
         self.results: dict[int, tuple[InFlight, np.ndarray]] = {}  # by id: what a register in flight will hold
         self.fenced: list | None = None  # registers at the last wgmma.fence
         # Of each thread the number of the block where it is, or -1, if they are not all at one; and which wait at a barrier.
@@ -203,7 +222,7 @@ class Program:
             loaded = self.memory.load(sources[real], element, width // element, "cp.async", line, self.machine.findings)
             values[real] = np.ascontiguousarray(loaded).view(np.uint8).reshape(len(real), -1)
         index = self.shared.begin_copy(places, width, warp, line)
-        self.copies.append((index, values, warp, line))
+        self.copies.append(Copy(index, values, warp, line))
 
     def commit_copies(self, mask) -> None:
         self._whole(mask, "cp.async.commit_group")
@@ -213,8 +232,8 @@ class Program:
     def wait_copies(self, count, mask, line) -> None:
         self._whole(mask, "cp.async.wait_group")
         while len(self.copy_groups) > count:
-            for index, values, warp, issued in self.copy_groups.pop(0):
-                self.shared.finish_copy(index, values, warp, issued)
+            for copy in self.copy_groups.pop(0):
+                self.shared.finish_copy(*copy)
 
     def _whole(self, mask, what: str) -> None:
         if mask is not None and not mask.all():
@@ -245,54 +264,49 @@ class Program:
         self.fenced = list(registers)
 
     def wgmma(self, registers, numbers, a, a_numbers, b, add, kind, columns, k, a_transposed, b_transposed, line) -> None:
-        size = tensor_core.element_bytes(kind)
-        old = []
-        for number in numbers:
-            register = registers[number]
-            known = self.results.get(id(register))
-            old.append(register if known is None else known[1])
-        if self.fenced is None:
-            self.machine.findings.add("wgmma without wgmma.fence before it", line)
-        else:
-            for number in (*numbers, *a_numbers):
-                if registers[number] is not self.fenced[number] and not (number in numbers and id(registers[number]) in self.results):
-                    self.machine.findings.add("wgmma: a register was written after the last wgmma.fence", line)
-                    break
+        self._check_fence(registers, numbers, a_numbers, line)
         total = np.zeros((self.warps, 16, columns), np.float32)
-        rows_read = []
+        rows_read: list[tuple[np.ndarray, range]] = []
         for group in range(self.warps // 4):
-            warps, thread = range(4 * group, 4 * group + 4), 128 * group
-            threads = slice(thread, thread + 128)
+            warps, threads = range(4 * group, 4 * group + 4), slice(128 * group, 128 * group + 128)
             if isinstance(a, list):
                 left = tensor_core.a_fragment([register[threads] for register in a], kind).reshape(64, k)
             else:
-                places = tensor_core.descriptor_places(self._descriptor(a, threads), 64, k, size, a_transposed)
-                left = self._matrix(places, kind, warps, line, rows_read)
-            places = tensor_core.descriptor_places(self._descriptor(b, threads), columns, k, size, b_transposed)
-            right = self._matrix(places, kind, warps, line, rows_read)
+                left = self._matrix(self._descriptor(a, threads), 64, k, kind, a_transposed, warps, line, rows_read)
+            right = self._matrix(self._descriptor(b, threads), columns, k, kind, b_transposed, warps, line, rows_read)
             total[4 * group : 4 * group + 4] = (left @ right.T).reshape(4, 16, columns)
-        if add is not False:
-            scale = True if add is True else bool(add.all())
-            if add is not True and add.any() != scale:
-                raise EmulatedFault("wgmma: scale-d differs between threads")
-            if scale:
-                total = total + tensor_core.c_matrix(old)
-        written = []
+        if self._same_in_all(add):
+            before = [registers[number] for number in numbers]
+            total += tensor_core.c_matrix([self.results.get(id(register), (None, register))[1] for register in before])
         for number, value in zip(numbers, tensor_core.c_registers(total), strict=True):
-            result = np.full(self.threads, 0x7FFFDEAD, np.uint32).view(InFlight)
-            registers[number] = result
-            self.results[id(result)] = result, np.ascontiguousarray(value)
-            written.append(id(result))
-        self.products.append((rows_read, line, [(number, registers[number]) for number in a_numbers], written))
+            registers[number] = np.zeros(self.threads, np.uint32).view(InFlight)
+            self.results[id(registers[number])] = registers[number], np.ascontiguousarray(value)
+        operands = {number: registers[number] for number in a_numbers}
+        self.products.append(Product(rows_read, operands, {id(registers[number]) for number in numbers}, line))
+
+    def _check_fence(self, registers, numbers, a_numbers, line) -> None:
+        if self.fenced is None:
+            self.machine.findings.add("wgmma without wgmma.fence before it", line)
+            return
+        summed = {number for number in numbers if id(registers[number]) in self.results}  # by another wgmma, which needs no fence
+        if any(registers[number] is not self.fenced[number] for number in {*numbers, *a_numbers} - summed):
+            self.machine.findings.add("wgmma: a register was written after the last wgmma.fence", line)
+
+    def _same_in_all(self, add: bool | np.ndarray) -> bool:
+        if isinstance(add, bool):
+            return add
+        if add.any() != add.all():
+            raise EmulatedFault("wgmma: scale-d differs between threads")
+        return bool(add.all())
 
     def _descriptor(self, value: np.ndarray, threads: slice) -> int:
         if (value[threads] != value[threads][0]).any():
             raise EmulatedFault("wgmma: a matrix descriptor differs between threads of a group")
         return int(value[threads][0])
 
-    def _matrix(self, places, kind, warps, line, rows_read) -> np.ndarray:
+    def _matrix(self, descriptor, outer, k, kind, transposed, warps, line, rows_read) -> np.ndarray:
         size = tensor_core.element_bytes(kind)
-        index = places - SHARED_BASE
+        index = tensor_core.descriptor_places(descriptor, outer, k, size, transposed) - SHARED_BASE
         if index.min() < 0 or index.max() + size > self.shared.given:
             raise EmulatedFault(f"wgmma reads shared memory {index.min()} to {index.max() + size} of {self.shared.given} bytes")
         rows = np.unique(index // 16)
@@ -305,17 +319,16 @@ class Program:
         self.products = []
 
     def wgmma_wait(self, registers: list, count: int, line: int) -> None:
-        done, ready = [], set()
+        ready: set[int] = set()
         while len(self.product_groups) > count:
-            done += self.product_groups.pop(0)
-        for rows_read, issued, operands, written in done:
-            ready.update(written)
-            for rows, warps in rows_read:
-                self.shared.finish_multiply(rows, warps, issued)
-            if any(registers[number] is not value for number, value in operands):
-                self.machine.findings.add("wgmma in flight: a register of its operand A is written before the wait", line, issued)
+            for product in self.product_groups.pop(0):
+                ready |= product.written
+                for rows, warps in product.rows_read:
+                    self.shared.finish_multiply(rows, warps, product.line)
+                if any(registers[number] is not value for number, value in product.operands.items()):
+                    self.machine.findings.add("wgmma in flight: a register of its operand A is written before the wait", line, product.line)
         for number, register in enumerate(registers):
-            if isinstance(register, InFlight) and id(register) in ready:
+            if id(register) in ready:
                 registers[number] = self.results[id(register)][1]
                 if self.fenced is not None:
                     self.fenced[number] = registers[number]

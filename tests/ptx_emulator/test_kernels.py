@@ -21,7 +21,7 @@ if gpu.INTERPRETED:
     pytest.skip("with the interpreter on, nothing compiles", allow_module_level=True)
 
 from tests.ptx_emulator.calls import outcome
-from tests.ptx_emulator.harness import emulated
+from tests.ptx_emulator.harness import Session, emulated
 
 TARGETS = ("sm_80", "sm_90")
 # Every kernel, plain and, where there is another form of it, clipped.
@@ -42,31 +42,33 @@ def test_kernels(name, target):
     assert found.right, found.errors
 
 
-def forward(target: str, edit: Callable[[str], str] = lambda ptx: ptx) -> tuple[float, set[str], str]:
-    """The first 64 queries, which the forward kernel's last program has: the largest error, the kinds of findings, the PTX."""
+def forward(target: str, edit: Callable[[str], str] = lambda ptx: ptx, **options) -> tuple[float, Session]:
+    """The first 64 queries, which the forward kernel's last program has: the largest error, and what else became of it."""
     generator, length = torch.Generator().manual_seed(0), 100
     tensors = [torch.randn(1, 1, length, 64, generator=generator).bfloat16() for _ in range(3)]
     tensors.append(torch.randn(2 * length - 1, 64, generator=generator).bfloat16())
-    with emulated(target, edit=lambda name, ptx: edit(ptx), choose=lambda name, program, grid: program[0] == 1) as session:
+    options |= dict(edit=lambda name, ptx: edit(ptx), choose=lambda name, program, grid: program[0] == 1)
+    with emulated(target, **options) as session:
         output = relattn.relative_attention(*tensors, backend="triton")[:, :, :64]
-    (machine,) = session.machines.values()
     expected = relattn.relative_attention(*(tensor.double() for tensor in tensors), backend="reference")[:, :, :64]
-    return (output.double() - expected).abs().max().item(), machine.findings.kinds(), "\n".join(machine.kernel.lines)
+    return (output.double() - expected).abs().max().item(), session
 
 
 @functools.cache
 def plain(target: str) -> str:
     """The forward kernel's PTX as it should be."""
-    error, _, ptx = forward(target)
+    error, session = forward(target)
+    (machine,) = session.machines.values()
     assert error < 0.01
-    return ptx
+    return "\n".join(machine.kernel.lines)
 
 
 def without_one(target: str, pattern: str) -> list[set[str]]:
     """Kinds of findings without the first line that matches, without the second, ..."""
     found = list(re.finditer(rf"^.*{pattern}.*$", plain(target), re.MULTILINE))
     assert found
-    return [forward(target, lambda ptx, line=line: ptx[: line.start()] + ptx[line.end() :])[1] for line in found]
+    sessions = (forward(target, lambda ptx, line=line: ptx[: line.start()] + ptx[line.end() :])[1] for line in found)
+    return [machine.findings.kinds() for session in sessions for machine in session.machines.values()]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -98,11 +100,10 @@ def test_a_wrong_swizzle_is_wrong():
     """3 << 62, in every matrix descriptor: the swizzle of its tile."""
     swizzled = str(1 << 62)
     assert swizzled[:5] in plain("sm_90")
-    error, _, _ = forward("sm_90", lambda ptx: re.sub(r"\b46116862\d{11}\b", lambda match: str(int(match[0]) ^ (3 << 62)), ptx))
+    error, _ = forward("sm_90", lambda ptx: re.sub(r"\b46116862\d{11}\b", lambda match: str(int(match[0]) ^ (3 << 62)), ptx))
     assert not error < 0.1
 
 
 def test_wavefronts_are_counted():
-    found = outcome("plain", "sm_90", torch.bfloat16, count=True, choose=lambda name, program, grid: program[0] == 0)
-    assert any(re.match(r"forward_kernel \w+: \d+ wavefronts of shared memory a program, \d+ by bank conflicts", line)
-               for line in found.session.conflicts())  # fmt: skip
+    _, session = forward("sm_90", count=True)
+    assert re.match(r"forward_kernel \w+: \d+ wavefronts of shared memory a program, \d+ by bank conflicts", session.conflicts()[0])
