@@ -28,12 +28,16 @@ class BankConflicts:
         self.needed[line] += needed
 
     def report(self, kernel: Kernel) -> list[str]:
-        """Of a program: all wavefronts, then each line that takes more than it needs, worst first."""
+        """Of a program: all wavefronts, then those of each line of the kernel's source that takes more than it needs, worst first."""
         programs, extra = max(1, self.programs), self.wavefronts - self.needed
-        total, excess = self.wavefronts.total(), extra.total()
-        lines = [f"{total / programs:.0f} wavefronts of shared memory a program, {excess / programs:.0f} by bank conflicts"]
-        for line, more in extra.most_common():
-            lines.append(f"  {self.wavefronts[line] / programs:8.1f}, {more / programs:.1f} by conflicts, at {kernel.place(line)}")
+        total, excess = self.wavefronts.total() / programs, extra.total() / programs
+        lines = [f"{total:.0f} wavefronts of shared memory a program, {excess:.0f} by bank conflicts"]
+        alike: dict[tuple[str, str], list[int]] = {}
+        for line in extra:
+            alike.setdefault((kernel.instruction(line).source, kernel.instruction(line).opcode), []).append(line)
+        for (source, opcode), same in sorted(alike.items(), key=lambda item: -sum(extra[line] for line in item[1])):
+            found, more = (sum(counts[line] for line in same) / programs for counts in (self.wavefronts, extra))
+            lines.append(f"{found:.0f}, {more:.0f} by conflicts, in {len(same)} {opcode} of {source}, first at line {min(same)}")
         return lines
 
 

@@ -81,8 +81,10 @@ class Kernel:
 
     def place(self, line: int) -> str:
         """A line of the PTX, and the kernel's line that it comes from."""
-        source = next((one.source for block in self.blocks for one in block.instructions if one.line == line), "")
-        return f"{line} ({source}) {' '.join(self.lines[line - 1].split())[:100]}"
+        return f"{line} ({self.instruction(line).source}) {' '.join(self.lines[line - 1].split())[:100]}"
+
+    def instruction(self, line: int) -> Instruction:
+        return next(one for block in self.blocks for one in block.instructions if one.line == line)
 
 
 _WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "b128": 128}
