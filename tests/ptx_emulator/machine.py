@@ -19,6 +19,8 @@ from .memory import SHARED_BASE, UNSIGNED, EmulatedFault, Findings, GlobalMemory
 from .parser import Block, Instruction, Kernel
 from .translate import Translator
 
+Grid = tuple[int, int, int]
+
 
 class UndefinedRead(RuntimeError):
     """A program computes with a register that nothing has written."""
@@ -66,7 +68,7 @@ class Product(NamedTuple):
 class Program:
     """One program (CTA) while it runs. fill: a byte that registers hold at the start; None: reading them raises UndefinedRead."""
 
-    def __init__(self, machine: Machine, place: tuple[int, int, int], grid: tuple[int, int, int], fill: int | None) -> None:
+    def __init__(self, machine: Machine, place: Grid, grid: Grid, fill: int | None) -> None:
         self.machine, self.place, self.fill = machine, place, fill
         self.threads, self.memory, self.parameters = machine.kernel.threads, machine.memory, machine.parameters
         self.warps = self.threads // 32
@@ -388,9 +390,7 @@ class Machine:
         self.translator, self.findings = Translator(kernel), Findings()
         self.undefined = ""  # where it reads a register that nothing has written
 
-    def launch(
-        self, grid: tuple[int, ...], arguments: list, memory: GlobalMemory, choose: Callable[[tuple[int, ...]], bool] | None = None
-    ) -> None:  # fmt: skip
+    def launch(self, grid: Grid, arguments: list, memory: GlobalMemory, choose: Callable[[Grid], bool] | None = None) -> None:
         """arguments: numbers, in the order of the parameters. choose(program): whether to run it; None = all.
 
         Reading a register that nothing has written is no mistake where nothing comes of it: two runs that found other things there must
@@ -424,7 +424,7 @@ class Machine:
             bits = np.array([int(value) & ((1 << 8 * size) - 1)], f"u{size}")
         return np.broadcast_to(bits, self.kernel.threads).copy()
 
-    def _run(self, grid: tuple[int, ...], choose: Callable[[tuple[int, ...]], bool] | None, fill: int | None) -> None:
+    def _run(self, grid: Grid, choose: Callable[[Grid], bool] | None, fill: int | None) -> None:
         with np.errstate(all="ignore"):
             for z, y, x in itertools.product(*(range(size) for size in reversed(grid))):
                 self.memory.program += 1
