@@ -6,6 +6,7 @@ PRESET    ?= quick
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+EMULATE_ARGS ?=
 FUZZ_COUNT ?= 300
 MINUTES   ?= 10
 # Test processes: one per core, each with one thread (below); the cap keeps memory in bounds on large machines.
@@ -21,11 +22,11 @@ NATIVE    := kernels/cpu/build.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 # A waiting OpenMP thread sleeps instead of spinning: on busy cores, spinning made small steps a hundred times slower.
 # (Not for benchmarks, which want idle cores and what a user's program would get.)
-demo test explore sanitize: export OMP_WAIT_POLICY ?= PASSIVE
+demo test explore sanitize emulate: export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing is fetched from a model hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test explore sanitize bench figures resources lint clean
+.PHONY: help demo test explore sanitize emulate bench figures resources lint clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,6 +45,9 @@ explore: $(INSTALLED) ## examples that no run had before, for MINUTES=10; what f
 
 sanitize: $(INSTALLED) ## random calls of the native CPU kernels under GCC's sanitizers (FUZZ_COUNT=300)
 	$(BIN)/python -m tests.sanitize --count $(FUZZ_COUNT)
+
+emulate: $(INSTALLED) ## the GPU kernels' PTX on this CPU, with race detection (EMULATE_ARGS="'odd size' 7 --target sm_90 ...")
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ptx_emulator $(EMULATE_ARGS)
 
 bench: $(INSTALLED) ## speed and memory against peers on this machine (BENCH_ARGS="--quick")
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

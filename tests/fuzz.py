@@ -251,7 +251,15 @@ def native_variants() -> list[str]:
 
 
 def check(call: Call, backend: str, dtype: torch.dtype) -> None:
-    """Assert that the backend is about as close to the float64 reference as the reference in `dtype` is.
+    """Assert that the backend is about as close to the float64 reference as the reference in `dtype` is."""
+    for name, (error, bound) in errors(call, backend, dtype, cut).items():
+        assert error <= bound, f"{name}: error {error:.3g} above {bound:.3g}; {call}"
+
+
+def errors(
+    call: Call, backend: str, dtype: torch.dtype, sizes: Callable[[int], contextlib.AbstractContextManager] = contextlib.nullcontext
+) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """The largest error of every result, and its bound. `sizes` of blocks, such as `cut`, are those of the backend's run.
 
     The bound is relative to what the plain implementation does in the same dtype: |out - exact| <= 2 max|plain - exact| + tiny.
     """
@@ -261,7 +269,7 @@ def check(call: Call, backend: str, dtype: torch.dtype) -> None:
     if "attn_mask" in call.tensors:
         rounded.tensors["attn_mask"] = call.tensors["attn_mask"].to(dtype).double().clamp(min=torch.finfo(torch.float64).min)
     exact = run(rounded, "reference", torch.float64, dtype)
-    with cut(call.seed):
+    with sizes(call.seed):
         actual = run(call, backend, dtype)
     plain = exact if dtype == torch.float64 else run(call, "reference", dtype)
     precision = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
@@ -276,6 +284,7 @@ def check(call: Call, backend: str, dtype: torch.dtype) -> None:
         largest_input = max(tensor.abs().max().item() for tensor in inputs)
         scale = call.arguments.get("scale") or call.tensors["query"].shape[3] ** -0.5
         rounding = torch.finfo(dtype).eps * exact["output"].norm(dim=-1).max().item() * abs(scale) * largest_input
+    result = {}
     for name, expected in exact.items():
         if name == "gradient of attn_mask" and backend in WITHOUT_MASK_GRADIENT:
             continue
@@ -296,8 +305,8 @@ def check(call: Call, backend: str, dtype: torch.dtype) -> None:
         if name.startswith("gradient"):
             tiny += 4 * rounding * summed**0.5  # 4: how far a normal number strays
         bound = 2 * (plain[name] - expected)[~infinite].abs().max() + tiny
-        error = (found - expected)[~infinite].abs().max()
-        assert error <= bound, f"{name}: error {error:.3g} above {bound:.3g}; {call}"
+        result[name] = (found - expected)[~infinite].abs().max().item(), float(bound)
+    return result
 
 
 def fullest_row(call: Call, name: str) -> int:

@@ -5,14 +5,13 @@
     launched[0].name, launched[0].module      # the kernels in their order, and each one's Triton IR
 
 Arguments, their specialisation and the choice of a configuration are those of a real launch; nothing runs, so results are arbitrary.
-Triton's interpreter has no types: that a kernel compiles only shows here, or on a GPU.
+Triton's interpreter has no types: that a kernel compiles only shows here, or on a GPU. `without_gpu` lets others do more with a launch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,17 +19,20 @@ import torch
 import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
+from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.driver import driver as driver_config
 
 from relattn import backends
 from relattn.backends import triton as gpu
 
+Grid = tuple[int, int, int]
+Run = Callable[[Grid, tuple[Any, ...]], None]  # of a kernel: (grid, arguments)
+
 
 class Launch(NamedTuple):
     name: str
     module: str | None  # Triton's IR; None where nothing is compiled
-    grid: tuple[int, ...]
+    grid: Grid
     key: int  # the same for all launches of one compiled kernel
 
 
@@ -53,22 +55,23 @@ class _Driver:
         return torch.device("cpu")
 
 
-class _Kernel:
-    """In place of triton.compiler.CompiledKernel: launching it writes down that it was."""
+class _Kernel(CompiledKernel):
+    """One that is on no GPU: what would launch it calls `launch`."""
 
-    packed_metadata = function = None
+    packed_metadata = function = module = None
 
-    def __init__(self, name: str, module: str | None, launched: list[Launch]) -> None:
-        self.name, self.module, self.launched = name, module, launched
+    def __init__(self, name: str, launch: Run) -> None:
+        self.name, self.launch = name, launch
+
+    def _init_handles(self) -> None:  # it would load the binary
+        pass
 
     def launch_metadata(self, *_: object) -> None:
         return None
 
-    def run(self, x: int, y: int, z: int, *_: object) -> None:
-        self.launched.append(Launch(self.name, self.module, (x, y, z), id(self)))
-
-    def __getitem__(self, grid: tuple[int, int, int]):
-        return functools.partial(self.run, *grid)
+    def _run(self, x: int, y: int, z: int, stream: int, function: None, packed: None, metadata: None, *rest: Any) -> None:
+        _, _, *arguments = rest  # hooks before and after the launch
+        self.launch((x, y, z), tuple(arguments))
 
 
 def _triton_ir(source: Any, target: GPUTarget, options: dict[str, Any]) -> str:
@@ -82,21 +85,17 @@ def _triton_ir(source: Any, target: GPUTarget, options: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def stand_in(
-    target: str = "sm_90", compiles: bool = True, processors: int = 132, error: Exception | None = None
-) -> Iterator[list[Launch]]:  # fmt: skip
-    """Within it relattn's backend "triton" takes CPU tensors and runs nothing. Not `compiles`: launches are only told apart. error: what
-    Triton's compiler raises."""
-    launched: list[Launch] = []
+def without_gpu(make: Callable[[Any, GPUTarget, dict[str, Any]], Run], target: str = "sm_90", processors: int = 132) -> Iterator[None]:
+    """Within it relattn's backend "triton" takes CPU tensors. make(source, target, options), in place of triton.compile: what a launch of
+    that kernel does. processors: how many the GPU has, which decides how work is cut."""
     constants = gpu.Call._constants
 
     def compile(source, target, options, **_):
-        if error is not None:
-            raise error
-        return _Kernel(source.fn.__name__, _triton_ir(source, target, options) if compiles else None, launched)
+        return _Kernel(source.fn.__name__, make(source, target, options))
 
     def as_on_a_gpu(self, configuration):
-        return constants(self, configuration) | {"PRECISION": "ieee"}
+        with mock.patch.object(gpu, "INTERPRETED", False):
+            return constants(self, configuration)
 
     def forget() -> None:
         gpu.forget()
@@ -115,7 +114,29 @@ def stand_in(
             mock.patch.dict(backends.BACKENDS, {"triton": backends.BACKENDS["triton"]._replace(unavailable=lambda: None)}),
         ):
             forget()
-            yield launched
+            yield
     finally:
         forget()
         driver_config._active = kept
+
+
+@contextlib.contextmanager
+def stand_in(
+    target: str = "sm_90", compiles: bool = True, processors: int = 132, error: Exception | None = None
+) -> Iterator[list[Launch]]:  # fmt: skip
+    """Within it relattn's backend "triton" takes CPU tensors and runs nothing. Not `compiles`: launches are only told apart. error: what
+    the compiler raises."""
+    launched: list[Launch] = []
+
+    def make(source: Any, target: GPUTarget, options: dict[str, Any]) -> Run:
+        if error is not None:
+            raise error
+        module = _triton_ir(source, target, options) if compiles else None
+
+        def note(grid: Grid, arguments: tuple[Any, ...]) -> None:
+            launched.append(Launch(source.fn.__name__, module, grid, id(note)))
+
+        return note
+
+    with without_gpu(make, target, processors):
+        yield launched
