@@ -1,6 +1,7 @@
 """The Triton backend. Most of this needs a GPU or Triton's interpreter, which `make test` runs in a process of its own (TRITON_INTERPRET=1
 is read when triton is imported); the comparisons that every backend passes are in test_backends.py and its like."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -68,8 +69,11 @@ def test_calls_of_one_signature_share_a_tape(seed):
     call, dtype = random_call(seed), (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
     check(call, "triton", dtype)
     tapes = dict(gpu._TAPES)
-    other = {name: tensor.flip(0) * 0.5 for name, tensor in call.tensors.items() if tensor.is_floating_point()}
-    check(call._replace(tensors=call.tensors | other), "triton", dtype)
+    other = {}
+    for name, tensor in call.tensors.items():  # the same places in memory
+        whole = tensor.detach().new_empty(0).set_(tensor.untyped_storage()) * -0.5
+        other[name] = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    check(dataclasses.replace(call, tensors=other), "triton", dtype)
     assert len(tapes) == 2
     assert tapes == gpu._TAPES
 
@@ -189,7 +193,8 @@ def test_a_chip_without_room_gets_a_smaller_configuration(monkeypatch):
     assert tried.count(("forward", 64)) == 1  # other lengths do not try what found no room
     gpu.forget()
     monkeypatch.setattr(kernels.configs, "configurations", lambda *_: candidates[:2])
-    with pytest.raises(gpu.KernelError, match=r"forward kernel does not .* on .*: OutOfResources: .*shared memory"):
+    refused = pytest.raises(gpu.KernelError, match=r"forward kernel does not .* on .*: OutOfResources: .*shared memory")
+    with refused, pytest.warns(RuntimeWarning, match="falls from"):
         gradients(tensors, "triton", max_relative_position=5)
 
 
