@@ -13,9 +13,7 @@ KERNELS = {
     "query_gradient": backward.query_gradient_kernel,
     "key_gradient": backward.key_gradient_kernel,
     "table_gradient": tables.table_gradient_kernel,
-    "key_product": products.key_product_kernel,
+    "product": products.product_kernel,
     "join": products.join_kernel,
-    "query_product": products.query_product_kernel,
-    "table_product": products.table_product_kernel,
     "table_sum": tables.table_sum_kernel,
 }

@@ -117,9 +117,9 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
 
     size: the larger of D and Dv; itemsize: of the inputs; clipped: tiles may lie far from the tables; extra: rel_q or rel_v are there.
     """
-    if kernel.endswith("_product") or kernel == "join":
+    if kernel in ("product", "join"):
         # With the block of the kernel that made the tiles. Loads are what takes time: as many stages as there is room for.
-        stage = (8192 + 128 * size) * (2 if kernel == "query_product" else 1)
+        stage = 8192 + 128 * size
         most = min(3, SHARED_MEMORY.get(family(target), stage) // stage) if target != "interpreter" else 1
         warps = 4 if size <= 128 else 8
         return [Configuration(block, warps, stages) for block in (64, 32) for stages in range(max(1, most), 0, -1)]

@@ -15,6 +15,7 @@ import triton.language as tl
 SIZES = [
     "heads", "group", "queries", "keys", "batches", "split_keys", "splits", "rows", "table_rows", "table_start", "first", "last",
     "threshold", "diagonals", "first_diagonal", "shared_heads", "chunk", "chunk_batches", "first_pair", "columns", "key_begin", "key_end",
+    "value_programs", "key_programs", "query_programs",
     "count", "step", "distances", "first_row", "pairs", "pair_step", "edge_rows", "first_table", "first_head",
 ]  # fmt: skip
 
@@ -125,6 +126,16 @@ class Dropout(NamedTuple):
     keep_scale: Any
     batch: Any
     head: Any
+
+
+class Part(NamedTuple):
+    """What of the scores has its tiles in memory (products.py)."""
+
+    pair: Any  # the first head (of batch elements), and how many
+    pairs: Any
+    columns: Any  # tiles in a row of the buffer
+    begin: Any  # keys
+    end: Any
 
 
 class Span(NamedTuple):

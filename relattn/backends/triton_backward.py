@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +13,6 @@ from torch import Tensor
 from relattn.arguments import Settings
 from relattn.backends import triton as launcher
 from relattn.backends.tape import Slot
-
-
-class Part(NamedTuple):
-    """What of the scores has its tiles in memory at once."""
-
-    pair: int  # the first head (of batch elements), and how many
-    here: int
-    column: int  # the first block of keys, and how many
-    some: int
 
 
 class Backward(launcher.Call):
@@ -131,7 +122,7 @@ class Backward(launcher.Call):
         def tiles(name: str, wanted: bool) -> Slot | None:  # one column more: what the last one owes
             return new(name, (at_once * rows, columns + 1, block, block), self.dtype) if wanted else None
 
-        kept, grad, owed = tiles("kept", self.products), tiles("grad", self.products), tiles("owed", True)
+        kept, grad, owed = tiles("kept", self.products and "value" in self.wanted), tiles("grad", self.products), tiles("owed", True)
         running = new("running", (at_once * rows, block, self.size)) if self.products or columns < all_columns else None
         partial = new("partial", (at_once, rows + columns, block, self.size))
         partial_sums = new("partial_sums", (at_once, rows + columns, block)) if self.want_sums else None
@@ -142,22 +133,13 @@ class Backward(launcher.Call):
                 if slot is not None:
                     self.tape.torch(torch.Tensor.zero_, slot)
         for pair, column in itertools.product(range(0, pairs, at_once), range(0, all_columns, columns)):
-            part = Part(pair, min(at_once, pairs - pair), column, min(columns, all_columns - column))
-            begin, end = column * block, min((column + part.some) * block, self.keys)
+            here, some = min(at_once, pairs - pair), min(columns, all_columns - column)
+            begin, end = column * block, min((column + some) * block, self.keys)
             numbers: dict[str, Any] = dict(first_pair=pair, columns=columns + 1, key_begin=begin, key_end=end)
-            launch(
-                grid=(part.here * rows,), kept_tiles=kept, grad_tiles=grad, owed_tiles=owed, running=running, ADD=not self.products,
-                grad_query=grad_query, **numbers,
-            )  # fmt: skip
-            product: Any = functools.partial(self._product, block, **numbers)
-            if self.products:
-                self._key_product(product, part, "value", kept, block)
-                self._key_product(product, part, "key", grad, block)
-                arguments = dict(grad_tiles=grad, owed_tiles=owed, running=running, grad_query=grad_query)
-                product("query_product", grid=(part.here * rows,), **arguments)
-            grid = (rows + part.some, part.here)
-            product("table_product", grid=grid, owed_tiles=owed, partial=partial, partial_sums=partial_sums)
-            distances: dict[str, Any] = dict(count=part.here, first_pair=pair, distances=(rows + part.some) * block)
+            tiles_there = dict(kept_tiles=kept, grad_tiles=grad, owed_tiles=owed, running=running, grad_query=grad_query)
+            launch(grid=(here * rows,), ADD=not self.products, **tiles_there, **numbers)
+            self._product(block, some, partial=partial, partial_sums=partial_sums, pairs=here, **tiles_there, **numbers)
+            distances: dict[str, Any] = dict(count=here, first_pair=pair, distances=(rows + some) * block)
             first_row = (column - rows + 1) * block - (block - 1) - self.table_start
             self._table_sum("rel_k", partial, first_row, total, HALVES=1, **distances)
             if partial_sums is not None:
@@ -185,38 +167,36 @@ class Backward(launcher.Call):
     def _budget(self) -> int:
         return launcher._TILE_BYTES or launcher._tile_bytes(self.device)
 
-    def _product(self, block: int, kernel: str, grid: tuple[int, ...], **arguments: Any) -> None:
-        self._run(kernel, functools.partial(self._launch, kernel, grid, **arguments), block=block)
-
-    def _key_product(self, product: Callable[..., None], part: Part, name: str, tiles: Slot | None, block: int) -> None:
-        """One part's gradient of values or keys, and its key_sums."""
-        values = name == "value"
-        key_sums = None if values else self.key_sums
-        if name not in self.wanted and key_sums is None:
-            return
-        size, scale = (self.value_size, self.keep_scale) if values else (self.size, float(self.settings.scale))
-        key_heads, rows = part.here // self.group, -(-self.queries // block)
+    def _product(self, block: int, some: int, pairs: int, first_pair: int, **arguments: Any) -> None:
+        """All products of a part of `some` blocks of keys; of keys and values only those that are wanted."""
+        rows, new = -(-self.queries // block), self.tape.new
+        key_pairs, begin = pairs // self.group, arguments["key_begin"]
+        values = self.products and "value" in self.wanted
+        keys = self.products and bool({"key", "pos_bias_u"} & self.wanted)
         # Where few keys leave the chip idle, the queries are cut.
-        wanted = 4 if launcher.INTERPRETED else 2 * launcher._processors(self.device)
-        splits = max(1, min(wanted // (part.some * key_heads), rows // 8))
+        enough = 4 if launcher.INTERPRETED else 2 * launcher._processors(self.device)
+        splits = max(1, min(enough // (some * key_pairs), rows // 8)) if values or keys else 1
         chunk = -(-rows // splits) * block
         splits = -(-self.queries // chunk)
-        partial, partial_sums = None, None
+        shape = (splits, key_pairs, some * block)
+        key_partial = new("key_splits", (*shape, self.size)) if keys and splits > 1 else None
+        value_partial = new("value_splits", (*shape, self.value_size)) if values and splits > 1 else None
+        key_sums = None if self.key_sums is None or not self.products else new("key_sum_splits", (splits, pairs, some * block))
+        to = {f"grad_{name}": self._gradient(name) if self.products else None for name in ("key", "value")}
+        by_key, by_query = some * key_pairs * splits, pairs * rows if self.products else 0
+        programs: dict[str, Any] = dict(value_programs=by_key * values, key_programs=by_key * keys, query_programs=by_query)
+        grid = (sum(programs.values()) + (rows + some) * pairs,)
+        arguments |= dict(key_partial=key_partial, value_partial=value_partial, first_pair=first_pair, **to)
+
+        def product(configuration: Any) -> None:
+            self._launch("product", grid, configuration, key_sums=key_sums, chunk=chunk, pairs=pairs, **programs, **arguments)
+
+        self._run("product", product, block=block)
         if splits > 1:
-            partial = self.tape.new(f"{name}_splits", (splits, key_heads, part.some * block, size))
-        if key_sums is not None:
-            partial_sums = self.tape.new("key_splits", (splits, part.here, part.some * block))
-        gradient = self._gradient(name)
-        sizes = dict(scale=scale, SIZE=size, COLUMNS=launcher._columns(size))
-        product(
-            "key_product", grid=(part.some, key_heads, splits), tiles=tiles, gradient=gradient, partial=partial,
-            content=self.arguments["grad_output"] if values else self._operand("query_u"), partial_sums=partial_sums, chunk=chunk, **sizes,
-        )  # fmt: skip
-        if partial is not None:
-            product("join", grid=(part.some, key_heads), gradient=gradient, partial=partial, splits=splits, **sizes)
-        if key_sums is not None and partial_sums is not None:
-            place = functools.partial(_key_sums, pairs=slice(part.pair, part.pair + part.here), start=part.column * block)
-            self.tape.torch(place, partial_sums, key_sums)
+            join = functools.partial(self._launch, "join", (some, key_pairs, 1 + values), splits=splits, **arguments)
+            self._run("join", join, block=block)
+        if key_sums is not None and self.key_sums is not None:
+            self.tape.torch(functools.partial(_key_sums, pairs=slice(first_pair, first_pair + pairs), start=begin), key_sums, self.key_sums)
 
     def _tables(self, name: str) -> int:
         """Of how many tables a gradient is: one for each head, or one."""

@@ -70,8 +70,8 @@ def test_lengths_make_few_compilations(kind):
             backward(length, **KINDS[kind])
     for launch in found:
         compiled[launch.name].add(launch.key)
-    table = "table_gradient_kernel" if kind == "clipped" else "table_product_kernel"
-    keys = "key_product_kernel" if kind == "large head" else "key_gradient_kernel"
+    table = "table_gradient_kernel" if kind == "clipped" else "product_kernel"
+    keys = "product_kernel" if kind == "large head" else "key_gradient_kernel"
     assert {"forward_kernel", "prepare_kernel", "query_gradient_kernel", keys, table} <= compiled.keys()
     assert max(map(len, compiled.values())) <= 4, {name: len(keys) for name, keys in compiled.items()}
 
@@ -118,7 +118,7 @@ def test_at_most_six_launches_with_backward(clip, again):
                 output, lse = gpu.forward(call, settings, torch.empty((0,), dtype=torch.int64))
                 gpu.backward(output, None, call, settings, output, lse, torch.empty((0,), dtype=torch.int64), needs)
     names = [launch.name for launch in found]
-    table = "table_product_kernel" if clip == 127 else "table_gradient_kernel"
+    table = "product_kernel" if clip == 127 else "table_gradient_kernel"
     walks = ["query_gradient_kernel", table, "table_sum_kernel", "key_gradient_kernel"]
     assert sorted(names) == sorted(["forward_kernel", "prepare_kernel", *walks])
     assert not others.names
