@@ -1,7 +1,8 @@
 """Gradients as matrix products of tiles that `query_gradient_kernel` left in memory: nothing of them is computed twice.
 
 The launcher cuts the scores into parts, some heads and some keys at a time, so that the tiles of a part fit into a fixed number of bytes.
-One launch makes all products of a part, each in programs of its own.
+One launch makes all products of a small part, each in programs of its own: short sequences wait for launches. Of a large part each has a
+launch, and the registers and the shared memory that it needs and no more.
 """
 
 import triton
@@ -136,42 +137,45 @@ def _by_distance(
 def product_kernel(
     inputs, grad_output, kept_tiles, grad_tiles, owed_tiles, running, grad_query, grad_key, grad_value, key_partial, value_partial,
     key_sums, partial, partial_sums, units, heads, group, queries, keys, table_rows, table_start, first, last,
-    first_pair, pairs, columns, key_begin, key_end, chunk, value_programs, key_programs, query_programs, TILE: tl.constexpr,
+    first_pair, pairs, columns, key_begin, key_end, chunk, value_programs, key_programs, query_programs,
+    VALUES: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, DISTANCES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """All products of a part: `pairs` heads (of batch elements) from number first_pair on, keys key_begin ... key_end.
+    """Products of a part: `pairs` heads (of batch elements) from number first_pair on, keys key_begin ... key_end.
 
-    Of the programs the first `value_programs` have the values' gradient, then `key_programs` the keys', `query_programs` the queries', and
-    all others rel_k's. Without grad_tiles they have only that one, from owed_tiles.
+    Of the programs the first `value_programs` have the values' gradient, the next `key_programs` the keys', the next `query_programs` the
+    queries', and all others rel_k's; of those that are compiled in.
     """
     # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
     given, slopes, to_query, to_key, to_value = inputs, grad_output, grad_query, grad_key, grad_value
     part = Part(first_pair, pairs, columns, key_begin, key_end)
     program = tl.program_id(0)
-    if kept_tiles is not None:
+    if VALUES:
         if program < value_programs:
             _by_key(
                 program, given, slopes, kept_tiles, to_value, value_partial, None, units.keep_scale, part,
                 heads, group, queries, keys, table_rows, table_start, first, last, chunk, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE,
             )  # fmt: skip
         program -= value_programs
-    if grad_tiles is not None:
+    if KEYS:
         if (program >= 0) & (program < key_programs):
             _by_key(
                 program, given, given.query_u, grad_tiles, to_key, key_partial, key_sums, units.scale, part,
                 heads, group, queries, keys, table_rows, table_start, first, last, chunk, TILE.SIZE, TILE.COLUMNS, TILE,
             )  # fmt: skip
         program -= key_programs
+    if QUERIES:
         if (program >= 0) & (program < query_programs):
             _by_query(
                 program, given, grad_tiles, owed_tiles, running, to_query, part, units,
                 heads, group, queries, keys, table_rows, table_start, first, last, TILE,
             )  # fmt: skip
         program -= query_programs
-    if program >= 0:
-        _by_distance(
-            program, given, owed_tiles, partial, partial_sums, part,
-            heads, queries, keys, table_rows, table_start, first, last, TILE,
-        )  # fmt: skip
+    if DISTANCES:  # noqa: SIM102 (this is the compiler's condition)
+        if program >= 0:
+            _by_distance(
+                program, given, owed_tiles, partial, partial_sums, part,
+                heads, queries, keys, table_rows, table_start, first, last, TILE,
+            )  # fmt: skip
 
 
 @triton.jit

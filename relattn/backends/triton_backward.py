@@ -14,6 +14,8 @@ from relattn.arguments import Settings
 from relattn.backends import triton as launcher
 from relattn.backends.tape import Slot
 
+_SMALL = 64  # tiles for each of the GPU's processors: of parts up to that size all products are one launch
+
 
 class Backward(launcher.Call):
     """One call's gradients: `named` has those that are `wanted`, as grad_<name>, to be filled; beside them grad_output, grad_lse (or not),
@@ -154,7 +156,7 @@ class Backward(launcher.Call):
         group = self.group
         units = self.batch * self.key_heads  # heads that share a key head stay together
         budget = self._budget()
-        slots = 2 * (4 if launcher.INTERPRETED else launcher._processors(self.device))
+        slots = 2 * launcher._processors(self.device)
         slots *= 1 if self.first == -launcher._UNBOUNDED and self.last == launcher._UNBOUNDED else 4
         count = max(1, slots // (rows * group))
         column = group * rows * block * block * self.dtype.itemsize * (3 if self.products else 1)
@@ -174,7 +176,7 @@ class Backward(launcher.Call):
         values = self.products and "value" in self.wanted
         keys = self.products and bool({"key", "pos_bias_u"} & self.wanted)
         # Where few keys leave the chip idle, the queries are cut.
-        enough = 4 if launcher.INTERPRETED else 2 * launcher._processors(self.device)
+        enough = 2 * launcher._processors(self.device)
         splits = max(1, min(enough // (some * key_pairs), rows // 8)) if values or keys else 1
         chunk = -(-rows // splits) * block
         splits = -(-self.queries // chunk)
@@ -183,13 +185,21 @@ class Backward(launcher.Call):
         value_partial = new("value_splits", (*shape, self.value_size)) if values and splits > 1 else None
         key_sums = None if self.key_sums is None or not self.products else new("key_sum_splits", (splits, pairs, some * block))
         to = {f"grad_{name}": self._gradient(name) if self.products else None for name in ("key", "value")}
-        by_key, by_query = some * key_pairs * splits, pairs * rows if self.products else 0
-        programs: dict[str, Any] = dict(value_programs=by_key * values, key_programs=by_key * keys, query_programs=by_query)
-        grid = (sum(programs.values()) + (rows + some) * pairs,)
         arguments |= dict(key_partial=key_partial, value_partial=value_partial, first_pair=first_pair, **to)
+        by_key = some * key_pairs * splits
+        programs = dict(VALUES=by_key * values, KEYS=by_key * keys, QUERIES=pairs * rows * self.products, DISTANCES=(rows + some) * pairs)
+        together = rows * some * pairs <= _SMALL * launcher._processors(self.device)
 
         def product(configuration: Any) -> None:
-            self._launch("product", grid, configuration, key_sums=key_sums, chunk=chunk, pairs=pairs, **programs, **arguments)
+            for jobs in [tuple(programs)] if together else [(job,) for job in programs]:
+                here = {job: programs[job] if job in jobs else 0 for job in programs}
+                numbers: dict[str, Any] = dict(zip(("value_programs", "key_programs", "query_programs"), here.values(), strict=False))
+                compiled = {job: count > 0 for job, count in here.items()}
+                if any(here.values()):
+                    self._launch(
+                        "product", (sum(here.values()),), configuration, key_sums=key_sums, chunk=chunk, pairs=pairs,
+                        **numbers, **compiled, **arguments,
+                    )  # fmt: skip
 
         self._run("product", product, block=block)
         if splits > 1:
@@ -284,7 +294,7 @@ class Backward(launcher.Call):
 
     def _cut(self, diagonals: int, tables: int, block: int, near: int) -> tuple[int, int, int]:
         """How a table's gradient is divided among programs: groups of heads, batch elements and queries of a program."""
-        wanted = launcher._TABLE_PROGRAMS or (4 if launcher.INTERPRETED else 4 * launcher._processors(self.device))
+        wanted = launcher._TABLE_PROGRAMS or 4 * launcher._processors(self.device)
         wanted = max(1, wanted // diagonals)
         head_groups = tables
         if tables == 1:

@@ -107,7 +107,7 @@ def _values(argument: Any, kind: Any, memory: GlobalMemory) -> Iterator[int | fl
 
 
 @contextlib.contextmanager
-def emulated(target: str = "sm_90", processors: int = 1, **options: Any) -> Iterator[Session]:
+def emulated(target: str = "sm_90", processors: int = 2, **options: Any) -> Iterator[Session]:
     """Within it relattn's backend "triton" takes CPU tensors. processors: of the GPU; options: of Session.
 
     relattn believes that it is interpreted, which changes how it cuts the work, and nothing else.
