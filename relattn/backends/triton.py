@@ -342,7 +342,8 @@ class Call:
     def _failure(self, kernel: str, error: Exception) -> KernelError:
         first_line = next(iter(str(error).splitlines()), "")
         reason = f"its {kernel} kernel does not compile or launch on {_target(self.device)}: {type(error).__name__}: {first_line}"
-        _FAILED[self.kind] = reason
+        if _CONFIGURATION is None:  # of a sweep's candidates the next one may do better
+            _FAILED[self.kind] = reason
         return KernelError(f"relattn: backend 'triton': {reason}")
 
     def _key(self) -> str:
