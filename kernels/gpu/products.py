@@ -1,8 +1,8 @@
 """Gradients as matrix products of tiles that `query_gradient_kernel` left in memory: nothing of them is computed twice.
 
 The launcher cuts the scores into parts, some heads and some keys at a time, so that the tiles of a part fit into a fixed number of bytes.
-One launch makes all products of a small part, each in programs of its own: short sequences wait for launches. Of a large part each has a
-launch, and the registers and the shared memory that it needs and no more.
+One launch makes all products of a small part, each in programs of its own: short sequences wait for launches. Of a large part those that
+take as many registers share one.
 """
 
 import triton

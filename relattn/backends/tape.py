@@ -35,6 +35,9 @@ class Tape:
         self._workspace: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
         self._bytes = 0
 
+    def __len__(self) -> int:
+        return len(self._steps)
+
     def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Slot:
         """An uninitialised tensor of the whole call; the same one, asked for again with the same name and shape."""
         slot = Slot(f"{name} {shape}")

@@ -22,7 +22,7 @@ from relattn.backends.tape import Slot, Tape
 _LOG2_E = 1.0 / math.log(2.0)
 _UNBOUNDED = 2**62 + 1
 _TABLES = ("rel_k", "rel_q", "rel_v", "rel_bias")
-_MOST_TAPES = 1024
+_MOST_STEPS = 2**14  # of all tapes, a kilobyte or two each
 _CONFIRMED = ("sm_90",)  # by benchmarks/gpu_check.sh on an H200
 
 # Triton's interpreter runs the kernels on CPU tensors, very slowly: for tests. Triton reads the variable when it is imported.
@@ -198,9 +198,9 @@ def _keep(signature: tuple[Any, ...], tape: Tape) -> None:
     tape.close()
     if autotune.wanted() and tape.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return  # nothing was timed
-    while len(_TAPES) >= _MOST_TAPES:
-        _TAPES.pop(next(iter(_TAPES)), None)
     _TAPES[signature] = tape
+    while len(_TAPES) > 1 and sum(map(len, list(_TAPES.values()))) > _MOST_STEPS:
+        _TAPES.pop(next(iter(_TAPES)), None)
 
 
 def _named(tensors: Tensors) -> dict[str, Tensor]:

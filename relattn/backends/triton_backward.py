@@ -191,7 +191,7 @@ class Backward(launcher.Call):
         together = rows * some * pairs <= _SMALL * launcher._processors(self.device)
 
         def product(configuration: Any) -> None:
-            for jobs in [tuple(programs)] if together else [(job,) for job in programs]:
+            for jobs in [tuple(programs)] if together else [("VALUES", "KEYS"), ("QUERIES", "DISTANCES")]:
                 here = {job: programs[job] if job in jobs else 0 for job in programs}
                 numbers: dict[str, Any] = dict(zip(("value_programs", "key_programs", "query_programs"), here.values(), strict=False))
                 compiled = {job: count > 0 for job, count in here.items()}

@@ -91,6 +91,14 @@ def test_a_tape_holds_no_tensor():
 
 
 @needs_kernels
+def test_the_oldest_tapes_go(monkeypatch):
+    monkeypatch.setattr(gpu, "_MOST_STEPS", 4)
+    for length in (3, 4, 5):
+        relattn.relative_attention(*(tensor.detach() for tensor in inputs(queries=length, keys=length)), backend="triton")
+    assert [key[0][0][2] for key in gpu._TAPES] == [4, 5]  # two steps each
+
+
+@needs_kernels
 def test_table_gradients_stay_within_the_bytes_that_are_stated(monkeypatch):
     """Of many heads with tables of their own, as many at once as there is room for."""
     tensors = inputs(heads=4, queries=70, keys=70, rows=41, per_head=True)
