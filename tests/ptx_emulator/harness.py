@@ -27,9 +27,9 @@ from .machine import Machine
 from .memory import GlobalMemory
 from .parser import parse
 
-# Triton before 3.7.1 puts no fence.proxy.async between cp.async and wgmma (its pull request 9610 does). CUTLASS leaves it out on Hopper
-# too; the PTX ISA asks for it.
-_FENCES_COPIES = Version(triton.__version__) >= Version("3.7.1")
+# Between cp.async and wgmma, Triton 3.6 puts no fence.proxy.async; 3.7.1 and 3.8, which have its pull request 9610, leave some out; in 3.9
+# they all are there. CUTLASS has none there on Hopper; the PTX ISA asks for them.
+_FENCES_COPIES = Version(triton.__version__) >= Version("3.9")
 _OF_TRITON = set[str]() if _FENCES_COPIES else {"async proxy: wgmma reads what cp.async wrote, without fence.proxy.async"}
 
 
