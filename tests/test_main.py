@@ -88,3 +88,19 @@ def test_unknown_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> None
         command.main(["--yaml"])
     assert stop.value.code == 2
     assert "--yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ("sm_90", "usable; on sm_90 checked and timed"),
+        ("sm_80", "usable; for sm_80 compiled and emulated, not yet run on such a GPU: check with benchmarks/gpu_check.sh"),
+        ("gfx942", "usable; for gfx942 compiled, not yet run on such a GPU: check with benchmarks/gpu_check.sh"),
+    ],
+)
+def test_what_is_known_of_the_gpu_kernels(monkeypatch, target, text):
+    monkeypatch.setattr(command.triton, "_target", lambda device: target)
+    monkeypatch.setattr(command.triton, "INTERPRETED", False)
+    monkeypatch.setattr(command, "available_backends", lambda: dict(FOUND, triton=None))
+    lines = [line.split(maxsplit=1) for line in command.table(command.report()).splitlines()]
+    assert ["triton", text] in lines

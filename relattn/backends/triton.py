@@ -23,7 +23,7 @@ _LOG2_E = 1.0 / math.log(2.0)
 _UNBOUNDED = 2**62 + 1
 _TABLES = ("rel_k", "rel_q", "rel_v", "rel_bias")
 _MOST_STEPS = 2**14  # of all tapes, a kilobyte or two each
-_CONFIRMED = ("sm_90",)  # by benchmarks/gpu_check.sh on an H200
+_CONFIRMED, _EMULATED = ("sm_90",), ("sm_80",)  # by benchmarks/gpu_check.sh on an H200; by tests/ptx_emulator
 
 # Triton's interpreter runs the kernels on CPU tensors, very slowly: for tests. Triton reads the variable when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
@@ -81,7 +81,8 @@ def confirmed() -> str:
     target = _target(torch.device("cuda", 0))
     if target in _CONFIRMED:
         return f"usable; on {target} checked and timed"
-    return f"usable; for {target} compiled and emulated, not yet run on such a GPU: check with benchmarks/gpu_check.sh"
+    tried = "compiled and emulated" if target in _EMULATED else "compiled"
+    return f"usable; for {target} {tried}, not yet run on such a GPU: check with benchmarks/gpu_check.sh"
 
 
 def unsupported(tensors: Tensors, settings: Settings) -> str | None:
