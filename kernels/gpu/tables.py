@@ -228,11 +228,12 @@ def table_sum_kernel(
             total = _add_rows(total, partial, count, first, step, held, low, known & (low < held), TILE)
             total = _add_rows(total, partial, count, first, step, held, low - chunk, known & (distance >= chunk), TILE)
     if edges is not None:  # noqa: SIM102 (this is the compiler's condition)
-        if edge & ((block == 0) | (table_rows > 1)):
-            side = edges + block * (tl.cast(pairs, tl.int64) * edge_rows * TILE.SIZE)
-            for begin in tl.range(0, edge_rows, TILE.BLOCK):
-                known = begin + lane < edge_rows
-                total = _add_rows(total, side, pairs, table % pair_step, pair_step, edge_rows, begin + lane, known, TILE)
+        if edge:
+            for side in tl.range(block, tl.where(table_rows == 1, 2, block + 1)):  # a table of one row has both
+                owed = edges + tl.cast(side, tl.int64) * pairs * edge_rows * TILE.SIZE
+                for begin in tl.range(0, edge_rows, TILE.BLOCK):
+                    known = begin + lane < edge_rows
+                    total = _add_rows(total, owed, pairs, table % pair_step, pair_step, edge_rows, begin + lane, known, TILE)
     column = tl.arange(0, TILE.COLUMNS)
     rows = tl.where(edge, tl.minimum(1, table_rows - block), table_rows - 2 - (block - 2) * TILE.BLOCK)
     mask = (lane < rows)[:, None] & (column < TILE.SIZE)[None, :]
