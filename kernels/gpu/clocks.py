@@ -5,10 +5,11 @@ and wait for the registers they read, pipes that are busy, barriers that hold a 
 back. `python -m relattn.kernels.gpu.resources --clocks` prints what comes of it.
 
 Not modelled, and all of it makes kernels slower than this says: bank conflicts of shared memory; spilled registers that miss the L1 cache,
-which has what programs leave of the memory they share with it; the bandwidth of memory and of the L2 cache, and stores that wait for it;
-the instruction cache; a program's beginning and end, and the last programs of a grid. Differences under ten percent mean nothing. A chip's
-numbers are its data sheet's, latencies and the rate of mma.sync on sm_90 those that others measured; kernels/README.md has measurements
-beside the model. sm_100's matrix instructions (tcgen05) and AMD's chips are not modelled: of these only `programs` is known.
+which has what programs leave of the memory they share with it; the bandwidth of memory and of the L2 cache (bytes are counted, no more), and
+stores that wait for it; the instruction cache; a program's beginning and end, and the last programs of a grid. Differences under ten percent
+mean nothing. A chip's numbers are its data sheet's, latencies and the rate of mma.sync on sm_90 those that others measured;
+kernels/README.md has measurements beside the model. sm_100's matrix instructions (tcgen05) and AMD's chips are not modelled: of these only
+`programs` is known.
 """
 
 from __future__ import annotations
@@ -383,6 +384,7 @@ class Loop(NamedTuple):
     clocks: float  # of the SM, for one iteration of one program
     instructions: int  # of a warp, an iteration
     spills: int  # of these, loads and stores of spilled registers
+    bytes: float  # that a program's iteration loads from global memory and stores there, mostly the L2 cache
     bound: str  # the busiest pipe and how busy it is; below 70 % it is rather waiting that takes the time
 
 
@@ -400,7 +402,13 @@ def estimate(loop: Sequence[Instruction], warps: int, count: int, chip: Chip) ->
     pipe = max(pipes, key=pipes.__getitem__)
     share = f"{pipe} {pipes[pipe] / clocks:.0%}"
     spills = sum(instruction.name in ("LDL", "STL") for instruction in instructions)
-    return Loop(clocks, len(path), spills, share if pipes[pipe] >= 0.7 * clocks else f"waiting ({share})")
+    moved = 32 * warps * sum(_width(instruction.opcode) for instruction in instructions if instruction.name in ("LDG", "LDGSTS", "STG"))
+    return Loop(clocks, len(path), spills, moved, share if pipes[pipe] >= 0.7 * clocks else f"waiting ({share})")
+
+
+def _width(opcode: str) -> int:
+    """Bytes of a lane."""
+    return 16 if ".128" in opcode else 8 if ".64" in opcode else 2 if "16" in opcode else 1 if "8" in opcode else 4
 
 
 def estimates(sass: str, target: str, warps: int, count: int) -> list[Loop]:

@@ -179,7 +179,7 @@ class Candidate(NamedTuple):
     configuration: Configuration
     resources: Resources | None
     programs: int  # of an SM at once
-    near: clocks.Loop | None  # the loop over tiles near the tables, or over all; clocks for 64 x 64 pairs
+    near: clocks.Loop | None  # the loop over tiles near the tables, or over all; clocks and bytes for 64 x 64 pairs
     far: clocks.Loop | None
     problem: str
 
@@ -201,7 +201,9 @@ class Candidate(NamedTuple):
         found = self.resources
         row = f"{tuple(self.configuration)!s:13}{self.programs:8}{found.registers:10}{found.stack:6}{found.shared:8}"
         loops = [loop for loop in (self.near, self.far) if loop is not None]
-        return row + "".join(f"{loop.clocks:8.0f}{loop.instructions:7}{loop.spills:7}  {loop.bound:21}" for loop in loops)
+        return row + "".join(
+            f"{loop.clocks:8.0f}{loop.instructions:7}{loop.spills:7}{loop.bytes / 1024:6.0f}  {loop.bound:21}" for loop in loops
+        )
 
 
 def candidate(case: Case, configuration: Configuration) -> Candidate:
@@ -217,7 +219,7 @@ def candidate(case: Case, configuration: Configuration) -> Candidate:
     if clocks.modelled(case.target):
         loops = clocks.estimates(_cuobjdump(assembly["cubin"], "-sass"), case.target, configuration.num_warps, count)
     scale = 64 * 64 / configuration.block**2
-    loops = sorted((loop._replace(clocks=scale * loop.clocks) for loop in loops), key=lambda loop: -loop.clocks)
+    loops = sorted((loop._replace(clocks=scale * loop.clocks, bytes=scale * loop.bytes) for loop in loops), key=lambda loop: -loop.clocks)
     far = loops[-1] if case.variant == "clipped" and len(loops) > 1 else None
     return Candidate(case, configuration, found, count, loops[0] if loops else None, far, "")
 
@@ -226,7 +228,7 @@ def _ranked(cases: list[Case], pool: ProcessPoolExecutor) -> Iterator[str]:
     """Of each case its candidates, best first."""
     wanted = [(case, one) for case in cases for one in dict.fromkeys((*_configurations(case), *_candidates(case)))]
     found = pool.map(candidate, *zip(*wanted, strict=True))
-    yield "        block, warps, stages  programs registers stack  shared  clocks instr. spills  bound by; of clipped tables near, then far"
+    yield "        block, warps, stages  programs registers stack  shared  clocks instr. spills   KiB  bound by; clipped: near, then far"
     for case, group in itertools.groupby(found, key=lambda one: one.case):
         yield _name(case)
         first = _configurations(case)[0]
