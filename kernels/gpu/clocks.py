@@ -5,9 +5,9 @@ and wait for the registers they read, pipes that are busy, barriers that hold a 
 back. `python -m relattn.kernels.gpu.resources --clocks` prints what comes of it.
 
 Not modelled, and all of it makes kernels slower than this says: bank conflicts of shared memory; spilled registers that miss the L1 cache,
-which has what programs leave of the memory they share with it; the bandwidth of memory and of the L2 cache (bytes are counted, no more), and
-stores that wait for it; the instruction cache; a program's beginning and end, and the last programs of a grid. Differences under ten percent
-mean nothing. A chip's numbers are its data sheet's, latencies and the rate of mma.sync on sm_90 those that others measured;
+which has what programs leave of the memory they share with it; the bandwidth of memory and of the L2 cache (bytes are counted, no more);
+stores that wait for it; the instruction cache; a program's beginning and end, and the last programs of a grid. Differences under ten per
+cent mean nothing. A chip's numbers are its data sheet's, latencies and the rate of mma.sync on sm_90 those that others measured;
 kernels/README.md has measurements beside the model. sm_100's matrix instructions (tcgen05) and AMD's chips are not modelled: of these only
 `programs` is known.
 """
