@@ -41,7 +41,7 @@ NAMES = (
     "forward", "prepare", "query_gradient", "key_gradient", "table_gradient", "key_product", "query_product", "table_product"
 )  # fmt: skip
 SIZES = (64, 128, 256)
-VARIANTS = ("plain", "clipped", "extra")
+VARIANTS = ("plain", "clipped", "extra", "bare")  # rel_k; clipped; all tables; none, to compare with
 DTYPES = {2: "bf16", 4: "fp32"}
 TENSOR_MEMORY = 512  # columns of an SM, sm_100
 FAR_PART = 7 / 8  # of the tiles, where tables are clipped to 64 and sequences are 1536 long
@@ -67,7 +67,7 @@ def cases(targets: Iterable[str] = TARGETS) -> Iterator[Case]:
     """What is checked: 16-bit inputs with rel_k everywhere; float32, and all tables at once, on Hopper with heads up to 64."""
     for case in all_cases(targets):
         on_hopper = case.target == "sm_90" and case.size == 64 and (case.itemsize, case.variant) in ((2, "extra"), (4, "plain"))
-        if on_hopper or (case.itemsize == 2 and case.variant != "extra"):
+        if on_hopper or (case.itemsize == 2 and case.variant in ("plain", "clipped")):
             yield case
 
 
@@ -75,19 +75,21 @@ def all_cases(targets: Iterable[str], sizes: Iterable[int] = SIZES) -> Iterator[
     for case in itertools.starmap(Case, itertools.product(targets, NAMES, sizes, DTYPES, VARIANTS)):
         products = case.kernel.endswith("_product")  # these serve plain tables, two of them large heads of 16-bit inputs only
         large = case.size > 64 and case.itemsize == 2
-        if not products or (case.variant == "plain" and (large or case.kernel == "table_product")):
+        if products and (case.variant != "plain" or not (large or case.kernel == "table_product")):
+            continue
+        if not (case.variant == "bare" and case.kernel == "table_gradient"):
             yield case
 
 
 def _arguments(case: Case, configuration: Configuration) -> dict[str, Any]:
-    """What a kernel is launched with for contiguous inputs, addresses and strides multiples of 16, with rel_k (all tables, if extra)."""
+    """What a kernel is launched with for contiguous inputs, addresses and strides multiples of 16."""
     numbers, single = MockTensor({2: tl.bfloat16, 4: tl.float32}[case.itemsize]), MockTensor(tl.float32)
     power, far, extra = triton.next_power_of_2(case.size), case.variant == "clipped", case.variant == "extra"
     operand, table = Operand(numbers, 4096, 1024, 256, 1), Operand(numbers, LACKING, 1024, 256, 1)
-    other, parts = table if extra else None, case.variant == "plain"
+    rel_k, other, parts = None if case.variant == "bare" else table, table if extra else None, case.variant == "plain"
     products = parts and case.size > 64 and case.itemsize == 2
     return dict(
-        inputs=Inputs(operand, None, operand, operand, table, other, other, None, None, None, None, None, None),
+        inputs=Inputs(operand, None, operand, operand, rel_k, other, other, None, None, None, None, None, None),
         saved=Saved(single, single, None, single if far else None), units=Units(0.125, 0.18, 0.0, 1.0),
         output=operand, grad_output=operand, grad_query=operand, grad_key=operand, grad_value=operand,
         lse=single, grad_lse=None, edge_sums=single if far else None, key_sums=None, partial=single, partial_sums=None,
@@ -245,7 +247,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--kernels", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="of heads; default: 64 128 256")
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS[:-1], choices=VARIANTS, help="tables: rel_k, clipped, all three, none")
     parser.add_argument("--dtypes", nargs="+", default=tuple(DTYPES.values()), choices=DTYPES.values())
     parser.add_argument("--clocks", action="store_true", help="rank all candidates by the clocks that their loops take")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
