@@ -4,12 +4,14 @@ The instructions of a loop run through a model of the SM: four schedulers that i
 and wait for the registers they read, pipes that are busy, barriers that hold a program's warps together, wgmma that runs behind a warp's
 back. `python -m relattn.kernels.gpu.resources --clocks` prints what comes of it.
 
-Not modelled, and all of it makes kernels slower than this says: bank conflicts of shared memory; spilled registers that miss the L1 cache,
-which has what programs leave of the memory they share with it; the bandwidth of memory and of the L2 cache (bytes are counted, no more);
-stores that wait for it; the instruction cache; a program's beginning and end, and the last programs of a grid. Differences under ten per
-cent mean nothing. A chip's numbers are its data sheet's, latencies and the rate of mma.sync on sm_90 those that others measured;
-kernels/README.md has measurements beside the model. sm_100's matrix instructions (tcgen05) and AMD's chips are not modelled: of these only
-`programs` is known.
+Spilled registers cost four times as much where an SM's do not fit into the L1 cache, that is what programs leave of the memory they share
+with it.
+
+Not modelled, and all of it makes kernels slower than this says: bank conflicts of shared memory; what spilled registers displace in the L1
+cache, and how long they take from the L2 cache; the bandwidth of memory and of the L2 cache (bytes are counted, no more); stores that wait
+for it; the instruction cache; a program's beginning and end, and the last programs of a grid. Differences under ten per cent mean nothing.
+A chip's numbers are its data sheet's, latencies and the rate of mma.sync on sm_90 those that others measured; kernels/README.md has
+measurements beside the model. sm_100's matrix instructions (tcgen05) and AMD's chips are not modelled: of these only `programs` is known.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ WGMMA_FMA = 2048  # a clock, of the SM
 WGMMA_LATENCY, SHARED_OF_WGMMA = 25, 8
 BARRIER_LATENCY, FENCE_LATENCY, PREDICATE_LATENCY, BRANCH_CLOCKS = 22, 15, 6, 8
 LONG_MASKING = 60  # instructions
+MISS = 4  # what a spilled register costs that misses the L1 cache: the L2 cache gives an SM about 32 bytes a clock
 
 
 class Kind(Enum):
@@ -50,7 +53,8 @@ class Kind(Enum):
 
 
 class Chip(NamedTuple):
-    shared: int  # bytes of shared memory of an SM, of which a program takes 1024 more than it asks for
+    memory: int  # bytes of an SM for shared memory and the L1 cache
+    shared: int  # of these at most for shared memory; a program takes 1024 more than it asks for
     warps: int  # that an SM holds
     programs: int
     fma: float = 1  # clocks that a warp's instruction keeps its scheduler's pipe busy
@@ -66,11 +70,11 @@ class Chip(NamedTuple):
 # sm_80: an A100. sm_89, sm_120: the professional cards; GeForce's take twice the clocks for an mma.sync. sm_90: mma.sync reaches 62 % of
 # what wgmma does.
 CHIPS = {
-    "sm_80": Chip(167936, 64, 32, fma=2, mma=8),
-    "sm_89": Chip(102400, 48, 24),
-    "sm_90": Chip(233472, 64, 32, mma=6.4),
-    "sm_100": Chip(233472, 64, 32),
-    "sm_120": Chip(102400, 48, 24, alu=1),
+    "sm_80": Chip(196608, 167936, 64, 32, fma=2, mma=8),
+    "sm_89": Chip(131072, 102400, 48, 24),
+    "sm_90": Chip(262144, 233472, 64, 32, mma=6.4),
+    "sm_100": Chip(262144, 233472, 64, 32),
+    "sm_120": Chip(131072, 102400, 48, 24, alu=1),
 }
 
 
@@ -85,6 +89,11 @@ def programs(target: str, registers: int, shared: int, warps: int) -> int:
     chip = CHIPS[target]
     of_warp = -(-registers // 8) * 8 * 32
     return min(REGISTERS // (of_warp * warps), chip.shared // (shared + 1024), chip.warps // warps, chip.programs)
+
+
+def spills_miss(target: str, stack: int, shared: int, warps: int, count: int) -> bool:
+    """Whether the spilled registers of `count` programs, stack bytes a thread, are more than the L1 cache holds."""
+    return count * 32 * warps * stack > CHIPS[target].memory - count * (shared + 1024)
 
 
 # ---- machine code ----
@@ -388,10 +397,13 @@ class Loop(NamedTuple):
     bound: str  # the busiest pipe and how busy it is; below 70 % it is rather waiting that takes the time
 
 
-def estimate(loop: Sequence[Instruction], warps: int, count: int, chip: Chip) -> Loop:
-    """Of a loop, with `count` programs on the SM at once."""
+def estimate(loop: Sequence[Instruction], warps: int, count: int, chip: Chip, misses: bool = False) -> Loop:
+    """Of a loop, with `count` programs on the SM at once. misses: see `spills_miss`."""
     instructions = usual_path(loop)
     path = [decode(instruction) for instruction in instructions]
+    for operation, instruction in zip(path, instructions, strict=True):
+        if misses and instruction.name in ("LDL", "STL"):
+            operation.wavefronts *= MISS
     sm = _Sm(path, warps, count, 26 if len(path) < 5000 else 10, chip)
     sm.run()
     begin, end = max(warp.finished[2] for warp in sm.all), min(warp.finished[-1] for warp in sm.all)
@@ -411,6 +423,6 @@ def _width(opcode: str) -> int:
     return 16 if ".128" in opcode else 8 if ".64" in opcode else 2 if "16" in opcode else 1 if "8" in opcode else 4
 
 
-def estimates(sass: str, target: str, warps: int, count: int) -> list[Loop]:
+def estimates(sass: str, target: str, warps: int, count: int, misses: bool = False) -> list[Loop]:
     """One per innermost loop with products, in the order of the code."""
-    return [estimate(loop, warps, count, CHIPS[target]) for loop in product_loops(parse(sass))]
+    return [estimate(loop, warps, count, CHIPS[target], misses) for loop in product_loops(parse(sass))]

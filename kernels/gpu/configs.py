@@ -22,7 +22,7 @@ class Configuration(NamedTuple):
 CANDIDATES = [
     Configuration(*candidate)
     for candidate in (
-        (64, 4, 3), (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 4, 1), (32, 8, 1),
+        (64, 4, 3), (64, 4, 2), (64, 4, 1), (64, 8, 2), (64, 8, 1), (32, 4, 2), (32, 8, 2), (32, 4, 1), (32, 8, 1),
         (16, 4, 2), (16, 8, 2), (16, 4, 1), (16, 8, 1),
     )
 ]  # fmt: skip
@@ -47,39 +47,39 @@ def family(target: str) -> str:
 # 16-bit inputs: heads up to 64, 128 and 256; of each the plain kernel and the clipped one.
 _TABLE = {
     "sm_80": {
-        "forward": ((64, 4, 2), (64, 8, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)),
+        "forward": ((64, 4, 3), (64, 4, 2), (64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 4, 1)),
         "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
-        "query_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)),
-        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 8, 2), (32, 8, 1), (16, 8, 2), (16, 4, 1)),
-        "table_gradient": ((32, 8, 2), (32, 8, 2), (16, 8, 2), (16, 8, 2), (16, 8, 1), (16, 8, 1)),
+        "query_gradient": ((64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1), (32, 4, 2)),
+        "key_gradient": ((64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2)),
+        "table_gradient": ((64, 4, 1), (64, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
     },
     "sm_89": {
-        "forward": ((64, 4, 2), (64, 8, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)),
+        "forward": ((64, 4, 2), (64, 4, 2), (64, 8, 2), (64, 4, 1), (32, 4, 1), (32, 4, 1)),
         "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
-        "query_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 1), (16, 8, 2)),
-        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2), (16, 4, 2)),
-        "table_gradient": ((32, 8, 2), (32, 4, 2), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+        "query_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 2), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 2), (16, 4, 2)),
+        "table_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
     },
     "sm_90": {
-        "forward": ((64, 4, 3), (64, 4, 3), (64, 4, 2), (64, 4, 1), (32, 8, 2), (16, 4, 2)),
+        "forward": ((64, 4, 3), (64, 4, 3), (64, 4, 2), (64, 4, 1), (64, 8, 1), (64, 8, 1)),
         "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
-        "query_gradient": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (32, 8, 2), (16, 4, 2)),
-        "key_gradient": ((64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 1), (16, 4, 2), (16, 8, 2)),
-        "table_gradient": ((64, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 1), (16, 8, 1), (16, 8, 1)),
+        "query_gradient": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1)),
+        "key_gradient": ((64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 8, 1)),
+        "table_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1)),
     },
     "sm_100": {
-        "forward": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (32, 8, 2), (16, 4, 2)),
+        "forward": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 8, 1), (64, 8, 1)),
         "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
-        "query_gradient": ((64, 4, 1), (64, 4, 2), (64, 8, 2), (64, 8, 2), (32, 8, 2), (16, 4, 2)),
-        "key_gradient": ((64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 8, 2), (32, 8, 2), (16, 4, 2)),
-        "table_gradient": ((32, 4, 2), (32, 4, 2), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+        "query_gradient": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1)),
+        "key_gradient": ((64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 8, 1)),
+        "table_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1)),
     },
     "sm_120": {
-        "forward": ((64, 8, 2), (64, 8, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)),
+        "forward": ((64, 4, 2), (64, 4, 2), (64, 8, 2), (64, 4, 1), (32, 4, 1), (32, 4, 1)),
         "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
-        "query_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 1), (16, 4, 2)),
-        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2), (16, 4, 2)),
-        "table_gradient": ((32, 4, 2), (32, 4, 2), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+        "query_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 2), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 2), (16, 4, 2)),
+        "table_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
     },
     "gfx942": {
         "forward": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 1), (64, 4, 1)),
@@ -118,11 +118,12 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
     size: the larger of D and Dv; itemsize: of the inputs; clipped: tiles may lie far from the tables; extra: rel_q or rel_v are there.
     """
     if kernel.endswith("_product") or kernel == "join":
-        # With the block of the kernel that made the tiles. Loads are what takes time: as many stages as there is room for.
+        # With the block of the kernel that made the tiles. Loads are what takes time: up to three stages, where that leaves room for a
+        # second program; two in any case, if there is room.
         stage = (8192 + 128 * size) * (2 if kernel == "query_product" else 1)
-        most = min(3, SHARED_MEMORY.get(family(target), stage) // stage) if target != "interpreter" else 1
-        warps = 4 if size <= 128 else 8
-        return [Configuration(block, warps, stages) for block in (64, 32) for stages in range(max(1, most), 0, -1)]
+        room = SHARED_MEMORY[family(target)] // stage if target != "interpreter" else 1
+        most = min(3, max(room // 2, min(room, 2), 1))
+        return [Configuration(block, 4, stages) for block in (64, 32) for stages in range(most, 0, -1)]
     if target == "interpreter":  # not all alike: kernels must get on with each other's
         return [Configuration(16 if kernel == "table_gradient" else 32, 4, 1)]
     place = 0 if size <= 64 else 1 if size <= 128 else 2

@@ -219,7 +219,8 @@ def candidate(case: Case, configuration: Configuration) -> Candidate:
         return Candidate(case, configuration, found, count, None, None, f"does not fit: {found.shared} bytes of shared memory")
     loops: list[clocks.Loop] = []
     if clocks.modelled(case.target):
-        loops = clocks.estimates(_cuobjdump(assembly["cubin"], "-sass"), case.target, configuration.num_warps, count)
+        misses = clocks.spills_miss(case.target, found.stack, found.shared, configuration.num_warps, count)
+        loops = clocks.estimates(_cuobjdump(assembly["cubin"], "-sass"), case.target, configuration.num_warps, count, misses)
     scale = 64 * 64 / configuration.block**2
     loops = sorted((loop._replace(clocks=scale * loop.clocks, bytes=scale * loop.bytes) for loop in loops), key=lambda loop: -loop.clocks)
     far = loops[-1] if case.variant == "clipped" and len(loops) > 1 else None

@@ -113,3 +113,12 @@ def test_barrier_waits_for_the_slowest():
 def test_spills_are_counted():
     (found,) = clocks.estimates(text("LDL R1, [R2]", "STL [R2], R1", PRODUCT, "@!P0 BRA 0x0"), "sm_90", 4, 1)
     assert (found.instructions, found.spills) == (4, 2)
+
+
+def test_spills_cost_more_where_they_miss_the_cache():
+    assert not clocks.spills_miss("sm_90", 128, 100000, 4, 2)  # 32 KiB, of 58
+    assert clocks.spills_miss("sm_90", 256, 100000, 4, 2)
+    assert clocks.spills_miss("sm_89", 256, 50000, 4, 2)
+    spilling = loop(*["STL [R1], R2"] * 50)
+    assert clocks.estimate(spilling, 4, 1, HOPPER).clocks == pytest.approx(50 * 4, rel=0.05)
+    assert clocks.estimate(spilling, 4, 1, HOPPER, misses=True).clocks == pytest.approx(50 * 4 * clocks.MISS, rel=0.05)
