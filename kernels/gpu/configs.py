@@ -44,7 +44,9 @@ def family(target: str) -> str:
     return "gfx942"
 
 
-# 16-bit inputs: heads up to 64, 128 and 256; of each the plain kernel and the clipped one.
+# 16-bit inputs: heads up to 64, 128 and 256; of each the plain kernel and the clipped one. Modelled, not measured, but for the first four
+# columns of sm_90; there table_gradient was measured with clipped tables only. sm_120: as sm_89. sm_100: what has two programs on an SM
+# and few spills, as on sm_90. gfx942: what spills least.
 _TABLE = {
     "sm_80": {
         "forward": ((64, 4, 3), (64, 4, 2), (64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 4, 1)),
@@ -89,21 +91,40 @@ _TABLE = {
         "table_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (16, 4, 2), (16, 4, 2)),
     },
 }  # fmt: skip
-# With rel_q or rel_v, by head size. Found for sm_90, and taken for all.
+# With rel_q or rel_v, by head size: by the model of sm_90, and of sm_89, whose shared memory is a third.
 _EXTRA = {
-    "forward": ((64, 8, 2), (32, 4, 2), (32, 8, 2)),
-    "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
-    "query_gradient": ((32, 4, 2), (32, 4, 2), (16, 4, 2)),
-    "key_gradient": ((32, 8, 2), (16, 4, 2), (16, 8, 2)),
-    "table_gradient": ((32, 8, 2), (16, 4, 2), (16, 8, 1)),
+    "sm_90": {
+        "forward": ((64, 4, 1), (64, 4, 1), (32, 4, 1)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((64, 4, 1), (64, 4, 1), (16, 4, 2)),
+        "key_gradient": ((64, 4, 1), (32, 4, 2), (16, 4, 2)),
+        "table_gradient": ((64, 4, 1), (32, 4, 1), (32, 4, 1)),
+    },
+    "sm_89": {
+        "forward": ((32, 4, 2), (32, 4, 1), (32, 4, 1)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((32, 4, 2), (32, 4, 1), (16, 4, 2)),
+        "key_gradient": ((32, 4, 2), (32, 4, 2), (16, 4, 2)),
+        "table_gradient": ((32, 4, 2), (32, 4, 1), (16, 4, 1)),
+    },
 }
-# float32, by head size. Exact float32 products run outside the matrix units, in registers: beyond heads of 64 nothing keeps them all.
+# float32, by head size. Exact float32 products run outside the matrix units, in registers, and their code is long: where the model has
+# loops of more than 5000 instructions ahead by little, a smaller tile stands here.
 _SINGLE = {
-    "forward": ((32, 8, 1), (16, 8, 1), (16, 8, 1)),
-    "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
-    "query_gradient": ((32, 8, 1), (16, 8, 1), (16, 8, 1)),
-    "key_gradient": ((32, 8, 2), (16, 8, 1), (16, 8, 1)),
-    "table_gradient": ((32, 8, 1), (16, 8, 1), (16, 8, 1)),
+    "sm_90": {
+        "forward": ((64, 8, 1), (32, 8, 1), (16, 8, 1)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((32, 4, 1), (32, 8, 1), (16, 8, 1)),
+        "key_gradient": ((32, 4, 1), (32, 8, 1), (16, 8, 1)),
+        "table_gradient": ((32, 4, 1), (32, 8, 1), (16, 8, 1)),
+    },
+    "sm_89": {
+        "forward": ((64, 8, 1), (32, 8, 1), (16, 8, 1)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((32, 4, 1), (32, 8, 1), (16, 8, 1)),
+        "key_gradient": ((32, 4, 1), (16, 4, 1), (16, 8, 1)),
+        "table_gradient": ((32, 4, 1), (16, 4, 1), (16, 8, 1)),
+    },
 }
 
 
@@ -128,7 +149,8 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
         return [Configuration(16 if kernel == "table_gradient" else 32, 4, 1)]
     place = 0 if size <= 64 else 1 if size <= 128 else 2
     if itemsize == 4 or extra:
-        first = Configuration(*(_SINGLE if itemsize == 4 else _EXTRA)[kernel][place])
+        table = (_SINGLE if itemsize == 4 else _EXTRA)["sm_90" if family(target) in ("sm_90", "sm_100") else "sm_89"]
+        first = Configuration(*table[kernel][place])
         if itemsize == 4 and extra:
             first = Configuration(16, 8, 1)
     else:

@@ -86,7 +86,8 @@ def _arguments(case: Case, configuration: Configuration) -> dict[str, Any]:
     numbers, single = MockTensor({2: tl.bfloat16, 4: tl.float32}[case.itemsize]), MockTensor(tl.float32)
     power, far, extra = triton.next_power_of_2(case.size), case.variant == "clipped", case.variant == "extra"
     operand, table = Operand(numbers, 4096, 1024, 256, 1), Operand(numbers, LACKING, 1024, 256, 1)
-    rel_k, other, parts = None if case.variant == "bare" else table, table if extra else None, case.variant == "plain"
+    rel_k, other = None if case.variant == "bare" else table, table if extra else None
+    parts = case.variant == "plain" and configuration.block >= 32  # tiles go to memory
     products = parts and case.size > 64 and case.itemsize == 2
     return dict(
         inputs=Inputs(operand, None, operand, operand, rel_k, other, other, None, None, None, None, None, None),
