@@ -217,7 +217,7 @@ def candidate(case: Case, configuration: Configuration) -> Candidate:
     found, assembly = attempt
     count = clocks.programs(case.target, found.registers, found.shared, configuration.num_warps)
     if not found.fits or count == 0:
-        return Candidate(case, configuration, found, count, None, None, f"does not fit: {found.shared} bytes of shared memory")
+        return Candidate(case, configuration, found, count, None, None, f"does not fit, with {found.shared} bytes of shared memory")
     loops: list[clocks.Loop] = []
     if clocks.modelled(case.target):
         misses = clocks.spills_miss(case.target, found.stack, found.shared, configuration.num_warps, count)
