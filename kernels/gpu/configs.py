@@ -22,7 +22,7 @@ class Configuration(NamedTuple):
 CANDIDATES = [
     Configuration(*candidate)
     for candidate in (
-        (64, 4, 3), (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 4, 1), (32, 8, 1),
+        (64, 4, 3), (64, 4, 2), (64, 4, 1), (64, 8, 2), (64, 8, 1), (32, 4, 2), (32, 8, 2), (32, 4, 1), (32, 8, 1),
         (16, 4, 2), (16, 8, 2), (16, 4, 1), (16, 8, 1),
     )
 ]  # fmt: skip
@@ -44,42 +44,44 @@ def family(target: str) -> str:
     return "gfx942"
 
 
-# 16-bit inputs: heads up to 64, 128 and 256; of each the plain kernel and the clipped one.
+# 16-bit inputs: heads up to 64, 128 and 256; of each the plain kernel and the clipped one. Modelled, not measured, but for the first four
+# columns of sm_90; there table_gradient was measured with clipped tables only. sm_120: as sm_89. sm_100: what has two programs on an SM
+# and few spills, as on sm_90, if its tensor memory holds it. gfx942: what spills least.
 _TABLE = {
     "sm_80": {
-        "forward": ((64, 4, 2), (64, 8, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)),
+        "forward": ((64, 4, 3), (64, 4, 2), (64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 4, 1)),
         "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
-        "query_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)),
-        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 8, 2), (32, 8, 1), (16, 8, 2), (16, 4, 1)),
-        "table_gradient": ((32, 8, 2), (32, 8, 2), (16, 8, 2), (16, 8, 2), (16, 8, 1), (16, 8, 1)),
+        "query_gradient": ((64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 1), (32, 4, 2)),
+        "key_gradient": ((64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2)),
+        "table_gradient": ((64, 4, 1), (64, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
     },
     "sm_89": {
-        "forward": ((64, 4, 2), (64, 8, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)),
+        "forward": ((64, 4, 2), (64, 4, 2), (64, 8, 2), (64, 4, 1), (32, 4, 1), (32, 4, 1)),
         "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
-        "query_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 1), (16, 8, 2)),
-        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2), (16, 4, 2)),
-        "table_gradient": ((32, 8, 2), (32, 4, 2), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+        "query_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 2), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 2), (16, 4, 2)),
+        "table_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
     },
     "sm_90": {
-        "forward": ((64, 4, 3), (64, 4, 3), (64, 4, 2), (64, 4, 1), (32, 8, 2), (16, 4, 2)),
+        "forward": ((64, 4, 3), (64, 4, 3), (64, 4, 2), (64, 4, 1), (64, 8, 1), (64, 8, 1)),
         "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
-        "query_gradient": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (32, 8, 2), (16, 4, 2)),
-        "key_gradient": ((64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 1), (16, 4, 2), (16, 8, 2)),
-        "table_gradient": ((64, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 1), (16, 8, 1), (16, 8, 1)),
+        "query_gradient": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1)),
+        "key_gradient": ((64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 8, 1)),
+        "table_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1)),
     },
     "sm_100": {
-        "forward": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (32, 8, 2), (16, 4, 2)),
+        "forward": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1)),
         "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
-        "query_gradient": ((64, 4, 1), (64, 4, 2), (64, 8, 2), (64, 8, 2), (32, 8, 2), (16, 4, 2)),
-        "key_gradient": ((64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 8, 2), (32, 8, 2), (16, 4, 2)),
-        "table_gradient": ((32, 4, 2), (32, 4, 2), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+        "query_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (32, 4, 1)),
+        "key_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (32, 4, 1)),
+        "table_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1)),
     },
     "sm_120": {
-        "forward": ((64, 8, 2), (64, 8, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)),
+        "forward": ((64, 4, 2), (64, 4, 2), (64, 8, 2), (64, 4, 1), (32, 4, 1), (32, 4, 1)),
         "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
-        "query_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 1), (16, 4, 2)),
-        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2), (16, 4, 2)),
-        "table_gradient": ((32, 4, 2), (32, 4, 2), (32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+        "query_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 2), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+        "key_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2), (16, 4, 2), (16, 4, 2)),
+        "table_gradient": ((32, 4, 2), (32, 4, 2), (32, 4, 1), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
     },
     "gfx942": {
         "forward": ((64, 4, 2), (64, 4, 2), (64, 4, 1), (64, 4, 2), (64, 4, 1), (64, 4, 1)),
@@ -89,21 +91,40 @@ _TABLE = {
         "table_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (16, 4, 2), (16, 4, 2)),
     },
 }  # fmt: skip
-# With rel_q or rel_v, by head size. Found for sm_90, and taken for all.
+# With rel_q or rel_v, by head size: by the model of sm_90, and of sm_89, whose shared memory is a third.
 _EXTRA = {
-    "forward": ((64, 8, 2), (32, 4, 2), (32, 8, 2)),
-    "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
-    "query_gradient": ((32, 4, 2), (32, 4, 2), (16, 4, 2)),
-    "key_gradient": ((32, 8, 2), (16, 4, 2), (16, 8, 2)),
-    "table_gradient": ((32, 8, 2), (16, 4, 2), (16, 8, 1)),
+    "sm_90": {
+        "forward": ((64, 4, 1), (64, 4, 1), (32, 4, 1)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((64, 4, 1), (64, 4, 1), (16, 4, 2)),
+        "key_gradient": ((64, 4, 1), (32, 4, 2), (16, 4, 2)),
+        "table_gradient": ((64, 4, 1), (32, 4, 1), (32, 4, 1)),
+    },
+    "sm_89": {
+        "forward": ((32, 4, 2), (32, 4, 1), (32, 4, 1)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((32, 4, 2), (32, 4, 1), (16, 4, 2)),
+        "key_gradient": ((32, 4, 2), (32, 4, 2), (16, 4, 2)),
+        "table_gradient": ((32, 4, 2), (32, 4, 1), (16, 4, 1)),
+    },
 }
-# float32, by head size. Exact float32 products run outside the matrix units, in registers: beyond heads of 64 nothing keeps them all.
+# float32, by head size. Exact float32 products run outside the matrix units, in registers, and their code is long: where the model has
+# loops of more than 5000 instructions ahead by little, a smaller tile stands here.
 _SINGLE = {
-    "forward": ((32, 8, 1), (16, 8, 1), (16, 8, 1)),
-    "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
-    "query_gradient": ((32, 8, 1), (16, 8, 1), (16, 8, 1)),
-    "key_gradient": ((32, 8, 2), (16, 8, 1), (16, 8, 1)),
-    "table_gradient": ((32, 8, 1), (16, 8, 1), (16, 8, 1)),
+    "sm_90": {
+        "forward": ((64, 8, 1), (32, 8, 1), (16, 8, 1)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((32, 4, 1), (32, 8, 1), (16, 8, 1)),
+        "key_gradient": ((32, 4, 1), (32, 8, 1), (16, 8, 1)),
+        "table_gradient": ((32, 4, 1), (32, 8, 1), (16, 8, 1)),
+    },
+    "sm_89": {
+        "forward": ((64, 8, 1), (32, 8, 1), (16, 8, 1)),
+        "prepare": ((64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        "query_gradient": ((32, 4, 1), (32, 8, 1), (16, 8, 1)),
+        "key_gradient": ((32, 4, 1), (16, 4, 1), (16, 8, 1)),
+        "table_gradient": ((32, 4, 1), (16, 4, 1), (16, 8, 1)),
+    },
 }
 
 
@@ -118,16 +139,18 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
     size: the larger of D and Dv; itemsize: of the inputs; clipped: tiles may lie far from the tables; extra: rel_q or rel_v are there.
     """
     if kernel in ("product", "join"):
-        # With the block of the kernel that made the tiles. Loads are what takes time: as many stages as there is room for.
+        # With the block of the kernel that made the tiles. Loads are what takes time: up to three stages, where that leaves room for a
+        # second program; two in any case, if there is room.
         stage = 8192 + 128 * size
-        most = min(3, SHARED_MEMORY.get(family(target), stage) // stage) if target != "interpreter" else 1
-        warps = 4 if size <= 128 else 8
-        return [Configuration(block, warps, stages) for block in (64, 32) for stages in range(max(1, most), 0, -1)]
+        room = SHARED_MEMORY[family(target)] // stage if target != "interpreter" else 1
+        most, warps = min(3, max(room // 2, min(room, 2), 1)), 4 if size <= 128 else 8
+        return [Configuration(block, warps, stages) for block in (64, 32) for stages in range(most, 0, -1)]
     if target == "interpreter":  # not all alike: kernels must get on with each other's
         return [Configuration(16 if kernel == "table_gradient" else 32, 4, 1)]
     place = 0 if size <= 64 else 1 if size <= 128 else 2
     if itemsize == 4 or extra:
-        first = Configuration(*(_SINGLE if itemsize == 4 else _EXTRA)[kernel][place])
+        table = (_SINGLE if itemsize == 4 else _EXTRA)["sm_90" if family(target) in ("sm_90", "sm_100") else "sm_89"]
+        first = Configuration(*table[kernel][place])
         if itemsize == 4 and extra:
             first = Configuration(16, 8, 1)
     else:
