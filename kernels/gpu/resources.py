@@ -34,7 +34,7 @@ from .operands import SIZES as LOOSE
 
 TARGETS = tuple(configs.SHARED_MEMORY)
 NAMES = (
-    "forward", "prepare", "query_gradient", "key_gradient", "table_gradient", "key_product", "query_product", "table_product"
+    "forward", "decode", "prepare", "query_gradient", "key_gradient", "table_gradient", "key_product", "query_product", "table_product"
 )  # fmt: skip
 SIZES = (64, 128, 256)
 VARIANTS = ("plain", "clipped", "extra")
