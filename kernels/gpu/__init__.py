@@ -2,12 +2,13 @@
 
 from triton.runtime.errors import OutOfResources
 
-from . import backward, configs, forward, operands, products, tables, tile
+from . import backward, configs, decode, forward, operands, products, tables, tile
 
-__all__ = ["KERNELS", "OutOfResources", "configs", "operands", "tile"]
+__all__ = ["KERNELS", "OutOfResources", "configs", "decode", "operands", "tile"]
 
 KERNELS = {
     "forward": forward.forward_kernel,
+    "decode": decode.decode_kernel,
     "combine": forward.combine_kernel,
     "prepare": backward.prepare_kernel,
     "query_gradient": backward.query_gradient_kernel,

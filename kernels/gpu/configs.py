@@ -126,6 +126,9 @@ _SINGLE = {
         "table_gradient": ((32, 4, 1), (16, 4, 1), (16, 8, 1)),
     },
 }
+# Of keys, by head size. Chosen offline: 16-bit ones spill nothing, and all fit everywhere.
+_DECODE = ((64, 4, 3), (64, 4, 2), (32, 4, 2))
+_DECODE_SINGLE = ((32, 4, 2), (32, 8, 2), (16, 8, 2))
 
 
 def alternatives(first: list[Configuration]) -> list[Configuration]:
@@ -148,6 +151,9 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
     if target == "interpreter":  # not all alike: kernels must get on with each other's
         return [Configuration(16 if kernel == "table_gradient" else 32, 4, 1)]
     place = 0 if size <= 64 else 1 if size <= 128 else 2
+    if kernel == "decode":  # memory is what takes time: keys, values and table rows on their way, for two programs on an SM
+        first = Configuration(*(_DECODE_SINGLE if itemsize == 4 else _DECODE)[place])
+        return [first, *(candidate for candidate in CANDIDATES[CANDIDATES.index(first) + 1 :] if candidate.block <= first.block)]
     if itemsize == 4 or extra:
         table = (_SINGLE if itemsize == 4 else _EXTRA)["sm_90" if family(target) in ("sm_90", "sm_100") else "sm_89"]
         first = Configuration(*table[kernel][place])

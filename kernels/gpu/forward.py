@@ -76,7 +76,7 @@ def tile_scores(query, key, low, tables, first, nought, units, FAR: tl.constexpr
 @triton.jit
 def edge_scores(query_v, tables, row, units, TILE: tl.constexpr):
     """What row `row` of the tables adds to the scores of each query."""
-    edge = tl.full((TILE.BLOCK,), 0.0, tl.float32)
+    edge = tl.full((query_v.shape[0],), 0.0, tl.float32)
     if tables.rel_k is not None:
         column = tl.arange(0, TILE.COLUMNS)
         address = tables.rel_k.base + tl.cast(row, tl.int64) * tables.rel_k.row + column * tables.rel_k.column

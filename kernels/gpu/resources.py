@@ -38,7 +38,7 @@ from .operands import SIZES as LOOSE
 
 TARGETS = tuple(configs.SHARED_MEMORY)
 NAMES = (
-    "forward", "prepare", "query_gradient", "key_gradient", "table_gradient", "product_by_key", "product"
+    "forward", "decode", "prepare", "query_gradient", "key_gradient", "table_gradient", "product_by_key", "product"
 )  # fmt: skip
 SIZES = (64, 128, 256)
 VARIANTS = ("plain", "clipped", "extra", "bare")  # rel_k; clipped; all tables; none, to compare with

@@ -388,6 +388,8 @@ class Call:
         tile = _kernels().operands.Tile(**self._constants(configuration), CLIPPED=clipped)
         if size is not None:
             tile = tile._replace(SIZE=size, COLUMNS=_columns(size))
+        if kernel == "decode":  # its tiles are small: scores are scaled at once
+            tile = tile._replace(LATE=False)
         arguments = self.arguments | arguments | {"TILE": tile}
         options = dict(num_warps=configuration.num_warps, num_stages=configuration.num_stages, enable_fp_fusion=True)
         self.tape.launch(function, grid, tuple(arguments[name] for name in function.arg_names), options)
@@ -403,11 +405,28 @@ class Call:
         return max(1, min(room, tiles // 4, 128))
 
     def forward(self) -> None:
-        self._run("forward", self._forward)
+        if self._packs():
+            self._run("decode", self._decode)
+        else:
+            self._run("forward", self._forward)
+
+    def _packs(self) -> bool:
+        """Whether the heads that share a key head fit into one tile: with one query each, and one table for all of them."""
+        if self.queries > 1 or self.settings.dropout_p > 0.0:
+            return False
+        tables = [self._operand(name, "hrc") for name in ("rel_k", "rel_q", "rel_v")]
+        return self.heads == self.key_heads or all(table is None or table.head == 0 for table in tables)
+
+    def _decode(self, configuration: Any) -> None:
+        blocks = -(-(self.heads // self.key_heads) // _kernels().decode.ROWS.value)
+        self._attend("decode", blocks * self.batch * self.key_heads, configuration)
 
     def _forward(self, configuration: Any) -> None:
+        self._attend("forward", -(-self.queries // configuration.block) * self.batch * self.heads, configuration)
+
+    def _attend(self, kernel: str, programs: int, configuration: Any) -> None:
+        """Launch one of the kernels that make the output, and what joins its splits."""
         block = configuration.block
-        programs = -(-self.queries // block) * self.batch * self.heads
         splits = self._splits(programs, block)
         split_keys = -(-self.keys // splits // block) * block
         splits = -(-self.keys // split_keys)
@@ -417,7 +436,7 @@ class Call:
             parts, lse = self.tape.new("parts", (*shape, self.value_size)), self.tape.new("part_lse", shape)
             strides = self.tape.live[parts].stride()[1:]
             to = to._replace(base=parts, batch=strides[0], head=strides[1], row=strides[2], column=1)
-        self._launch("forward", (programs, splits), configuration, self._clipped(block), output=to, lse=lse, split_keys=split_keys)
+        self._launch(kernel, (programs, splits), configuration, self._clipped(block), output=to, lse=lse, split_keys=split_keys)
         if splits > 1:
             rows = self.batch * self.heads * self.queries
             self._launch(

@@ -151,6 +151,116 @@ def test_split_keys_change_nothing(monkeypatch, splits):
     close(gradients(tensors, "triton", **arguments), expected)
 
 
+def decoding(group=3, keys=150, clip: int | None = 6, dtype=torch.float32, **arguments):
+    """query, key, value and rel_k of a step of two sequences with two key heads, and the call's arguments."""
+    rows = keys if clip is None else clip + 1
+    query, *others = inputs(2, 2 * group, 1, keys, rows=rows, dtype=dtype)
+    key, value = (tensor.detach()[:, :2].clone().requires_grad_() for tensor in others[:2])
+    arguments = dict(query_offset=keys - 1, max_relative_position=(rows - 1, 0), enable_gqa=True) | arguments
+    return [query, key, value, others[2]], arguments
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """Kernels that were launched."""
+    found, launch = [], gpu.Call._launch
+
+    def noted(self, kernel, *others, **arguments):
+        found.append(kernel)
+        launch(self, kernel, *others, **arguments)
+
+    monkeypatch.setattr(gpu.Call, "_launch", noted)
+    return found
+
+
+def decodes(tensors, arguments, monkeypatch, tolerance=1e-5, splits=(0, 3)) -> None:
+    """As blocked does, to infinities."""
+    expected = relattn.relative_attention(*tensors, backend="blocked", return_lse=True, **arguments)
+    for parts in splits:
+        monkeypatch.setattr(gpu, "_SPLITS", parts)
+        found = relattn.relative_attention(*tensors, backend="triton", return_lse=True, **arguments)
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@needs_kernels
+@pytest.mark.parametrize("keys", [1, 5, 150])
+@pytest.mark.parametrize("group", [1, 3, 8, 20])
+def test_decoding(monkeypatch, names, group, keys):
+    """Groups that fill a tile, do not, and take two."""
+    for clip, dtype, tolerance in ((None, torch.float32, 1e-5), (6, torch.float32, 1e-5), (6, torch.bfloat16, 2e-2)):
+        decodes(*decoding(group, keys, clip, dtype, is_causal=True), monkeypatch, tolerance)
+    assert set(names) <= {"decode", "combine"}
+    assert ("combine" in names) == (keys == 150)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+DECODING = {
+    "causal, in the middle": lambda: dict(query_offset=70, is_causal=True),
+    "both ways": lambda: dict(query_offset=70, max_relative_position=(4, 2)),
+    "tables of the middle only": lambda: dict(query_offset=75, max_relative_position=(3, 3)),
+    "before the first key": lambda: dict(query_offset=-3, is_causal=True),  # nothing is seen
+    "far beyond the last key": lambda: dict(query_offset=10**12),
+    "window": lambda: dict(query_offset=100, window=(40, 10)),
+    "window of one key": lambda: dict(window=(0, 0)),
+    "lengths": lambda: dict(key_lengths=torch.tensor([0, 77], device=DEVICE)),
+    "offsets": lambda: dict(query_offset=torch.tensor([20, 130], device=DEVICE), is_causal=True),
+    "offsets and lengths": lambda: dict(
+        query_offset=torch.tensor([149, 40], device=DEVICE), window=(60, 0), key_lengths=torch.tensor([150, 41], device=DEVICE)
+    ),
+    "key mask": lambda: dict(key_mask=normal(2, 150) > 0),
+    "mask": lambda: dict(attn_mask=normal(2, 6, 1, 150) > 0, window=(90, 0)),
+    "mask of one head that hides all": lambda: dict(attn_mask=torch.arange(6, device=DEVICE).view(6, 1, 1) != 4),
+    "float mask": lambda: dict(attn_mask=normal(6, 1, 150)),
+    "float mask for all heads": lambda: dict(attn_mask=torch.where(normal(1, 150) > 1, -torch.inf, normal(1, 150))),
+    "bias": lambda: dict(rel_bias=normal(7)),
+    "biases by head": lambda: dict(rel_bias=normal(6, 7), query_offset=torch.tensor([149, 3], device=DEVICE)),
+    "positional biases": lambda: dict(pos_bias_u=normal(6, 16), pos_bias_v=normal(6, 16)),
+    "all tables": lambda: dict(rel_q=normal(7, 16), rel_v=normal(7, 16), rel_bias=normal(6, 7), query_offset=75),
+    "negative scale": lambda: dict(scale=-0.5),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", DECODING)
+def test_terms_of_decoding(monkeypatch, names, name):
+    decodes(*decoding(**DECODING[name]()), monkeypatch)
+    assert set(names) == {"decode", "combine"}
+
+
+@needs_kernels
+def test_decoding_with_a_bias_alone(monkeypatch, names):
+    tensors, arguments = decoding(rel_bias=normal(6, 7))
+    decodes(tensors[:3], arguments, monkeypatch)
+    tensors, arguments = decoding()
+    decodes(tensors[:3], {name: arguments[name] for name in ("query_offset", "enable_gqa")}, monkeypatch)
+    assert set(names) == {"decode", "combine"}
+
+
+@needs_kernels
+def test_gradients_of_decoding(names):
+    tensors, arguments = decoding(rel_bias=normal(6, 7), is_causal=True)
+    close(gradients(tensors, "triton", **arguments), gradients(tensors, "blocked", **arguments))
+    assert names[0] == "decode"
+    assert "forward" not in names
+
+
+@needs_kernels
+def test_what_is_not_packed_into_a_tile(monkeypatch, names):
+    """Heads of one tile share its table: not those of a group with tables of their own. And one query each."""
+    (query, key, value, _), arguments = decoding()
+    decodes([query, key, value, normal(6, 7, 16)], arguments, monkeypatch, splits=(0,))
+    (query, key, value, rel_k), _ = decoding()
+    decodes([torch.cat([query, query], 2), key, value, rel_k], arguments, monkeypatch, splits=(0,))
+    assert set(names) == {"forward"}
+    names.clear()
+    (query, key, value, _), arguments = decoding(group=1)
+    decodes([query, key, value, normal(2, 7, 16)], arguments, monkeypatch, splits=(0,))
+    assert set(names) == {"decode"}
+
+
 @needs_kernels
 @pytest.mark.parametrize("programs", [1, 5, 64])
 def test_table_gradients_do_not_depend_on_how_work_is_divided(monkeypatch, programs):

@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 def outcome(name: str, target: str, dtype: torch.dtype, **options: Any) -> Outcome:
     """Of one of `cases`, or of the random call with a seed; options: of harness.emulated."""
     call = fuzz.random_call(int(name)) if name.isdigit() else cases()[name]
-    sizes = fuzz.cut if name.isdigit() else _split if name == "split" else contextlib.nullcontext
+    sizes = fuzz.cut if name.isdigit() else _split if name in ("split", "decoding clipped") else contextlib.nullcontext
     with emulated(target, **options) as session:
         return Outcome(session, fuzz.errors(call, "triton", dtype, sizes))
 
@@ -71,6 +71,9 @@ def cases() -> dict[str, Call]:
 
     float_mask = _call(31, heads=1, queries=70, window=(40, 30))
     float_mask.tensors["attn_mask"] = torch.randn(70, 70, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    decoding = _call(35, batch=2, heads=17, key_heads=1, queries=1, keys=150, clip=(9, 0), query_offset=torch.tensor([149, 110]),
+                     is_causal=True, key_lengths=torch.tensor([140, 150]), attn_mask=boolean(17, 1, 150))  # fmt: skip
+    decoding.tensors["rel_bias"] = torch.randn(17, 10, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     return {
         "plain": _call(1, heads=1),
         "plain 128": _call(2, heads=1, size=128),
@@ -105,4 +108,7 @@ def cases() -> dict[str, Call]:
         "float mask": float_mask,
         "split": _call(32, heads=1, queries=70, keys=150),
         "join": _call(33, heads=1, queries=1000, keys=60, size=72),
+        "decoding": _call(34, batch=2, heads=6, key_heads=2, queries=1, keys=200, query_offset=199, clip=(199, 0), is_causal=True),
+        "decoding 128": _call(36, heads=3, key_heads=1, queries=1, keys=200, size=128, query_offset=150, window=(120, 30)),
+        "decoding clipped": decoding,
     }  # fmt: skip
