@@ -47,8 +47,8 @@ def family(target: str) -> str:
 
 
 # 16-bit inputs: heads up to 64, 128 and 256; of each the plain kernel and the clipped one. Modelled, not measured, but for the first four
-# columns of sm_90; there table_gradient was measured with clipped tables only. The products' stages are modelled too. sm_120: as sm_89. sm_100: what has two programs on an SM
-# and few spills, as on sm_90, if its tensor memory holds it. gfx942: what spills least.
+# columns of sm_90; there table_gradient was measured with clipped tables only. The products' stages are modelled too. sm_120: as sm_89.
+# sm_100: what has two programs on an SM and few spills, as on sm_90, if its tensor memory holds it. gfx942: what spills least.
 _TABLE = {
     "sm_80": {
         "forward": ((64, 4, 3), (64, 4, 2), (64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 4, 1)),
