@@ -1,9 +1,11 @@
 """Block sizes, warps and pipeline stages of the kernels, by architecture, head size and dtype.
 
-Those of sm_90 for 16-bit inputs and heads up to 128 were chosen by timing them on an H200 (Triton 3.6): two programs on an SM are worth
-more than registers that do not spill. The others were chosen offline, by what compiling an earlier form of the kernels showed (`python -m
-relattn.kernels.gpu.resources`, which also searches: --search): of CANDIDATES the first that neither spilled registers nor took more shared
-memory than the chip has. RELATTN_AUTOTUNE=1 times the candidates on the machine at hand.
+Measured: those of sm_90 for 16-bit inputs, heads up to 128 and rel_k alone, by timing them on an H200 (Triton 3.6). Two programs on an SM
+are worth more than registers that do not spill. Most others are modelled and not measured: by the clocks that their loops should take
+(`python -m relattn.kernels.gpu.resources --clocks`, clocks.py; Triton 3.9), programs on an SM at once included; of those within five per
+cent of the best the one that spills least. Not all candidates were tried everywhere. Neither measured nor modelled: sm_120, sm_100 and
+gfx942 (see below), float32 with heads of 256, sm_89 with all tables at once and heads of 256, and its key_gradient with heads of 256, where
+16 is the largest tile that fits. RELATTN_AUTOTUNE=1 times the candidates on the machine at hand.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ def family(target: str) -> str:
 
 
 # 16-bit inputs: heads up to 64, 128 and 256; of each the plain kernel and the clipped one. Modelled, not measured, but for the first four
-# columns of sm_90; there table_gradient was measured with clipped tables only. sm_120: as sm_89. sm_100: what has two programs on an SM
-# and few spills, as on sm_90, if its tensor memory holds it. gfx942: what spills least.
+# columns of sm_90; there table_gradient was measured with clipped tables only. The products' stages are modelled too. sm_120: as sm_89.
+# sm_100: what has two programs on an SM and few spills, as on sm_90, if its tensor memory holds it. gfx942: what spills least.
 _TABLE = {
     "sm_80": {
         "forward": ((64, 4, 3), (64, 4, 2), (64, 4, 1), (64, 4, 1), (32, 4, 2), (32, 4, 1)),
@@ -91,7 +93,7 @@ _TABLE = {
         "table_gradient": ((64, 4, 1), (64, 4, 1), (64, 4, 1), (64, 4, 1), (16, 4, 2), (16, 4, 2)),
     },
 }  # fmt: skip
-# With rel_q or rel_v, by head size: by the model of sm_90, and of sm_89, whose shared memory is a third.
+# With rel_q or rel_v, by head size: by the model of sm_90, and of sm_89, which has less than half the shared memory.
 _EXTRA = {
     "sm_90": {
         "forward": ((64, 4, 1), (64, 4, 1), (32, 4, 1)),

@@ -470,7 +470,7 @@ def _tile_bytes(device: torch.device) -> int:
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -56,14 +56,14 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance=2e-5) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("seed", [1, 5, 6, 12, 13, 21, 26, 27])
+@pytest.mark.parametrize("seed", [1, 5, 6, 13, 21, 26, 27, 50])
 def test_random_calls(seed):
     """A few; `TRITON_INTERPRET=1 python -m tests.fuzz --backend triton` runs as many as wanted."""
     check(random_call(seed), "triton", (torch.float32, torch.bfloat16, torch.float16)[seed % 3])
 
 
 @needs_kernels
-@pytest.mark.parametrize("seed", [1, 2, 4, 9] if gpu.INTERPRETED else range(60))
+@pytest.mark.parametrize("seed", [1, 35, 61, 77] if gpu.INTERPRETED else range(60))
 def test_calls_of_one_signature_share_a_tape(seed):
     """The second one launches what the first one left, on its own tensors."""
     call, dtype = random_call(seed), (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
