@@ -71,7 +71,7 @@ def test_calls_of_one_signature_share_a_tape(seed):
     tapes = dict(gpu._TAPES)
     other = {}
     for name, tensor in call.tensors.items():  # the same places in memory
-        whole = tensor.detach().new_empty(0).set_(tensor.untyped_storage()) * -0.5
+        whole = tensor.detach().new_empty(0).set_(tensor.untyped_storage()) * 0.5
         other[name] = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     check(dataclasses.replace(call, tensors=other), "triton", dtype)
     assert len(tapes) == 2
