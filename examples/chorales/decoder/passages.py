@@ -4,16 +4,17 @@ import csv
 import hashlib
 import os
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ..data.corpus import cache_path, load_corpus, read_split
 from ..data.files import SPLITS, load_file
 from ..data.tokens import IGNORED, EpochItems
-from ..storage import atomic_write
+from ..storage import cached
 from ..terminal import progress_bar
 from .languages import END, PAD, START, ChoraleLanguage, Language, MidiLanguage
 
@@ -150,33 +151,29 @@ def load_midi_folder(folder: Path) -> Music:
             stat = path.stat()
             digest.update(f"{name} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     cache = cache_path().with_name(f"midi-{digest.hexdigest()[:16]}.npz")
-    try:
-        with np.load(cache, allow_pickle=False) as stored:
-            read = {
-                name: Pieces(stored[f"{name}_ids"], stored[f"{name}_bounds"], stored[f"{name}_names"].tolist())
-                for name in SPLITS
-            }
-        return Music(language, read)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError) as error:
-        print(f"music: rebuilding the cache {cache}: {error}", file=sys.stderr)
-    music = Music(language, _tokenize(language, splits, folder))
-    try:
-        with atomic_write(cache, "wb") as file:
-            arrays: dict[str, Any] = {}
-            for name, pieces in music.splits.items():
-                arrays |= {
-                    f"{name}_ids": pieces.ids,
-                    f"{name}_bounds": pieces.bounds,
-                    f"{name}_names": np.array(pieces.names, dtype=str),
-                }
-            np.savez_compressed(file, **arrays)
-    except OSError as error:
-        print(
-            f"music: the tokens could not be cached ({error}); the files will be read again next time", file=sys.stderr
-        )
-    return music
+    return cached(
+        cache, "music", lambda path: _read_cache(path, language), lambda: Music(language, _tokenize(language, splits, folder)), _write_cache
+    )
+
+
+def _write_cache(file: IO[bytes], music: Music) -> None:
+    arrays: dict[str, Any] = {}
+    for name, pieces in music.splits.items():
+        arrays |= {f"{name}_ids": pieces.ids, f"{name}_bounds": pieces.bounds, f"{name}_names": np.array(pieces.names, dtype=str)}
+    np.savez_compressed(file, **arrays)
+
+
+def _read_cache(path: Path, language: MidiLanguage) -> Music:
+    """What `_write_cache` wrote; anything else raises an error of whatever kind."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # numpy reads no further than its arrays, and may miss their checksums
+    if damaged is not None:
+        raise ValueError(f"its part {damaged} is damaged")
+    with np.load(path, allow_pickle=False) as stored:
+        splits = {
+            name: Pieces(stored[f"{name}_ids"], stored[f"{name}_bounds"], stored[f"{name}_names"].tolist()) for name in SPLITS
+        }
+    return Music(language, splits)
 
 
 def _tokenize(language: MidiLanguage, splits: dict[str, list[Path]], folder: Path) -> dict[str, Pieces]:

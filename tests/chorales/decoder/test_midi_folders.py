@@ -3,6 +3,7 @@
 import csv
 
 import numpy as np
+import pytest
 
 from examples.chorales.decoder.languages import MidiLanguage
 from examples.chorales.decoder.passages import load_midi_folder, midi_splits
@@ -54,3 +55,26 @@ def test_folders_without_a_table(midi_folder, capsys, monkeypatch):
         (midi_folder / name).mkdir()
         performance(midi_folder / name / "x.mid")
     assert {name: [path.name for path in paths] for name, paths in midi_splits(midi_folder).items()} == {name: ["x.mid"] for name in splits}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-3],
+        lambda data: data[:100] + bytes([data[100] ^ 255]) + data[101:],
+        lambda data: b"PK\x03\x04 half a file",
+        lambda data: b"\x93NUMPY",
+    ],
+)
+def test_a_damaged_cache_of_tokens_is_rebuilt(midi_folder, capsys, damage):
+    """An empty one ended the run with EOFError, a truncated one with BadZipFile."""
+    music = load_midi_folder(midi_folder)
+    (cache,) = (midi_folder.parent / "cache").iterdir()
+    cache.write_bytes(damage(cache.read_bytes()))
+    assert load_midi_folder(midi_folder).fingerprint() == music.fingerprint()
+    assert f"rebuilding the cache {cache}" in capsys.readouterr().err
+    assert load_midi_folder(midi_folder).fingerprint() == music.fingerprint()
+    assert "rebuilding" not in capsys.readouterr().err
+    assert list(cache.parent.iterdir()) == [cache]
