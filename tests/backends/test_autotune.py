@@ -8,7 +8,9 @@ import torch
 from relattn.backends import autotune
 
 
-@pytest.mark.parametrize("content", [b"", b"{ half a fi", b"[]", b"\xff\xfe", b"3", b'{"KEY": 3}', b'{"KEY": {"(1,)": "fast"}}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{ half a fi", b"[]", b"\xff\xfe", b"3", b'{"KEY": 3}', b'{"KEY": {"(1,)": "fast"}}', b"[" * 100_000]
+)
 def test_damaged_timings_are_taken_anew(monkeypatch, tmp_path, content):
     """JSON of another shape than ours ended in TypeError."""
     monkeypatch.setenv("RELATTN_CACHE", str(tmp_path))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..data.files import SILENT, VOICES
+from ..terminal import printable
 
 PAD, START, END = range(3)
 TOKENIZER_FILE = "tokenizer.json"
@@ -138,13 +139,13 @@ def read_performance(path: str | os.PathLike) -> Any:
     import symusic
 
     try:
-        score: Any = symusic.Score(str(path))  # its type lacks most of its methods
+        score: Any = symusic.Score.from_midi(Path(path).read_bytes())  # its type lacks most of its methods
         score = score.to("second")
     except Exception as error:  # symusic raises whatever its parser met
-        raise ValueError(f"{path}: cannot be read as MIDI ({error})") from error
+        raise ValueError(f"{printable(path)}: cannot be read as MIDI ({error})") from error
     tracks = [track for track in score.tracks if not track.is_drum and len(track.notes)]
     if not tracks:
-        raise ValueError(f"{path}: holds no notes (drums do not count)")
+        raise ValueError(f"{printable(path)}: holds no notes (drums do not count)")
     notes = [note for track in tracks for note in _pedalled(track)]
     performance: Any = symusic.Score(_TICKS_PER_SECOND // 2)
     performance.tempos.append(symusic.Tempo(0, 120))
