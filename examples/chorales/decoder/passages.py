@@ -2,10 +2,11 @@
 
 import csv
 import hashlib
+import json
 import os
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +21,7 @@ from .languages import END, PAD, START, ChoraleLanguage, Language, MidiLanguage
 
 _MAESTRO_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 _SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid", "test": "test"}
-_MIDI_CACHE_FORMAT = 1  # raise it whenever MIDI files become other tokens
+_MIDI_CACHE_FORMAT = 2  # raise it whenever MIDI files become other tokens
 
 
 @dataclass
@@ -50,10 +51,11 @@ class Pieces:
 
 @dataclass
 class Music:
-    """Pieces of the three splits in one language."""
+    """Pieces of the three splits in one language; left_out, files that could not be read faithfully, and why."""
 
     language: Language
     splits: dict[str, Pieces]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """Short hash of all tokens: two runs with the same one heard the same music."""
@@ -164,13 +166,16 @@ def load_midi_folder(folder: Path) -> Music:
             stat = path.stat()
             digest.update(os.fsencode(f"{name} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n"))
     cache = cache_path().with_name(f"midi-{digest.hexdigest()[:16]}.npz")
-    return cached(
-        cache, "music", lambda path: _read_cache(path, language), lambda: Music(language, _tokenize(language, splits, folder)), _write_cache
+    music = cached(
+        cache, "music", lambda path: _read_cache(path, language), lambda: _tokenize(language, splits, folder), _write_cache
     )
+    for reason in music.left_out.values():
+        print(f"music: left out: {reason}", file=sys.stderr)
+    return music
 
 
 def _write_cache(file: IO[bytes], music: Music) -> None:
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Any] = {"left_out": np.array(json.dumps(music.left_out))}
     for name, pieces in music.splits.items():
         arrays |= {f"{name}_ids": pieces.ids, f"{name}_bounds": pieces.bounds, f"{name}_names": np.array(pieces.names, dtype=str)}
     np.savez_compressed(file, **arrays)
@@ -186,24 +191,26 @@ def _read_cache(path: Path, language: MidiLanguage) -> Music:
         splits = {
             name: Pieces(stored[f"{name}_ids"], stored[f"{name}_bounds"], stored[f"{name}_names"].tolist()) for name in SPLITS
         }
-    return Music(language, splits)
+        return Music(language, splits, json.loads(stored["left_out"].item()))
 
 
-def _tokenize(language: MidiLanguage, splits: dict[str, list[Path]], folder: Path) -> dict[str, Pieces]:
+def _tokenize(language: MidiLanguage, splits: dict[str, list[Path]], folder: Path) -> Music:
     total = sum(map(len, splits.values()))
-    joined = {}
+    joined: dict[str, Pieces] = {}
+    left_out: dict[str, str] = {}
     with progress_bar(total=total, desc="reading MIDI") as bar:
         for name in SPLITS:
             pieces, names = [], []
             for path in splits[name]:
+                piece = printable(Path(os.path.relpath(path, folder)).as_posix())
                 try:
                     pieces.append(language.encode(path))
-                    names.append(printable(path.relative_to(folder).as_posix()))
-                except ValueError as error:
-                    print(f"music: left out: {error}", file=sys.stderr)
+                    names.append(piece)
+                except (OSError, ValueError) as error:
+                    left_out[piece] = str(error)
                 bar.update()
             joined[name] = Pieces.join(pieces, names)
-    return joined
+    return Music(language, joined, left_out)
 
 
 # ---- windows and batches ----

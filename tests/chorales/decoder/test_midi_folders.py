@@ -81,6 +81,19 @@ def test_a_damaged_cache_of_tokens_is_rebuilt(midi_folder, capsys, damage):
     assert list(cache.parent.iterdir()) == [cache]
 
 
+def test_what_is_left_out_is_named_and_counted_also_from_the_cache(midi_folder, capsys):
+    """A delta of 2^28 ticks ended the run with symusic's TypeError."""
+    path = midi_splits(midi_folder)["train"][2]
+    path.write_bytes(path.read_bytes().replace(b"\x00\xc0", b"\xff\xff\xff\x7f\xc0", 1))
+    name = path.relative_to(midi_folder).as_posix()
+    for _ in range(2):
+        music = load_midi_folder(midi_folder)
+        assert list(music.left_out) == [name]
+        assert music.left_out[name].startswith(f"{path}: cannot be read as MIDI (")
+        assert len(music.splits["train"]) == 9
+        assert f"music: left out: {path}: cannot be read as MIDI (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("valid", ["val", "valid", "validation", "dev", "Val"])
 def test_subfolders_by_all_their_names(midi_folder, capsys, valid):
     """`val` was none of them: the files of train and test were mixed by their hashes, without a word."""
