@@ -13,6 +13,7 @@ require("mido", "miditok", "symusic")
 import mido
 
 from examples.chorales.decoder.languages import MidiLanguage, read_performance
+from examples.chorales.decoder.sound import read_chorale
 
 
 def raw(*tracks, division=480, kind=1):
@@ -189,3 +190,27 @@ def test_midos_own_reading_is_left_alone(tmp_path):
     path = tmp_path / "file.mid"
     heard(path, raw(track((0, tempo(400_000)), *SCALE)))
     assert mido.MidiFile(path).tracks[0][0].tempo == 400_000
+
+
+@pytest.mark.parametrize(
+    "meta", [b"\xff\x59\x02\x12\x00", b"\xff\x59\x00", b"\xff\x58\x01\x04", b"\xff\x54\x00", tempo(0), b"\xff\x51\x00"]
+)
+def test_meta_data_of_a_chorale_need_not_make_sense(tmp_path, meta):
+    """A key signature of 18 flats, or a tempo of 0, refused a prime whose notes are fine."""
+    path = tmp_path / "chorale.mid"
+    voices = [track((0, meta), (0, on(pitch, voice)), (480, off(pitch, voice))) for voice, pitch in enumerate((72, 67, 60, 48))]
+    path.write_bytes(raw(*voices))
+    assert read_chorale(path).tolist() == [[72, 67, 60, 48]] * 4
+
+
+def test_a_chorale_that_cannot_be_read_faithfully_is_named(tmp_path):
+    path = tmp_path / "chorale.mid"
+    for content, reason in (
+        (raw(track(*SCALE), division=0), "a division of 0 ticks per beat"),
+        (raw(track(*SCALE), division=0xE728), "it counts frames, not beats"),
+        (raw(track(*SCALE, (FAR, on(60)), (FAR + 9, off(60)))), "no note begins or ends for 559,2"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="--prime ") as caught:
+            read_chorale(path)
+        assert f"--prime {path}: cannot be read as MIDI ({reason}" in str(caught.value)
