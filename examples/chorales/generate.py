@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .command import prepare_process, quiet_transformers, require_packages
 from .storage import atomic_write, read_json, write_json
-from .terminal import exit_code
+from .terminal import exit_code, printable
 
 if TYPE_CHECKING:
     from .decoder.languages import Language
@@ -123,8 +123,8 @@ def prime_ids(given: str, language, data: Data) -> tuple:
             f"--prime {given}: neither a piece of the data (test:0, valid:0, train:0, ...) nor a MIDI file"
         )
     if language.name == "chorale":
-        return language.encode(read_chorale(given)), Path(given).name
-    return language.encode(given), Path(given).name
+        return language.encode(read_chorale(given)), printable(Path(given).name)
+    return language.encode(given), printable(Path(given).name)
 
 
 def decode(

@@ -3,10 +3,13 @@
 import contextlib
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -31,6 +34,29 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def cached(path: Path, name: str, read: Callable[[Path], T], make: Callable[[], T], write: Callable[[IO[bytes], T], None]) -> T:
+    """What `read` finds in the file `path`; where it is absent or damaged, what `make` makes, which `write` writes to it.
+
+    A damaged file and one that cannot be written are no errors: a line says so, in the name of `name`.
+
+    Args:
+        read: raises whatever it likes for a file that is not as `write` wrote it.
+    """
+    try:
+        return read(path)
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # half a file makes parsers raise nearly anything: EOFError, BadZipFile, zlib.error, ...
+        print(f"{name}: rebuilding the cache {path}: {error or type(error).__name__}", file=sys.stderr)
+    value = make()
+    try:
+        with atomic_write(path, "wb") as file:
+            write(file, value)
+    except OSError as error:
+        print(f"{name}: could not be cached ({error}); it will be made again next time", file=sys.stderr)
+    return value
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -1,5 +1,6 @@
 """What commands show: progress bars, and what became of them in one line and an exit code."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -9,6 +10,11 @@ def progress_bar(iterable=None, **options):
     from tqdm import tqdm
 
     return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 10.0, **options)
+
+
+def printable(path: str | os.PathLike) -> str:
+    """A path as text for any stream: bytes of its name that are not UTF-8 as \\x and two digits."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def exit_code(action: Callable[[], object], interrupted: str = "") -> int:

@@ -110,11 +110,16 @@ def run(options: argparse.Namespace) -> dict:
     results = {}
     if state.is_main_process:
         results = {"models": models, "config": config, "environment": environment(state.num_processes)}
+        if options.midi is not None:
+            results["left_out"] = {"count": len(music.left_out), "files": music.left_out}
         if music.language.name == "chorale":
             results["published_unverified"] = PUBLISHED
         write_json(options.out / "results.json", results)
         plot_losses(options.out / "loss.png", results)
-        print(f"\n{table(results)}\nWritten: {options.out}/results.json, loss.png, <positions>/model", flush=True)
+        print(f"\n{table(results)}")
+        if options.midi is not None:
+            print(f"Files left out, as they cannot be read faithfully: {len(music.left_out)} (results.json names them).")
+        print(f"Written: {options.out}/results.json, loss.png, <positions>/model", flush=True)
     state.destroy_process_group()
     return results
 

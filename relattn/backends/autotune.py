@@ -94,14 +94,21 @@ def _read() -> dict[str, dict[str, float]]:
     try:
         state = path.stat()
         return _parsed(path, state.st_mtime_ns, state.st_size)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
 @functools.lru_cache(maxsize=1)
 def _parsed(path: Path, *_state: int) -> dict[str, dict[str, float]]:
     """The file's content, parsed anew when it has changed, and not at every launch."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected timings by call, got {type(content).__name__}")
+
+    def sound(times: Any) -> bool:
+        return isinstance(times, dict) and all(isinstance(one, (int, float)) for one in times.values())
+
+    return {key: times for key, times in content.items() if sound(times)}  # what is damaged is timed again
 
 
 def _write(new: dict[str, dict[str, float]]) -> None:
@@ -111,6 +118,8 @@ def _write(new: dict[str, dict[str, float]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
             json.dump(_read() | new, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())  # the new name must not outlive a crash that the content does not
         os.replace(file.name, path)
     except OSError:
         return  # a read-only home: the next process times again

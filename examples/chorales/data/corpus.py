@@ -16,15 +16,15 @@ import hashlib
 import io
 import json
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from ..command import available_cores, require_packages
-from ..storage import atomic_write
+from ..storage import cached
 from ..terminal import progress_bar
 from .files import SILENT, SPLITS, VOICES, Splits
 
@@ -81,19 +81,14 @@ def cache_path() -> Path:
 
 def load_corpus(workers: int | None = None) -> Splits:
     """The default data: from the cache, or parsed with `workers` processes (None: one per core) and cached."""
-    path, recipe = cache_path(), _recipe()
-    try:
-        return read_cache(path, recipe)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        print(f"chorales: rebuilding the cache {path}: {error}", file=sys.stderr)
-    splits = _parse_all(workers)
-    try:
-        write_cache(path, recipe, splits)
-    except OSError as error:
-        print(f"chorales: the corpus could not be cached ({error}); it will be parsed again next time", file=sys.stderr)
-    return splits
+    recipe = _recipe()
+    return cached(
+        cache_path(),
+        "chorales",
+        lambda path: read_cache(path, recipe),
+        lambda: _parse_all(workers),
+        lambda file, splits: write_cache(file, recipe, splits),
+    )
 
 
 def _recipe() -> str:
@@ -117,7 +112,7 @@ def _parse_all(workers: int | None) -> Splits:
     return splits
 
 
-def write_cache(path: Path, recipe: str, splits: Splits) -> None:
+def write_cache(file: IO[bytes], recipe: str, splits: Splits) -> None:
     """One JSON header line (recipe, checksum, lengths of pieces), then the pitches as int8, piece after piece."""
     body = io.BytesIO()
     for name in SPLITS:
@@ -128,8 +123,7 @@ def write_cache(path: Path, recipe: str, splits: Splits) -> None:
         "sha256": hashlib.sha256(body.getvalue()).hexdigest(),
         "lengths": {name: [len(grid) for grid in splits[name]] for name in SPLITS},
     }
-    with atomic_write(path, "wb") as file:
-        file.write(json.dumps(header).encode() + b"\n" + body.getvalue())
+    file.write(json.dumps(header).encode() + b"\n" + body.getvalue())
 
 
 def read_cache(path: Path, recipe: str) -> Splits:

@@ -80,7 +80,7 @@ def load_file(path: str | os.PathLike) -> Splits:
 
 
 def _normalise(raw: Any) -> Splits:
-    """Turn {"train": pieces, ...} with steps of zero to four pitches (or a scalar, or NaN) into `Splits`."""
+    """Turn {"train": pieces, ...} with steps of zero to four pitches (or a scalar), rests among them, into `Splits`."""
     if not isinstance(raw, dict):
         raise ValueError(f"expected a mapping with the keys {', '.join(SPLITS)}, got {type(raw).__name__}")
     missing = [name for name in SPLITS if name not in raw]
@@ -92,15 +92,18 @@ def _normalise(raw: Any) -> Splits:
 
 
 def _pitches(step: Any, where: str) -> list[int]:
-    """One time step as four voices (SILENT where NaN) or as the list of its sounding pitches, in the file's order."""
+    """One time step as four voices (SILENT where one rests) or as the list of its sounding pitches, in the file's order.
+
+    Rests are NaN, 0 or -1, as arrays are padded: no voice sings pitch 0, which is five octaves below middle C.
+    """
     values = [float(value) for value in np.atleast_1d(np.asarray(step, dtype=float)).ravel()]
     if len(values) > len(VOICES):
         raise ValueError(f"{where}: expected at most {len(VOICES)} pitches, got {len(values)}")
-    pitches = [SILENT if value != value else int(value) for value in values]
+    pitches = [SILENT if value != value or value in (0, -1) else int(value) for value in values]
     for pitch, value in zip(pitches, values, strict=True):
-        if pitch != SILENT and not (0 <= pitch <= 127 and pitch == value):
+        if pitch != SILENT and not (0 < pitch <= 127 and pitch == value):
             raise ValueError(f"{where}: {value} is not a MIDI pitch")
-    return pitches
+    return pitches if len(pitches) == len(VOICES) else [pitch for pitch in pitches if pitch != SILENT]
 
 
 def _piece_to_grid(piece: Any, where: str) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..data.files import SILENT, VOICES
+from .midi_files import named, read_notes
 
 PAD, START, END = range(3)
 TOKENIZER_FILE = "tokenizer.json"
@@ -85,10 +86,12 @@ class MidiLanguage:
         """Ids (N,) of a MIDI file, without START and END.
 
         Raises:
-            ValueError: the file is no MIDI file, or holds no notes but drums'; the message names it.
+            OSError: the file cannot be opened.
+            ValueError: it cannot be read faithfully, or holds no notes but drums'; the message names it.
         """
         score = read_performance(path)
-        (track,) = self.tokenizer(score)
+        with named(path):
+            (track,) = self.tokenizer(score)
         return np.array(track.ids, dtype=np.int16)
 
     def decode(self, ids: np.ndarray):
@@ -134,48 +137,21 @@ _TICKS_PER_SECOND = 960  # 480 per beat at tempo 120
 
 
 def read_performance(path: str | os.PathLike) -> Any:
-    """A MIDI file as a symusic Score of one piano track at tempo 120, times as they were, pedalled notes held."""
+    """A MIDI file as a symusic Score of one piano track at tempo 120, times as they were, pedalled notes held.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it cannot be read faithfully, or holds no notes but drums'; the message names it.
+    """
     import symusic
 
-    try:
-        score: Any = symusic.Score(str(path))  # its type lacks most of its methods
-        score = score.to("second")
-    except Exception as error:  # symusic raises whatever its parser met
-        raise ValueError(f"{path}: cannot be read as MIDI ({error})") from error
-    tracks = [track for track in score.tracks if not track.is_drum and len(track.notes)]
-    if not tracks:
-        raise ValueError(f"{path}: holds no notes (drums do not count)")
-    notes = [note for track in tracks for note in _pedalled(track)]
+    midi = read_notes(path, pedal=True)
     performance: Any = symusic.Score(_TICKS_PER_SECOND // 2)
     performance.tempos.append(symusic.Tempo(0, 120))
     piano: Any = symusic.Track("piano", program=0)
-    for start, end, pitch, velocity in sorted(notes):
-        tick = round(start * _TICKS_PER_SECOND)
-        piano.notes.append(symusic.Note(tick, max(1, round(end * _TICKS_PER_SECOND) - tick), pitch, velocity))
+    with named(path):
+        ticks = np.round(midi.seconds() * _TICKS_PER_SECOND).astype(np.int64).tolist()
+        for (start, end), note in zip(ticks, midi.notes, strict=True):
+            piano.notes.append(symusic.Note(start, max(1, end - start), note.pitch, note.velocity))
     performance.tracks.append(piano)
     return performance
-
-
-def _pedalled(track) -> list[tuple[float, float, int, int]]:
-    """Notes (start, end, pitch, velocity) in seconds: held while the pedal is down, until their key is struck again."""
-    notes = sorted((note.start, note.end, note.pitch, note.velocity) for note in track.notes)
-    changes = sorted((control.time, control.value >= 64) for control in track.controls if control.number == 64)
-    if not changes:
-        return notes
-    times = np.array([time for time, _ in changes])
-    # For each change, when the pedal next comes up: the change itself where it is one that lifts.
-    last = max(end for _, end, _, _ in notes)
-    lifted, following = [0.0] * len(changes), max(last, times[-1])
-    for index in range(len(changes) - 1, -1, -1):
-        if not changes[index][1]:
-            following = changes[index][0]
-        lifted[index] = following
-    struck: dict[int, float] = {}  # when each key is next struck
-    held = []
-    for start, end, pitch, velocity in reversed(notes):
-        latest = int(np.searchsorted(times, end, side="right")) - 1
-        if latest >= 0 and changes[latest][1]:
-            end = max(end, min(lifted[latest], struck.get(pitch, np.inf)))
-        struck[pitch] = start
-        held.append((start, end, pitch, velocity))
-    return held[::-1]

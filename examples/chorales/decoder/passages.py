@@ -2,23 +2,26 @@
 
 import csv
 import hashlib
+import json
 import os
 import sys
-from dataclasses import dataclass
+import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ..data.corpus import cache_path, load_corpus, read_split
 from ..data.files import SPLITS, load_file
 from ..data.tokens import IGNORED, EpochItems
-from ..storage import atomic_write
-from ..terminal import progress_bar
+from ..storage import cached
+from ..terminal import printable, progress_bar
 from .languages import END, PAD, START, ChoraleLanguage, Language, MidiLanguage
 
 _MAESTRO_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
-_MIDI_CACHE_FORMAT = 1  # raise it whenever MIDI files become other tokens
+_SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid", "test": "test"}
+_MIDI_CACHE_FORMAT = 2  # raise it whenever MIDI files become other tokens
 
 
 @dataclass
@@ -48,10 +51,11 @@ class Pieces:
 
 @dataclass
 class Music:
-    """Pieces of the three splits in one language."""
+    """Pieces of the three splits in one language; left_out, files that could not be read faithfully, and why."""
 
     language: Language
     splits: dict[str, Pieces]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """Short hash of all tokens: two runs with the same one heard the same music."""
@@ -91,8 +95,8 @@ def load_chorales(path: str | os.PathLike | None = None) -> Music:
 
 def midi_splits(folder: Path) -> dict[str, list[Path]]:
     """The MIDI files below `folder`, by split: as a MAESTRO table (maestro-*.csv) in it says; else as its subfolders
-    train, valid (or validation) and test do; else a tenth for validation and a tenth for the test, by a hash of the
-    names.
+    train, valid (or val, validation, dev) and test do; else a tenth for validation and a tenth for the test, by a hash
+    of the names. A line says which it was.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -106,21 +110,32 @@ def midi_splits(folder: Path) -> dict[str, list[Path]]:
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".mid", ".midi") and path.is_file())
     if len(found) < 3:
         raise ValueError(f"--midi {folder}: expected at least three .mid or .midi files, found {len(found)}")
-    named = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
     by_folder: dict[str, list[Path]] = {name: [] for name in SPLITS}
     for path in found:
-        split = named.get(path.relative_to(folder).parts[0].lower())
+        split = _SPLIT_FOLDERS.get(path.relative_to(folder).parts[0].lower())
         if split is not None:
             by_folder[split].append(path)
     if all(by_folder.values()):
+        beside = len(found) - sum(map(len, by_folder.values()))
+        _say_split("its subfolders train, valid and test", by_folder, f"; {beside} files beside them are left out" if beside else "")
         return by_folder
-    order = sorted(found, key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest())
+    order = sorted(found, key=lambda path: hashlib.sha256(os.fsencode(path.relative_to(folder).as_posix())).digest())
     tenth = max(1, len(found) // 10)
-    return {
+    splits = {
+        "train": sorted(order[2 * tenth :]),
         "valid": sorted(order[:tenth]),
         "test": sorted(order[tenth : 2 * tenth]),
-        "train": sorted(order[2 * tenth :]),
     }
+    there = [name for name in SPLITS if by_folder[name]]
+    lacking = [name for name in SPLITS if not by_folder[name]]
+    ignored = f"; NOT by subfolders: there is one for {', '.join(there)}, but none for {', '.join(lacking)}" if there else ""
+    _say_split("a hash of the files' names", splits, ignored)
+    return splits
+
+
+def _say_split(rule: str, splits: dict[str, list[Path]], more: str = "") -> None:
+    counts = ", ".join(f"{len(splits[name])} {name}" for name in SPLITS)
+    print(f"music: split by {rule}: {counts}{more}", file=sys.stderr)
 
 
 def _maestro_splits(table: Path) -> dict[str, list[Path]]:
@@ -136,7 +151,8 @@ def _maestro_splits(table: Path) -> dict[str, list[Path]]:
             path = table.parent / row["midi_filename"]
             (splits[split] if path.is_file() else missing).append(path)
     if missing:
-        print(f"music: {len(missing)} files of {table.name} are not there, the first is {missing[0]}", file=sys.stderr)
+        print(f"music: {len(missing)} files of {table.name} are not there, the first is {printable(missing[0])}", file=sys.stderr)
+    _say_split(table.name, splits)
     return splits
 
 
@@ -148,52 +164,53 @@ def load_midi_folder(folder: Path) -> Music:
     for name in SPLITS:
         for path in splits[name]:
             stat = path.stat()
-            digest.update(f"{name} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(f"{name} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n"))
     cache = cache_path().with_name(f"midi-{digest.hexdigest()[:16]}.npz")
-    try:
-        with np.load(cache, allow_pickle=False) as stored:
-            read = {
-                name: Pieces(stored[f"{name}_ids"], stored[f"{name}_bounds"], stored[f"{name}_names"].tolist())
-                for name in SPLITS
-            }
-        return Music(language, read)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError) as error:
-        print(f"music: rebuilding the cache {cache}: {error}", file=sys.stderr)
-    music = Music(language, _tokenize(language, splits, folder))
-    try:
-        with atomic_write(cache, "wb") as file:
-            arrays: dict[str, Any] = {}
-            for name, pieces in music.splits.items():
-                arrays |= {
-                    f"{name}_ids": pieces.ids,
-                    f"{name}_bounds": pieces.bounds,
-                    f"{name}_names": np.array(pieces.names, dtype=str),
-                }
-            np.savez_compressed(file, **arrays)
-    except OSError as error:
-        print(
-            f"music: the tokens could not be cached ({error}); the files will be read again next time", file=sys.stderr
-        )
+    music = cached(
+        cache, "music", lambda path: _read_cache(path, language), lambda: _tokenize(language, splits, folder), _write_cache
+    )
+    for reason in music.left_out.values():
+        print(f"music: left out: {reason}", file=sys.stderr)
     return music
 
 
-def _tokenize(language: MidiLanguage, splits: dict[str, list[Path]], folder: Path) -> dict[str, Pieces]:
+def _write_cache(file: IO[bytes], music: Music) -> None:
+    arrays: dict[str, Any] = {"left_out": np.array(json.dumps(music.left_out))}
+    for name, pieces in music.splits.items():
+        arrays |= {f"{name}_ids": pieces.ids, f"{name}_bounds": pieces.bounds, f"{name}_names": np.array(pieces.names, dtype=str)}
+    np.savez_compressed(file, **arrays)
+
+
+def _read_cache(path: Path, language: MidiLanguage) -> Music:
+    """What `_write_cache` wrote; anything else raises an error of whatever kind."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # numpy reads no further than its arrays, and may miss their checksums
+    if damaged is not None:
+        raise ValueError(f"its part {damaged} is damaged")
+    with np.load(path, allow_pickle=False) as stored:
+        splits = {
+            name: Pieces(stored[f"{name}_ids"], stored[f"{name}_bounds"], stored[f"{name}_names"].tolist()) for name in SPLITS
+        }
+        return Music(language, splits, json.loads(stored["left_out"].item()))
+
+
+def _tokenize(language: MidiLanguage, splits: dict[str, list[Path]], folder: Path) -> Music:
     total = sum(map(len, splits.values()))
-    joined = {}
+    joined: dict[str, Pieces] = {}
+    left_out: dict[str, str] = {}
     with progress_bar(total=total, desc="reading MIDI") as bar:
         for name in SPLITS:
             pieces, names = [], []
             for path in splits[name]:
+                piece = printable(Path(os.path.relpath(path, folder)).as_posix())
                 try:
                     pieces.append(language.encode(path))
-                    names.append(path.relative_to(folder).as_posix())
-                except ValueError as error:
-                    print(f"music: left out: {error}", file=sys.stderr)
+                    names.append(piece)
+                except (OSError, ValueError) as error:
+                    left_out[piece] = str(error)
                 bar.update()
             joined[name] = Pieces.join(pieces, names)
-    return joined
+    return Music(language, joined, left_out)
 
 
 # ---- windows and batches ----

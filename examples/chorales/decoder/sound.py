@@ -16,6 +16,8 @@ from ..data.corpus import STEPS_PER_QUARTER
 from ..data.files import SILENT, VOICES, fit_voices
 from ..reporting import save_figure
 from ..storage import atomic_write
+from ..terminal import printable
+from .midi_files import named, read_notes
 
 _CHURCH_ORGAN = 19
 _RATE = 44_100  # samples of sound per second
@@ -45,41 +47,32 @@ def read_chorale(path: str | os.PathLike) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no MIDI file, or holds no notes; the message names it.
+        ValueError: it cannot be read faithfully, or holds no notes; the message names it.
     """
-    import pretty_midi
-
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--prime {path}: no such file")
+        raise FileNotFoundError(f"--prime {printable(path)}: no such file")
     try:
-        midi = pretty_midi.PrettyMIDI(str(path))
-    except Exception as error:  # mido raises whatever its parser met
-        raise ValueError(f"--prime {path}: cannot be read as MIDI ({error})") from error
-    parts = [instrument.notes for instrument in midi.instruments if instrument.notes and not instrument.is_drum]
-    if not parts:
-        raise ValueError(f"--prime {path}: holds no notes (drums do not count)")
-
-    def steps(note) -> range:
-        ticks = np.array([midi.time_to_tick(note.start), midi.time_to_tick(note.end)], dtype=float)
-        start, stop = np.ceil(ticks * STEPS_PER_QUARTER / midi.resolution - _GRID_TOLERANCE).astype(int)
-        return range(start, stop)
-
-    length = max(steps(note).stop for notes in parts for note in notes)
+        midi = read_notes(path, pedal=False)
+        with named(path):
+            steps = np.ceil(midi.beats() * STEPS_PER_QUARTER - _GRID_TOLERANCE).astype(int).tolist()
+    except ValueError as error:
+        raise ValueError(f"--prime {error}") from error
+    length = max(stop for _, stop in steps)
+    # Neither tempo nor programs matter, nor other meta data: a voice is a channel of a track.
+    parts = sorted({(note.track, note.channel) for note in midi.notes})
     if len(parts) == len(VOICES):
         grid = np.full((length, len(VOICES)), SILENT, dtype=np.int16)
-        for voice, notes in enumerate(parts):
-            for note in notes:
-                grid[list(steps(note)), voice] = note.pitch
+        for note, (start, stop) in zip(midi.notes, steps, strict=True):
+            grid[start:stop, parts.index((note.track, note.channel))] = note.pitch
     else:
         sounding: list[set[int]] = [set() for _ in range(length)]
-        for notes in parts:
-            for note in notes:
-                for step in steps(note):
-                    sounding[step].add(note.pitch)
+        for note, (start, stop) in zip(midi.notes, steps, strict=True):
+            for step in range(start, stop):
+                sounding[step].add(note.pitch)
         grid = fit_voices([_four(pitches) for pitches in sounding])
     sounds = np.flatnonzero((grid != SILENT).any(axis=1))
     if not len(sounds):
-        raise ValueError(f"--prime {path}: every note is shorter than a 16th and falls between two")
+        raise ValueError(f"--prime {printable(path)}: every note is shorter than a 16th and falls between two")
     return grid[sounds[0] :]
 
 

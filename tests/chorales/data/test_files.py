@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from examples.chorales.data.files import load_file
+from examples.chorales.data.files import SILENT, load_file
 from examples.chorales.data.safe_pickle import load_pickle
 
 PIECE = [[72, 65, 60, 48], [72, 65, 60, 48], [71, 65], [71, 64, 59, 47]]
@@ -167,3 +167,14 @@ def test_truncated_npz_member_is_refused(tmp_path):
             archive.writestr(f"{name}.npy", member.getvalue()[:-40])
     with pytest.raises(ValueError, match=r"cut\.npz: cannot be read"):
         load_file(path)
+
+
+@pytest.mark.parametrize("rest", [0, -1, 0.0, float("nan")])
+def test_rests_by_any_sign_are_no_pitch(tmp_path, rest):
+    """A 0 for a rest became a pitch of the vocabulary; beside fewer than four voices, a rest was taken for one that sings low."""
+    piece = [[72, 67, 60, 48], [72, rest, 60, 48], [rest, rest, rest, rest], rest, [rest, 67, 60], [72, 67, 60, 48]]
+    path = tmp_path / "rests.json"
+    path.write_text(json.dumps({name: [piece] for name in ("train", "valid", "test")}))
+    (grid,) = load_file(path)["train"]
+    silent = [SILENT] * 4
+    assert grid.tolist() == [piece[0], [72, SILENT, 60, 48], silent, silent, [SILENT, 67, 60, SILENT], piece[0]]

@@ -1,8 +1,10 @@
 """Folders of MIDI files: their splits, what is left out, the cache."""
 
 import csv
+import os
 
 import numpy as np
+import pytest
 
 from examples.chorales.decoder.languages import MidiLanguage
 from examples.chorales.decoder.passages import load_midi_folder, midi_splits
@@ -54,3 +56,81 @@ def test_folders_without_a_table(midi_folder, capsys, monkeypatch):
         (midi_folder / name).mkdir()
         performance(midi_folder / name / "x.mid")
     assert {name: [path.name for path in paths] for name, paths in midi_splits(midi_folder).items()} == {name: ["x.mid"] for name in splits}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-3],
+        lambda data: data[:100] + bytes([data[100] ^ 255]) + data[101:],
+        lambda data: b"PK\x03\x04 half a file",
+        lambda data: b"\x93NUMPY",
+    ],
+)
+def test_a_damaged_cache_of_tokens_is_rebuilt(midi_folder, capsys, damage):
+    """An empty one ended the run with EOFError, a truncated one with BadZipFile."""
+    music = load_midi_folder(midi_folder)
+    (cache,) = (midi_folder.parent / "cache").iterdir()
+    cache.write_bytes(damage(cache.read_bytes()))
+    assert load_midi_folder(midi_folder).fingerprint() == music.fingerprint()
+    assert f"rebuilding the cache {cache}" in capsys.readouterr().err
+    assert load_midi_folder(midi_folder).fingerprint() == music.fingerprint()
+    assert "rebuilding" not in capsys.readouterr().err
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_what_is_left_out_is_named_and_counted_also_from_the_cache(midi_folder, capsys):
+    """A delta of 2^28 ticks ended the run with symusic's TypeError."""
+    path = midi_splits(midi_folder)["train"][2]
+    path.write_bytes(path.read_bytes().replace(b"\x00\xc0", b"\xff\xff\xff\x7f\xc0", 1))
+    name = path.relative_to(midi_folder).as_posix()
+    for _ in range(2):
+        music = load_midi_folder(midi_folder)
+        assert list(music.left_out) == [name]
+        assert music.left_out[name].startswith(f"{path}: cannot be read as MIDI (")
+        assert len(music.splits["train"]) == 9
+        assert f"music: left out: {path}: cannot be read as MIDI (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("valid", ["val", "valid", "validation", "dev", "Val"])
+def test_subfolders_by_all_their_names(midi_folder, capsys, valid):
+    """`val` was none of them: the files of train and test were mixed by their hashes, without a word."""
+    for name in ("train", valid, "test"):
+        (midi_folder / name).mkdir()
+        performance(midi_folder / name / f"{name}.mid")
+    assert {name: [path.stem for path in paths] for name, paths in midi_splits(midi_folder).items()} == {
+        "train": ["train"],
+        "valid": [valid],
+        "test": ["test"],
+    }
+    said = "music: split by its subfolders train, valid and test: 1 train, 1 valid, 1 test; 12 files beside them are left out"
+    assert said in capsys.readouterr().err
+
+
+def test_a_hash_that_mixes_subfolders_says_so(midi_folder, capsys):
+    midi_splits(midi_folder)
+    assert capsys.readouterr().err == "music: split by a hash of the files' names: 10 train, 1 valid, 1 test\n"
+    for name in ("train", "test"):
+        (midi_folder / name).mkdir()
+        performance(midi_folder / name / "x.mid")
+    midi_splits(midi_folder)
+    assert "NOT by subfolders: there is one for train, test, but none for valid" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf_8(midi_folder, capsys):
+    """They ended the run with UnicodeEncodeError."""
+    name = os.fsdecode(b"caf\xe9.mid")
+    try:
+        performance(midi_folder / "new.mid", seed=99)
+        (midi_folder / "new.mid").rename(midi_folder / name)
+        (midi_folder / os.fsdecode(b"\xff.mid")).write_bytes(b"noise")
+    except OSError:
+        pytest.skip("this file system has none")
+    for _ in range(2):  # from the files, and from the cache
+        music = load_midi_folder(midi_folder)
+        names = [name for pieces in music.splits.values() for name in pieces.names]
+        assert "caf\\xe9.mid" in names
+        assert len(names) == 13
+    assert "\\xff.mid: cannot be read as MIDI" in capsys.readouterr().err
