@@ -62,7 +62,8 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
     - Nested tensors (both layouts) are accepted also in training, with `batch_first` and without masks.
     - The fused inference paths of torch, which read the weights and would leave out the relative terms, are never
       taken.
-    - It cannot be compiled by `torch.jit.script`; `torch.compile` and `torch.export` work.
+    - It cannot be compiled by `torch.jit.script`; `torch.compile`, `torch.export`, `torch.jit.trace` (a loaded trace needs
+      ``import relattn``) and `torch.fx.symbolic_trace` (as a leaf) work.
     """
 
     rel_k: Tensor | None
@@ -223,6 +224,11 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it, what was given and what is accepted.
         """
+        if isinstance(query, torch.fx.Proxy):  # a leaf of the graph, as torch's own layer is by its address
+            call = dict(cache=cache, query_offset=query_offset)
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            path = query.tracer.path_of_module(self)
+            return query.tracer.create_proxy("call_module", path, (query, key, value, *masks), call)  # type: ignore[return-value]
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")

@@ -1,5 +1,6 @@
 """The layer where it is used: in torch's transformers, with nested tensors, decoding with a cache, compiled, exported, under autocast."""
 
+import io
 import pickle
 import warnings
 
@@ -326,6 +327,43 @@ def test_exported() -> None:
         for of, output in zip((exported, model), outputs, strict=True)
     ]
     torch.testing.assert_close(*gradients)  # an exported operator without autograd of its own would lose them silently
+
+
+class Network(nn.Module):
+    def __init__(self, need_weights: bool = False, **options) -> None:
+        super().__init__()
+        self.need_weights, self.attention = need_weights, new_layer(**options)
+
+    def forward(self, inputs: torch.Tensor, padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output, weights = self.attention(inputs, inputs, inputs, padding, need_weights=self.need_weights)
+        return (output + inputs, weights) if self.need_weights else output + inputs
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("options", [{}, dict(add_bias_kv=True, is_causal=True, window=(2, 0)), dict(backend="reference")], ids=str)
+def test_traced_and_saved(options: dict, need_weights: bool) -> None:
+    """The trace held a Python function, which cannot be saved. Loaded, it serves other sizes, and trains."""
+    network, file = Network(need_weights, **options), io.BytesIO()
+    torch.jit.save(torch.jit.trace(network, (random(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool))), file)
+    loaded = torch.jit.load(io.BytesIO(file.getvalue()))
+    inputs, padding = random(3, 9, 8), torch.rand(3, 9) < 0.3
+    torch.testing.assert_close(loaded(inputs, padding), network(inputs, padding))
+    gradients = []
+    for of in (loaded, network):
+        output = of(inputs, padding)
+        loss = (output[0] if need_weights else output).square().sum()
+        gradients.append(dict(zip(dict(of.named_parameters()), torch.autograd.grad(loss, list(of.parameters())), strict=True)))
+    torch.testing.assert_close(*gradients)
+
+
+def test_symbolic_trace_keeps_it_as_a_leaf() -> None:
+    """torch's own layer is one by its module's name; here "query: expected a tensor, got Proxy"."""
+    network = Network()
+    graph = torch.fx.symbolic_trace(network)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["attention"]
+    inputs, padding = random(3, 9, 8), torch.rand(3, 9) < 0.3
+    torch.testing.assert_close(graph(inputs, padding), network(inputs, padding))
 
 
 @pytest.mark.parametrize("extra", [False, True])

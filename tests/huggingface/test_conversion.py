@@ -46,6 +46,23 @@ def test_revert_is_exact_and_nothing_is_left(name: str) -> None:
     revert(model)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["wav2vec2-bert", "parakeet", "speecht5", "xlnet", "vits", "deberta", "deberta-long", "deberta-v2"])
+def test_traced_and_saved(name: str, tmp_path) -> None:
+    """Under torch.jit.trace sizes are tensors: "max_relative_position: got tensor(7)", which no user had given."""
+    model, inputs = convert(built(name, torch.float32)).requires_grad_(False), given(name, torch.float32)
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        return model(**dict(zip(inputs, tensors, strict=True)))[0]
+
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(run, tuple(inputs.values()), check_trace=False), str(tmp_path / "traced.pt"))
+        loaded = torch.jit.load(str(tmp_path / "traced.pt"))
+        for length in (17, 29):  # traced at 23
+            others = given(name, torch.float32, length)
+            torch.testing.assert_close(loaded(*others.values()), run(*others.values()))
+
+
 @pytest.mark.parametrize("name", ["wav2vec2-bert", "parakeet", "nemotron", "deberta-v2"])
 def test_files_are_unchanged(name: str, tmp_path) -> None:
     model, inputs = built(name, torch.float32), given(name, torch.float32)
