@@ -121,6 +121,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             values = torch.empty(shapes[name], device=device, dtype=dtype) if name in shapes else None
             self.register_parameter(name, None if values is None else nn.Parameter(values))
         self._reset_relative_parameters()
+        self.register_forward_pre_hook(_nothing)
 
     @classmethod
     def from_multihead_attention(
@@ -153,12 +154,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         return layer.train(mha.training)
 
     def _reset_parameters(self) -> None:
-        # torch reads from the flag where the projections lie; to everyone else it must say False. nn.TransformerEncoder
-        # and its layers take their fused inference path, which knows no relative terms and never calls this forward,
-        # only where it says True.
-        self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
-        self._qkv_same_embed_dim = False
         self._reset_relative_parameters()
 
     def _reset_relative_parameters(self) -> None:
@@ -430,6 +426,12 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         if weights is not None:
             weights = torch.cat((weights * share, extra_weights), dim=-1).to(weights.dtype)
         return merged.to(output.dtype), weights
+
+
+def _nothing(module: nn.Module, inputs: tuple) -> None:
+    """A hook for its presence: where a module has one nn.TransformerEncoderLayer leaves its fused inference path, which reads the weights,
+    knows no relative terms and never calls the layer. (`_qkv_same_embed_dim`, its other condition, tells others where the weights lie.)
+    """
 
 
 def _nested_lengths(tensor: Tensor) -> Tensor:

@@ -59,12 +59,63 @@ def test_encoder_layer_calls_it_in_eval() -> None:
         for name in ("rel_k", "rel_q", "rel_v", "rel_bias"):
             nn.init.zeros_(layer.self_attn.get_parameter(name))
         assert (layer(source) - expected).abs().max() > 0.1  # so the comparison above can see the terms
-        layer.self_attn._qkv_same_embed_dim = True  # torch 2.13's switch: the fused path would have been taken
+        layer.self_attn._forward_pre_hooks.clear()  # torch 2.13's switch: the fused path would have been taken
         without = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
         without.load_state_dict(layer.self_attn.state_dict(), strict=False)
         fused = layer(source)
         layer.self_attn = without.eval()
         torch.testing.assert_close(fused, layer(source))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [{}, dict(kdim=8, vdim=8), dict(kdim=5)], ids=str)
+def test_others_find_the_weights(sizes: dict, bias: bool) -> None:
+    """`_qkv_same_embed_dim` said False beside an in_proj_weight: who reads the weights by it asserted, refused, or warned."""
+    layer = new_layer(bias=bias, batch_first=False, **sizes)
+    for name in ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v"):
+        nn.init.zeros_(layer.get_parameter(name))
+    query, key, value = random(4, 2, 8), random(5, 2, layer.kdim), random(5, 2, layer.vdim)
+    expected = nn.functional.multi_head_attention_forward(
+        query, key, value, 8, 2, layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0, layer.out_proj.weight,
+        layer.out_proj.bias, training=False, use_separate_proj_weight=not layer._qkv_same_embed_dim, q_proj_weight=layer.q_proj_weight,
+        k_proj_weight=layer.k_proj_weight, v_proj_weight=layer.v_proj_weight,
+    )  # fmt: skip
+    torch.testing.assert_close(layer(query, key, value), expected)
+
+
+def test_encoder_of_it_does_not_warn() -> None:
+    layer = encoder_layer()
+    layer.self_attn = new_layer()
+    with warnings.catch_warnings(action="error"):
+        assert nn.TransformerEncoder(layer, 1).use_nested_tensor
+
+
+def test_lora() -> None:
+    """PEFT refused the layer: "only same embed for query/key/value is supported"."""
+    peft = pytest.importorskip("peft")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = encoder_layer()
+            self.layer.self_attn = new_layer()
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.layer(inputs)
+
+    model, inputs = Model().eval(), random(3, 5, 8)
+    before = model(inputs)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["self_attn"])).double()
+    torch.testing.assert_close(adapted(inputs), before)
+    optimizer = torch.optim.SGD([parameter for parameter in adapted.parameters() if parameter.requires_grad], 1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        adapted.train()(inputs).square().sum().backward()
+        optimizer.step()
+    with torch.no_grad():  # where the fused path would be taken
+        trained = adapted.eval()(inputs)
+        assert (trained - before).abs().max() > 1e-3
+        torch.testing.assert_close(adapted.merge_and_unload()(inputs), trained)
 
 
 @pytest.mark.parametrize("swapped", ["all", "first", "second"])
