@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from relattn import backends, functional
 from relattn.arguments import autocast_enabled, shape_text
 from relattn.cache import KeyValueCache
-from relattn.layer_checks import check_cache, check_mask, check_sizes, chosen, dtype_of_masks, raised
+from relattn.layer_checks import check_cache, check_mask, check_parameters, check_sizes, chosen, dtype_of_masks, raised
 
 _PARAMETERS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v")
 _TABLE_STD = 0.02  # small beside the content's scores: tables that start at N(0, 1) drown them
@@ -304,7 +304,9 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         return self.out_proj(output), weights
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        weight = self.out_proj.weight
+        # The layer's own: hooks that fill parameters late (accelerate's offloading) fill out_proj's when that is called.
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        check_parameters(self._parameters, self.out_proj._parameters, weight)
         for name, tensor, size in (
             ("query", query, self.embed_dim),
             ("key", key, self.kdim),

@@ -118,6 +118,27 @@ def test_lora() -> None:
         torch.testing.assert_close(adapted.merge_and_unload()(inputs), trained)
 
 
+@pytest.mark.parametrize("options", [{}, dict(kdim=8, vdim=8), dict(add_bias_kv=True), dict(bias=False)], ids=str)
+def test_offloaded_by_accelerate(options: dict) -> None:
+    """"expected device meta": hooks fill out_proj's weight when it is called, and the layer's check came before that."""
+    accelerate = pytest.importorskip("accelerate")
+    layer, inputs = new_layer(**options), random(3, 5, 8)
+    expected = layer(inputs, inputs, inputs)
+    accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
+    assert layer.out_proj.weight.device.type == "meta"
+    torch.testing.assert_close(layer(inputs, inputs, inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["in_proj_bias", "out_proj.weight", "out_proj.bias", "k_proj_weight", "v_proj_weight"])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_parameter_of_another_dtype_is_named(name: str, need_weights: bool) -> None:
+    """Was torch's "self and mat2 must have the same dtype", of nobody knows what."""
+    layer, inputs = new_layer(**(dict(kdim=5) if name.endswith("proj_weight") else {})), random(3, 5, 8)
+    layer.get_parameter(name).data = layer.get_parameter(name).data.half()
+    with pytest.raises(TypeError, match=rf"^{name}: expected torch.float64 as the projection of the query, got torch.float16"):
+        layer(inputs, inputs[..., : layer.kdim], inputs, need_weights=need_weights)
+
+
 @pytest.mark.parametrize("swapped", ["all", "first", "second"])
 def test_swapped_into_a_built_encoder(swapped: str) -> None:
     """A built encoder turns padded input into nested tensors in eval: its layers, ours or torch's, must take and return them."""
