@@ -62,6 +62,8 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
     - Nested tensors (both layouts) are accepted also in training, with `batch_first` and without masks.
     - The fused inference paths of torch, which read the weights and would leave out the relative terms, are never
       taken.
+    - Opacus has no sampler for it and its validator, which asks for the exact class, does not say so: per-sample gradients
+      are `torch.func.vmap`'s of `torch.func.grad`.
     - It cannot be compiled by `torch.jit.script`; `torch.compile`, `torch.export`, `torch.jit.trace` (a loaded trace needs
       ``import relattn``) and `torch.fx.symbolic_trace` (as a leaf) work.
     """
@@ -449,5 +451,5 @@ def _warn_of_weights(length: int, keys: int) -> None:
         warnings.warn(
             f"need_weights=True, the default of nn.MultiheadAttention, materialises {length} x {keys} weights for "
             "each head; give need_weights=False unless they are used",
-            stacklevel=6,  # past _forward, forward and the two frames of nn.Module's call
+            stacklevel=7,  # past _forward, forward and the three frames of a call of an nn.Module with a hook
         )
