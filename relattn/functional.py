@@ -15,6 +15,7 @@ from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enable
 from relattn.backends import reference
 from relattn.operators import RelativeAttentionFunction, no_autocast
 from relattn.philox import draw_seed
+from relattn.tracing import is_tracing, traced
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -102,6 +103,14 @@ def relative_attention(
 
     Packed sequences (``cu_seqlens``) and two-dimensional positions (SAM, Swin) are not supported.
     """
+    if not torch.compiler.is_compiling() and is_tracing():
+        output, lse, _ = traced(
+            query, key, value, rel_k=rel_k, rel_q=rel_q, rel_v=rel_v, rel_bias=rel_bias, pos_bias_u=pos_bias_u, pos_bias_v=pos_bias_v,
+            max_relative_position=max_relative_position, attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths,
+            is_causal=is_causal, window=window, query_offset=query_offset, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa,
+            backend=backend,
+        )  # fmt: skip
+        return (output, lse) if return_lse else output
     call = validated(
         query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, max_relative_position, attn_mask, key_mask,
         key_lengths, is_causal, window, query_offset, dropout_p, scale, enable_gqa,
@@ -121,7 +130,10 @@ def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **argument
 
     `arguments` are `relative_attention`'s, which checks them in the same way.
     """
-    return _by_reference(*validated(query, key, value, **(_DEFAULTS | arguments)))
+    arguments = _DEFAULTS | arguments
+    if not torch.compiler.is_compiling() and is_tracing():
+        return traced(query, key, value, weights=True, **arguments)
+    return _by_reference(*validated(query, key, value, **arguments))
 
 
 def _by_reference(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,7 +338,8 @@ def _too_large(value) -> bool:
 
 def _check_tensor(name: str, tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        remedy = "; torch.fx.wrap('relative_attention') makes it one node of the graph" if isinstance(tensor, torch.fx.Proxy) else ""
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}{remedy}")
     if tensor.is_nested:
         raise TypeError(f"{name}: nested tensors are not supported; pad them and give key_lengths")
     if tensor.layout != torch.strided:

@@ -6,7 +6,7 @@ Each check raises ValueError or TypeError and names the argument, what was given
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,17 @@ def chosen(terms) -> tuple[str, ...]:
         if term not in TERMS:
             raise ValueError(f"terms: expected {accepted}, got {term!r}")
     return tuple(dict.fromkeys(terms))
+
+
+def check_parameters(own: Mapping[str, Tensor | None], of_out_proj: Mapping[str, Tensor | None], weight: Tensor) -> None:
+    """That what stands in one product has one dtype. What a module in the place of `out_proj` makes of its weights is its own affair."""
+    given = [(name, own.get(name)) for name in ("in_proj_bias", "k_proj_weight", "v_proj_weight")]
+    given += [(f"out_proj.{name}", of_out_proj.get(name)) for name in ("weight", "bias")]
+    for name, parameter in given:
+        if parameter is None or parameter.dtype == weight.dtype or not parameter.is_floating_point():
+            continue
+        if not autocast_enabled(weight.device.type) or torch.float64 in (parameter.dtype, weight.dtype):
+            raise TypeError(f"{name}: expected {weight.dtype} as the projection of the query, got {parameter.dtype}")
 
 
 def check_mask(name: str, mask, shapes: list[tuple[int, ...]], query: Tensor) -> None:

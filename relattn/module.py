@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from relattn import backends, functional
 from relattn.arguments import autocast_enabled, shape_text
 from relattn.cache import KeyValueCache
-from relattn.layer_checks import check_cache, check_mask, check_sizes, chosen, dtype_of_masks, raised
+from relattn.layer_checks import check_cache, check_mask, check_parameters, check_sizes, chosen, dtype_of_masks, raised
 
 _PARAMETERS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v")
 _TABLE_STD = 0.02  # small beside the content's scores: tables that start at N(0, 1) drown them
@@ -62,7 +62,10 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
     - Nested tensors (both layouts) are accepted also in training, with `batch_first` and without masks.
     - The fused inference paths of torch, which read the weights and would leave out the relative terms, are never
       taken.
-    - It cannot be compiled by `torch.jit.script`; `torch.compile` and `torch.export` work.
+    - Opacus has no sampler for it and its validator, which asks for the exact class, does not say so: per-sample gradients
+      are `torch.func.vmap`'s of `torch.func.grad`.
+    - It cannot be compiled by `torch.jit.script`; `torch.compile`, `torch.export`, `torch.jit.trace` (a loaded trace needs
+      ``import relattn``) and `torch.fx.symbolic_trace` (as a leaf) work.
     """
 
     rel_k: Tensor | None
@@ -120,6 +123,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             values = torch.empty(shapes[name], device=device, dtype=dtype) if name in shapes else None
             self.register_parameter(name, None if values is None else nn.Parameter(values))
         self._reset_relative_parameters()
+        self.register_forward_pre_hook(_nothing)
 
     @classmethod
     def from_multihead_attention(
@@ -152,12 +156,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         return layer.train(mha.training)
 
     def _reset_parameters(self) -> None:
-        # torch reads from the flag where the projections lie; to everyone else it must say False. nn.TransformerEncoder
-        # and its layers take their fused inference path, which knows no relative terms and never calls this forward,
-        # only where it says True.
-        self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
-        self._qkv_same_embed_dim = False
         self._reset_relative_parameters()
 
     def _reset_relative_parameters(self) -> None:
@@ -223,6 +222,11 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         Raises:
             ValueError, TypeError: an argument does not fit; the message names it, what was given and what is accepted.
         """
+        if isinstance(query, torch.fx.Proxy):  # a leaf of the graph, as torch's own layer is by its address
+            call = dict(cache=cache, query_offset=query_offset)
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            path = query.tracer.path_of_module(self)
+            return query.tracer.create_proxy("call_module", path, (query, key, value, *masks), call)  # type: ignore[return-value]
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -302,7 +306,9 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         return self.out_proj(output), weights
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        weight = self.out_proj.weight
+        # The layer's own: hooks that fill parameters late (accelerate's offloading) fill out_proj's when that is called.
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        check_parameters(self._parameters, self.out_proj._parameters, weight)
         for name, tensor, size in (
             ("query", query, self.embed_dim),
             ("key", key, self.kdim),
@@ -426,6 +432,12 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         return merged.to(output.dtype), weights
 
 
+def _nothing(module: nn.Module, inputs: tuple) -> None:
+    """A hook for its presence: where a module has one nn.TransformerEncoderLayer leaves its fused inference path, which reads the weights,
+    knows no relative terms and never calls the layer. (`_qkv_same_embed_dim`, its other condition, tells others where the weights lie.)
+    """
+
+
 def _nested_lengths(tensor: Tensor) -> Tensor:
     if tensor.layout == torch.jagged:
         return tensor.offsets().diff()  # type: ignore[attr-defined]
@@ -439,5 +451,5 @@ def _warn_of_weights(length: int, keys: int) -> None:
         warnings.warn(
             f"need_weights=True, the default of nn.MultiheadAttention, materialises {length} x {keys} weights for "
             "each head; give need_weights=False unless they are used",
-            stacklevel=6,  # past _forward, forward and the two frames of nn.Module's call
+            stacklevel=7,  # past _forward, forward and the three frames of a call of an nn.Module with a hook
         )

@@ -38,12 +38,12 @@ _CALL = (
 _TENSORS = len(Tensors._fields)
 
 # The forward draws dropout's seed itself and returns it: the draw is then part of the operator, whoever runs or replays it.
-_library = torch.library.Library("relattn", "DEF")
-_library.define(
+library = torch.library.Library("relattn", "DEF")
+library.define(
     f"forward({_CALL}) -> (Tensor output, Tensor lse, Tensor seed)", tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)
 )
 # Gradients of those of the ten differentiable tensors for which needs is True, in the order of `DIFFERENTIABLE`.
-_library.define(
+library.define(
     f"backward({_CALL}, Tensor? grad_output, Tensor? grad_lse, Tensor output, Tensor lse, Tensor seed, bool[] needs) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -78,11 +78,11 @@ def _backward(backend: str, *call) -> list[Tensor]:
         return backends.implementation(backend).backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)
 
 
-_library.impl("forward", _forward, "CompositeExplicitAutograd")
-_library.impl("backward", _backward, "CompositeExplicitAutograd")
+library.impl("forward", _forward, "CompositeExplicitAutograd")
+library.impl("backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("relattn::forward", lib=_library)
+@torch.library.register_fake("relattn::forward", lib=library)
 def _forward_fake(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
     query, value = call[0], call[2]
     batch, heads, length, _ = query.shape
@@ -91,12 +91,16 @@ def _forward_fake(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
     return output, lse, query.new_empty(() if call[-2] > 0.0 else (0,), dtype=torch.int64)
 
 
-@torch.library.register_fake("relattn::backward", lib=_library)
+@torch.library.register_fake("relattn::backward", lib=library)
 def _backward_fake(backend: str, *call) -> list[Tensor]:
     needs = call[-1]
     return [empty_gradient(tensor) for tensor, needed in zip(call[: len(DIFFERENTIABLE)], needs, strict=True) if needed]
 
 
+_FORWARD_MODE = (
+    "relattn: a forward-mode derivative (jvp, jacfwd, hessian, dual numbers) was asked for, which only the reference backend has; "
+    'call relative_attention(..., backend="reference"), or make the layer with backend="reference"'
+)
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -138,6 +142,10 @@ class RelativeAttentionFunction(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError(_FORWARD_MODE)
+
+    @staticmethod
     def backward(ctx, grad_output, grad_lse, _):
         needs = list(ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)])
         nothing = (None,) * (1 + _TENSORS + len(ctx.settings))
@@ -168,6 +176,7 @@ class _WithoutTransforms(torch.autograd.Function):
         RelativeAttentionFunction.setup_context(ctx, call, results)
         return results
 
+    jvp = staticmethod(RelativeAttentionFunction.jvp)
     backward = staticmethod(RelativeAttentionFunction.backward)
 
 
@@ -188,6 +197,10 @@ class _FirstDerivative(torch.autograd.Function):
         pass
 
     @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError(_FORWARD_MODE)
+
+    @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
             "relattn: a second derivative was asked for, which only the reference backend has; "
@@ -195,16 +208,16 @@ class _FirstDerivative(torch.autograd.Function):
         )
 
 
-_library.impl("forward", RelativeAttentionFunction.apply, "Autograd")
-_library.impl("backward", lambda *call: list(_FirstDerivative.apply(*call)), "Autograd")
+library.impl("forward", RelativeAttentionFunction.apply, "Autograd")
+library.impl("backward", lambda *call: list(_FirstDerivative.apply(*call)), "Autograd")
 
 
-@torch.library.register_vmap("relattn::forward", lib=_library)
+@torch.library.register_vmap("relattn::forward", lib=library)
 def _forward_vmap(info, in_dims, *call):
     return _vmap(torch.ops.relattn.forward, info, in_dims, call, dropout_p=call[-2])
 
 
-@torch.library.register_vmap("relattn::backward", lib=_library)
+@torch.library.register_vmap("relattn::backward", lib=library)
 def _backward_vmap(info, in_dims, *call):
     return _vmap(torch.ops.relattn.backward, info, in_dims, call)
 

@@ -1,5 +1,6 @@
 """The layer where it is used: in torch's transformers, with nested tensors, decoding with a cache, compiled, exported, under autocast."""
 
+import io
 import pickle
 import warnings
 
@@ -58,12 +59,84 @@ def test_encoder_layer_calls_it_in_eval() -> None:
         for name in ("rel_k", "rel_q", "rel_v", "rel_bias"):
             nn.init.zeros_(layer.self_attn.get_parameter(name))
         assert (layer(source) - expected).abs().max() > 0.1  # so the comparison above can see the terms
-        layer.self_attn._qkv_same_embed_dim = True  # torch 2.13's switch: the fused path would have been taken
+        layer.self_attn._forward_pre_hooks.clear()  # torch 2.13's switch: the fused path would have been taken
         without = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
         without.load_state_dict(layer.self_attn.state_dict(), strict=False)
         fused = layer(source)
         layer.self_attn = without.eval()
         torch.testing.assert_close(fused, layer(source))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [{}, dict(kdim=8, vdim=8), dict(kdim=5)], ids=str)
+def test_others_find_the_weights(sizes: dict, bias: bool) -> None:
+    """`_qkv_same_embed_dim` said False beside an in_proj_weight: who reads the weights by it asserted, refused, or warned."""
+    layer = new_layer(bias=bias, batch_first=False, **sizes)
+    for name in ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v"):
+        nn.init.zeros_(layer.get_parameter(name))
+    query, key, value = random(4, 2, 8), random(5, 2, layer.kdim), random(5, 2, layer.vdim)
+    expected = nn.functional.multi_head_attention_forward(
+        query, key, value, 8, 2, layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0, layer.out_proj.weight,
+        layer.out_proj.bias, training=False, use_separate_proj_weight=not layer._qkv_same_embed_dim, q_proj_weight=layer.q_proj_weight,
+        k_proj_weight=layer.k_proj_weight, v_proj_weight=layer.v_proj_weight,
+    )  # fmt: skip
+    torch.testing.assert_close(layer(query, key, value), expected)
+
+
+def test_encoder_of_it_does_not_warn() -> None:
+    layer = encoder_layer()
+    layer.self_attn = new_layer()
+    with warnings.catch_warnings(action="error"):
+        assert nn.TransformerEncoder(layer, 1).use_nested_tensor
+
+
+def test_lora() -> None:
+    """PEFT refused the layer: "only same embed for query/key/value is supported"."""
+    peft = pytest.importorskip("peft")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = encoder_layer()
+            self.layer.self_attn = new_layer()
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.layer(inputs)
+
+    model, inputs = Model().eval(), random(3, 5, 8)
+    before = model(inputs)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["self_attn"])).double()
+    torch.testing.assert_close(adapted(inputs), before)
+    optimizer = torch.optim.SGD([parameter for parameter in adapted.parameters() if parameter.requires_grad], 1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        adapted.train()(inputs).square().sum().backward()
+        optimizer.step()
+    with torch.no_grad():  # where the fused path would be taken
+        trained = adapted.eval()(inputs)
+        assert (trained - before).abs().max() > 1e-3
+        torch.testing.assert_close(adapted.merge_and_unload()(inputs), trained)
+
+
+@pytest.mark.parametrize("options", [{}, dict(kdim=8, vdim=8), dict(add_bias_kv=True), dict(bias=False)], ids=str)
+def test_offloaded_by_accelerate(options: dict) -> None:
+    """"expected device meta": hooks fill out_proj's weight when it is called, and the layer's check came before that."""
+    accelerate = pytest.importorskip("accelerate")
+    layer, inputs = new_layer(**options), random(3, 5, 8)
+    expected = layer(inputs, inputs, inputs)
+    accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
+    assert layer.out_proj.weight.device.type == "meta"
+    torch.testing.assert_close(layer(inputs, inputs, inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["in_proj_bias", "out_proj.weight", "out_proj.bias", "k_proj_weight", "v_proj_weight"])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_parameter_of_another_dtype_is_named(name: str, need_weights: bool) -> None:
+    """Was torch's "self and mat2 must have the same dtype", of nobody knows what."""
+    layer, inputs = new_layer(**(dict(kdim=5) if name.endswith("proj_weight") else {})), random(3, 5, 8)
+    layer.get_parameter(name).data = layer.get_parameter(name).data.half()
+    with pytest.raises(TypeError, match=rf"^{name}: expected torch.float64 as the projection of the query, got torch.float16"):
+        layer(inputs, inputs[..., : layer.kdim], inputs, need_weights=need_weights)
 
 
 @pytest.mark.parametrize("swapped", ["all", "first", "second"])
@@ -326,6 +399,43 @@ def test_exported() -> None:
         for of, output in zip((exported, model), outputs, strict=True)
     ]
     torch.testing.assert_close(*gradients)  # an exported operator without autograd of its own would lose them silently
+
+
+class Network(nn.Module):
+    def __init__(self, need_weights: bool = False, **options) -> None:
+        super().__init__()
+        self.need_weights, self.attention = need_weights, new_layer(**options)
+
+    def forward(self, inputs: torch.Tensor, padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output, weights = self.attention(inputs, inputs, inputs, padding, need_weights=self.need_weights)
+        return (output + inputs, weights) if self.need_weights else output + inputs
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("options", [{}, dict(add_bias_kv=True, is_causal=True, window=(2, 0)), dict(backend="reference")], ids=str)
+def test_traced_and_saved(options: dict, need_weights: bool) -> None:
+    """The trace held a Python function, which cannot be saved. Loaded, it serves other sizes, and trains."""
+    network, file = Network(need_weights, **options), io.BytesIO()
+    torch.jit.save(torch.jit.trace(network, (random(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool))), file)
+    loaded = torch.jit.load(io.BytesIO(file.getvalue()))
+    inputs, padding = random(3, 9, 8), torch.rand(3, 9) < 0.3
+    torch.testing.assert_close(loaded(inputs, padding), network(inputs, padding))
+    gradients = []
+    for of in (loaded, network):
+        output = of(inputs, padding)
+        loss = (output[0] if need_weights else output).square().sum()
+        gradients.append(dict(zip(dict(of.named_parameters()), torch.autograd.grad(loss, list(of.parameters())), strict=True)))
+    torch.testing.assert_close(*gradients)
+
+
+def test_symbolic_trace_keeps_it_as_a_leaf() -> None:
+    """torch's own layer is one by its module's name; here "query: expected a tensor, got Proxy"."""
+    network = Network()
+    graph = torch.fx.symbolic_trace(network)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["attention"]
+    inputs, padding = random(3, 9, 8), torch.rand(3, 9) < 0.3
+    torch.testing.assert_close(graph(inputs, padding), network(inputs, padding))
 
 
 @pytest.mark.parametrize("extra", [False, True])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -317,6 +319,81 @@ def test_only_the_needed_gradients_are_computed():
         torch.testing.assert_close(
             torch.autograd.grad(output.square().sum(), needed), torch.autograd.grad(expected.square().sum(), needed), atol=1e-4, rtol=1e-4
         )
+
+
+def saved(function: Callable, *arguments: torch.Tensor) -> Callable:
+    """The function's trace, written and read again."""
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(function, arguments), file)
+    return torch.jit.load(io.BytesIO(file.getvalue()))
+
+
+TRACED = {  # settings out of sizes, which are tensors while a trace is made
+    "number of rows": lambda length: {},
+    "clip": lambda length: dict(max_relative_position=length - 1),
+    "clip to each side": lambda length: dict(max_relative_position=(length - 1, length - 1)),
+    "offset": lambda length: dict(query_offset=length - 7),
+    "causal with an offset": lambda length: dict(query_offset=length // 2, is_causal=True),
+    "window": lambda length: dict(window=(length // 2, None)),
+    "scale": lambda length: dict(scale=1 / length),
+    "plain numbers": lambda length: dict(query_offset=2, window=(3, 1), scale=0.3),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", [None, "reference", *BACKENDS])
+@pytest.mark.parametrize("case", TRACED)
+def test_a_saved_trace_serves_every_length(backend, case):
+    """The autograd Function in Python could not be saved; "max_relative_position: got tensor(7)" where sizes are arguments."""
+
+    def attend(query, table):
+        length = query.shape[2]
+        options = TRACED[case](length) | dict(backend=backend)
+        return relative_attention(query, query, query, table[table.shape[0] // 2 - length + 1 : table.shape[0] // 2 + length], **options)
+
+    table = torch.randn(101, D)
+    loaded = saved(attend, torch.randn(B, H, L, D), table)
+    for length in (L, 5, 31):
+        tensors = [torch.randn(3, H, length, D, requires_grad=True), table.clone().requires_grad_()]
+        results = []
+        for function in (loaded, attend):
+            output = function(*tensors)
+            results.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_refuses_by_name():
+    query = torch.randn(B, H, L, D)
+    with pytest.raises(TypeError, match=r"^max_relative_position: expected an int"):
+        torch.jit.trace(lambda query: relative_attention(query, query, query, max_relative_position="3"), query)
+    loaded = saved(lambda query, table: relative_attention(query, query, query, table), query, torch.randn(5, D))
+    with pytest.raises(RuntimeError, match=r"rel_k: expected \(R, 8\)"):
+        loaded(query, torch.randn(5, D + 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_is_refused_by_name(backend):
+    """torch asked for a jvp of "custom autograd.Function", which no user had written."""
+    query = torch.randn(1, 2, 4, 8)
+
+    def attend(query, backend=backend):
+        return relative_attention(query, query, query, backend=backend).square().sum()
+
+    def dual(query):
+        with torch.autograd.forward_ad.dual_level():
+            return attend(torch.autograd.forward_ad.make_dual(query, query))
+
+    for call in (lambda query: torch.func.jvp(attend, (query,), (query,)), torch.func.jacfwd(attend), torch.func.hessian(attend), dual):
+        with pytest.raises(RuntimeError, match=r'forward-mode.*backend="reference"'):
+            call(query)
+    slope = torch.func.jvp(lambda query: attend(query, "reference"), (query,), (query,))[1]
+    torch.testing.assert_close(slope, (torch.func.grad(attend)(query) * query).sum())
+
+
+def test_symbolic_trace_of_the_function_names_the_remedy():
+    with pytest.raises(TypeError, match=r"^query: .* got Proxy; torch.fx.wrap"):
+        torch.fx.symbolic_trace(lambda query: relative_attention(query, query, query))
 
 
 def test_inputs_are_not_changed():

@@ -143,10 +143,10 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
 
     size: the larger of D and Dv; itemsize: of the inputs; clipped: tiles may lie far from the tables; extra: rel_q or rel_v are there.
     """
-    if kernel in ("product", "join"):
+    if kernel in ("product", "product_by_key", "join"):
         # With the block of the kernel that made the tiles. Loads are what takes time: up to three stages, where that leaves room for a
         # second program; two in any case, if there is room.
-        stage = 8192 + 128 * size
+        stage = (8192 + 128 * size) * (2 if kernel == "product" and size > 64 else 1)  # queries have two products in a step
         room = SHARED_MEMORY[family(target)] // stage if target != "interpreter" else 1
         most, warps = min(3, max(room // 2, min(room, 2), 1)), 4 if size <= 128 else 8
         return [Configuration(block, warps, stages) for block in (64, 32) for stages in range(most, 0, -1)]

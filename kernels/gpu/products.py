@@ -78,16 +78,20 @@ def _by_query(
     total = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
     if part.begin > 0:
         total = load_rows(sums, 0, TILE.BLOCK, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    # Both products in one loop: with one of them in it, Triton 3.6 overwrites an operand in registers that a product still reads.
     for key_start in tl.range(begin, end, TILE.BLOCK):
-        tile = load_tile(grad_tiles, first_tile + (key_start - part.begin) // TILE.BLOCK, True, TILE.BLOCK)
+        index = first_tile + (key_start - part.begin) // TILE.BLOCK
         rows = load_rows(key, key_start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-        total = add_dot(tile, rows, total, TILE)
-    # By distance there is one tile more.
-    for key_start in tl.range(begin, tl.where(end > begin, end + TILE.BLOCK, begin), TILE.BLOCK):
-        tile = load_tile(owed_tiles, first_tile + (key_start - part.begin) // TILE.BLOCK, True, TILE.BLOCK)
+        total = add_dot(load_tile(grad_tiles, index, True, TILE.BLOCK), rows, total, TILE)
         window = window_start(query_start, key_start, tables, TILE.BLOCK)
         rows = load_window(tables.rel_k, window, table_rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-        total = add_dot(tile, rows, total, TILE)
+        total = add_dot(load_tile(owed_tiles, index, True, TILE.BLOCK), rows, total, TILE)
+    if end > begin:
+        beyond = (end - begin + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK + begin
+        window = window_start(query_start, beyond, tables, TILE.BLOCK)
+        rows = load_window(tables.rel_k, window, table_rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        index = first_tile + (beyond - part.begin) // TILE.BLOCK
+        total = add_dot(load_tile(owed_tiles, index, True, TILE.BLOCK), rows, total, TILE)
     if part.end >= keys:
         store_rows(at(grad_query, batch, head), total * units.scale, query_start, queries, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     else:

@@ -153,7 +153,7 @@ def _attempt(case: Case, configuration: Configuration) -> tuple[Resources, dict[
 
 def _configurations(case: Case) -> list[Configuration]:
     """What a launch would try, in its order."""
-    return configs.configurations(_kernel(case), case.target, case.size, case.itemsize, case.variant == "clipped", case.variant == "extra")
+    return configs.configurations(case.kernel, case.target, case.size, case.itemsize, case.variant == "clipped", case.variant == "extra")
 
 
 # ---- what is shipped ----

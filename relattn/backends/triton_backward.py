@@ -190,18 +190,20 @@ class Backward(launcher.Call):
         programs = dict(VALUES=by_key * values, KEYS=by_key * keys, QUERIES=pairs * rows * self.products, DISTANCES=(rows + some) * pairs)
         together = rows * some * pairs <= _SMALL * launcher._processors(self.device)
 
-        def product(configuration: Any) -> None:
-            for jobs in [tuple(programs)] if together else [("VALUES", "KEYS"), ("QUERIES", "DISTANCES")]:
-                here = {job: programs[job] if job in jobs else 0 for job in programs}
-                numbers: dict[str, Any] = dict(zip(("value_programs", "key_programs", "query_programs"), here.values(), strict=False))
-                compiled = {job: count > 0 for job, count in here.items()}
-                if any(here.values()):
-                    self._launch(
-                        "product", (sum(here.values()),), configuration, key_sums=key_sums, chunk=chunk, pairs=pairs,
-                        **numbers, **compiled, **arguments,
-                    )  # fmt: skip
+        def product(jobs: tuple[str, ...], configuration: Any) -> None:
+            here = {job: programs[job] if job in jobs else 0 for job in programs}
+            numbers: dict[str, Any] = dict(zip(("value_programs", "key_programs", "query_programs"), here.values(), strict=False))
+            compiled = {job: count > 0 for job, count in here.items()}
+            self._launch(
+                "product", (sum(here.values()),), configuration, key_sums=key_sums, chunk=chunk, pairs=pairs,
+                **numbers, **compiled, **arguments,
+            )  # fmt: skip
 
-        self._run("product", product, block=block)
+        if together or not (values or keys):
+            self._run("product", functools.partial(product, tuple(programs)), block=block)
+        else:
+            self._run("product_by_key", functools.partial(product, ("VALUES", "KEYS")), block=block)
+            self._run("product", functools.partial(product, ("QUERIES", "DISTANCES")), block=block)
         if splits > 1:
             join = functools.partial(self._launch, "join", (some, key_pairs, 1 + values), splits=splits, **arguments)
             self._run("join", join, block=block)

@@ -89,7 +89,7 @@ def convert(model: nn.Module, strict: bool = True) -> nn.Module:
     reasons = {name: reason for name, reason in reasons.items() if name not in counts}
     if not counts:
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        why = why or "it has no layer of a class that relattn knows"
+        why = why or "it has no layer of a class that relattn knows" + _without_interface(model)
         if strict:
             raise ValueError(f"model: nothing to convert in this {type(model).__name__} ({why})")
         _logger.info("nothing to convert in %s (%s)", type(model).__name__, why)
@@ -152,6 +152,16 @@ def _has_position_bias(module: nn.Module) -> bool:
     if not type(module).__module__.startswith("transformers.models.") or "Attention" not in type(module).__name__:
         return False
     return "position_bias" in inspect.signature(type(module).forward).parameters
+
+
+def _without_interface(model: nn.Module) -> str:
+    """Falcon and its like choose their attention from a dict of their own: transformers' bare KeyError: 'relattn'."""
+    if not isinstance(model, transformers.PreTrainedModel) or model._supports_attention_backend:
+        return ""
+    return (
+        ", and as its attention is not transformers' interface, attn_implementation='relattn' (KeyError: 'relattn') is not for "
+        "it either: keep 'sdpa' or 'eager'"
+    )
 
 
 # ---- what plans are made with ----
@@ -219,6 +229,18 @@ class CompactMasks:
 # ---- putting methods in place ----
 
 
+class _Bound(functools.partial):
+    """A replacement on its module; not a bound method: a partial is copied and pickled together with its module."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the original, in which transformers (and its tests) look for what a model takes: `output_attentions` in kwargs."""
+        return inspect.signature(original(self.args[0], self.method))
+
+    method: str
+
+
+
 def original(module: nn.Module, method: str = "forward") -> Callable:
     return functools.partial(getattr(type(module), method), module)
 
@@ -228,9 +250,14 @@ def _bind(module: nn.Module, method: str, function: Callable) -> None:
         if not isinstance(module.config, CompactMasks):
             module.config = CompactMasks(module.config)  # type: ignore[assignment]
         return
-    # Not a bound method: a partial is copied and pickled together with its module.
-    setattr(module, method, functools.partial(function, module))
+    setattr(module, method, _bound(module, method, function))
     module._replicate_for_data_parallel = functools.partial(_replicate, module)  # type: ignore[assignment]
+
+
+def _bound(module: nn.Module, method: str, function: Callable) -> _Bound:
+    bound = _Bound(function, module)
+    bound.method = method
+    return bound
 
 
 def is_bound(value: object) -> bool:
@@ -244,5 +271,6 @@ def _replicate(module: nn.Module) -> nn.Module:
     replica = type(module)._replicate_for_data_parallel(module)
     for name, value in vars(module).items():
         if is_bound(value):
-            replica.__dict__[name] = functools.partial(value.func, replica)
+            replica.__dict__[name] = bound = type(value)(value.func, replica)
+            vars(bound).update(vars(value))
     return replica

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import inspect
 import logging
 import pickle
 from pathlib import Path
@@ -44,6 +45,37 @@ def test_revert_is_exact_and_nothing_is_left(name: str) -> None:
         assert vars(module).get("config") is attributes.get("config")
     assert torch.equal(model(**inputs)[0], original)
     revert(model)
+
+
+@every_case
+def test_signatures_stay(name: str) -> None:
+    """transformers reads in them what a model takes: its tests of `output_attentions` skipped a converted Parakeet."""
+    model = built(name, torch.float32)
+    before = {module: inspect.signature(module.forward) for module in model.modules()}
+    twins = [convert(model), copy.deepcopy(model)]
+    if name == "parakeet":  # others hold what torch does not pickle
+        twins.append(pickle.loads(pickle.dumps(model)))
+    for twin in twins:
+        for module, (original, signature) in zip(twin.modules(), before.items(), strict=True):
+            assert type(module) is type(original)
+            assert inspect.signature(module.forward) == signature
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["wav2vec2-bert", "parakeet", "speecht5", "xlnet", "vits", "deberta", "deberta-long", "deberta-v2"])
+def test_traced_and_saved(name: str, tmp_path) -> None:
+    """Under torch.jit.trace sizes are tensors: "max_relative_position: got tensor(7)", which no user had given."""
+    model, inputs = convert(built(name, torch.float32)).requires_grad_(False), given(name, torch.float32)
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        return model(**dict(zip(inputs, tensors, strict=True)))[0]
+
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(run, tuple(inputs.values()), check_trace=False), str(tmp_path / "traced.pt"))
+        loaded = torch.jit.load(str(tmp_path / "traced.pt"))
+        for length in (17, 29):  # traced at 23
+            others = given(name, torch.float32, length)
+            torch.testing.assert_close(loaded(*others.values()), run(*others.values()))
 
 
 @pytest.mark.parametrize("name", ["wav2vec2-bert", "parakeet", "nemotron", "deberta-v2"])
@@ -289,3 +321,14 @@ def test_revert_sees_what_wrapped_a_layer_since() -> None:
     layer._old_forward, layer.forward = layer.forward, lambda *args, **kwargs: layer._old_forward(*args, **kwargs)
     with pytest.raises(RuntimeError, match="a converted Wav2Vec2BertSelfAttention was wrapped since"):
         revert(model)
+
+
+def test_a_model_without_the_interface_is_told_its_remedy() -> None:
+    """Falcon's attn_implementation="relattn" ends in a bare KeyError of transformers."""
+    settings = dict(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(KeyError, match="relattn"):
+        transformers.FalconModel(transformers.FalconConfig(**settings, attn_implementation="relattn"))
+    with pytest.raises(ValueError, match=r"KeyError: 'relattn'.* keep 'sdpa' or 'eager'"):
+        convert(transformers.FalconModel(transformers.FalconConfig(**settings)))
+    with pytest.raises(ValueError, match=r"relattn knows\)$"):
+        convert(transformers.LlamaModel(transformers.LlamaConfig(**settings, intermediate_size=32)))
