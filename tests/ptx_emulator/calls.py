@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
 from relattn.backends import triton as gpu
+from relattn.backends import triton_backward
 from tests import fuzz
 from tests.fuzz import Call
 
@@ -33,7 +35,8 @@ class Outcome(NamedTuple):
 def outcome(name: str, target: str, dtype: torch.dtype, **options: Any) -> Outcome:
     """Of one of `cases`, or of the random call with a seed; options: of harness.emulated."""
     call = fuzz.random_call(int(name)) if name.isdigit() else cases()[name]
-    sizes = fuzz.cut if name.isdigit() else _split if name in ("split", "decoding clipped") else contextlib.nullcontext
+    cut = {"split": _split, "decoding clipped": _split, "parts 128": _parts}
+    sizes = fuzz.cut if name.isdigit() else cut.get(name, contextlib.nullcontext)
     with emulated(target, **options) as session:
         return Outcome(session, fuzz.errors(call, "triton", dtype, sizes))
 
@@ -41,6 +44,13 @@ def outcome(name: str, target: str, dtype: torch.dtype, **options: Any) -> Outco
 def _split(seed: int) -> contextlib.AbstractContextManager:
     """The keys in two parts, which a GPU's number of processors decides."""
     return mock.patch.object(gpu, "_SPLITS", 2)
+
+
+@contextlib.contextmanager
+def _parts(seed: int) -> Iterator[None]:
+    """Tiles of score gradients in parts, each with the launches of a large one."""
+    with mock.patch.object(gpu, "_TILE_BYTES", 150_000), mock.patch.object(triton_backward, "_SMALL", 0):
+        yield
 
 
 def _call(seed: int, batch=1, heads=2, key_heads=None, queries=130, keys=None, size=64, value_size=None, clip=None, per_head=False,
@@ -108,6 +118,7 @@ def cases() -> dict[str, Call]:
         "float mask": float_mask,
         "split": _call(32, heads=1, queries=70, keys=150),
         "join": _call(33, heads=1, queries=1000, keys=60, size=72),
+        "parts 128": _call(37, batch=2, heads=2, size=128),
         "decoding": _call(34, batch=2, heads=6, key_heads=2, queries=1, keys=200, query_offset=199, clip=(199, 0), is_causal=True),
         "decoding 128": _call(36, heads=3, key_heads=1, queries=1, keys=200, size=128, query_offset=150, window=(120, 30)),
         "decoding clipped": decoding,
