@@ -104,8 +104,13 @@ def test_mixed_precision_and_midi_folders(midi_folder, tmp_path, capsys):
     """bfloat16 training on performances, then music from the model, whose tokenizer lies beside it."""
     out = tmp_path / "run"
     options = ["--midi", str(midi_folder), "--out", str(out), *SMALL, "--positions=both", "--precision=bf16", "--evaluations=1"]
+    (midi_folder / "broken.mid").write_bytes(b"MThd")
     assert train_decoder.main(options) == 0
-    assert "events of the test set" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "events of the test set" in printed
+    assert "Files left out, as they cannot be read faithfully: 1 (" in printed
+    left_out = read(out / "results.json")["left_out"]
+    assert (left_out["count"], list(left_out["files"])) == (1, ["broken.mid"])
     assert "published_unverified" not in read(out / "results.json")
     checkpoint = out / "both" / "model"
     assert (checkpoint / "tokenizer.json").is_file()
