@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .forward import edge_scores, key_ranges, offsets_of, steps_of
 from .operands import SIZES, Matrix, Tables, Visible, at
-from .tile import add_dot, dot, is_whole, load_bias, load_rows, load_window
+from .tile import add_dot, apply_mask, dot, is_whole, load_bias, load_rows, load_window
 
 ROWS = tl.constexpr(16)  # the fewest that matrix units take
 
@@ -58,12 +58,7 @@ def _masked(scores, key_start, visible, BLOCK: tl.constexpr):
         seen = seen & (tl.load(key_mask.base + tl.cast(key, tl.int64) * key_mask.column, mask=inside, other=0) != 0)
     if mask is not None:
         entry = tl.load(mask.base[:, None] + tl.cast(key, tl.int64) * mask.column, mask=inside, other=0)
-        if mask.base.dtype.element_ty == tl.uint8:
-            seen = seen & (entry != 0)
-        else:
-            entry = entry.to(tl.float32)
-            seen = seen & ~(entry <= visible.hidden_from)
-            scores = scores + entry * 1.4426950408889634
+        seen, scores = apply_mask(seen, scores, entry, visible.hidden_from)
     return tl.where(seen, scores, float("-inf"))
 
 

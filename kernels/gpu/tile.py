@@ -331,10 +331,17 @@ def _masked(scores, query_start, key_start, visible, BLOCK: tl.constexpr, TRANSP
     if mask is not None:
         address = mask.base + tl.cast(query, tl.int64) * mask.row + tl.cast(key, tl.int64) * mask.column
         entry = tl.load(address, mask=(key >= 0) & (key < visible.key_stop) & (query < visible.queries), other=0)
-        if mask.base.dtype.element_ty == tl.uint8:
-            seen = seen & (entry != 0)
-        else:
-            entry = entry.to(tl.float32)
-            seen = seen & ~(entry <= visible.hidden_from)
-            scores = scores + entry * 1.4426950408889634
+        seen, scores = apply_mask(seen, scores, entry, visible.hidden_from)
     return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def apply_mask(seen, scores, entry, hidden_from):
+    """What a mask's entries leave to be seen, and the scores with a float mask added."""
+    if entry.dtype == tl.uint8:
+        seen = seen & (entry != 0)
+    else:
+        entry = entry.to(tl.float32)
+        seen = seen & ~(entry <= hidden_from)
+        scores = scores + entry * 1.4426950408889634
+    return seen, scores
