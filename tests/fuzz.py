@@ -325,13 +325,16 @@ def fullest_row(call: Call, name: str) -> int:
     return max(1, int(counts.max())) * (1 if per_head else heads)
 
 
-def check_all(calls: Iterable[tuple[str, Callable[[], Call]]], backend: str, dtype: str, which: str) -> NoReturn:
+def check_all(
+    calls: Iterable[tuple[str, Callable[[], Call]]], backend: str, dtype: str, which: str,
+    checked: Callable[[Call, str, torch.dtype], None] = check,
+) -> NoReturn:  # fmt: skip
     """Make and check each named call, print those that fail, and exit with status 1 if any did."""
     count = failures = 0
     for name, make in calls:
         count += 1
         try:
-            check(make(), backend, getattr(torch, dtype))
+            checked(make(), backend, getattr(torch, dtype))
         except Exception as error:  # report it and go on: a fuzz run tells most when it finishes
             failures += 1
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
