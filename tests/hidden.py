@@ -148,7 +148,7 @@ def hidden_call(seed: int, backend: str) -> Call:
         if rng.random() < 0.5:
             call.arguments["key_lengths"] = torch.tensor([rng.randrange(keys + 1) for _ in range(batch)])
         else:
-            call.arguments["is_causal"] = True
+            call.arguments |= {"is_causal": True, "query_offset": call.arguments.get("query_offset", rng.choice((0, 3)))}
     return call
 
 

@@ -93,6 +93,33 @@ static void amx_multiply(int rows, int64_t panels, HalfLeft a, HalfRight b, int6
 
 INLINE void store_half(Half* to, Vec v) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
 
+// Infinities and NaN become zero: their exponent is all ones. `count` is a multiple of 16.
+INLINE void drop_nonfinite(Half* row, int64_t count) {
+  const __m256i exponent = _mm256_set1_epi16(0x7F80);
+  for (int64_t column = 0; column < count; column += kPanel) {
+    const __m256i bits = _mm256_loadu_si256((const __m256i*)(row + column));
+    const __mmask16 finite = _mm256_cmpneq_epi16_mask(_mm256_and_si256(bits, exponent), exponent);
+    _mm256_storeu_si256((__m256i*)(row + column), _mm256_maskz_mov_epi16(finite, bits));
+  }
+}
+
+INLINE bool all_finite(const Half* row, int64_t count) {  // the same
+  const __m256i exponent = _mm256_set1_epi16(0x7F80);
+  __mmask16 found = 0;
+  for (int64_t column = 0; column < count; column += kPanel)
+    found |= _mm256_cmpeq_epi16_mask(
+        _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(row + column)), exponent), exponent);
+  return found == 0;
+}
+
+INLINE bool any_nonzero(const Half* row, int64_t count) {
+  const __m256i magnitude = _mm256_set1_epi16(0x7FFF);
+  __mmask16 found = 0;
+  for (int64_t column = 0; column < count; column += kPanel)
+    found |= _mm256_test_epi16_mask(_mm256_loadu_si256((const __m256i*)(row + column)), magnitude);
+  return found != 0;
+}
+
 INLINE Vec widen(__m256i halves) {
   return (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }

@@ -25,6 +25,8 @@ static int64_t carve_backward(const Problem& p, char* base, Workspace& w) {
   w.base = carver.floats(p.block_rows);
   w.inverse = carver.floats(p.block_rows);
   w.delta = carver.floats(p.block_rows);
+  w.apart = carver.floats(p.block_rows);
+  w.keys = carver.floats(p.block_keys * p.padded_size);
   w.content_gradient = carver.floats(p.block_rows * p.padded_size);
   w.position_gradient = p.position_apart() ? carver.floats(p.block_rows * p.padded_size) : w.content_gradient;
   if (p.call.rel_v.data) {
@@ -46,11 +48,51 @@ static void tile_weights_gradient(const Problem& p, const Head& head, const Bloc
   }
 }
 
-// Of whole vectors.
-INLINE float dot_row(const float* a, const float* b, int64_t count) {
+// Of whole vectors; weights of zero count for nothing, whatever they meet.
+INLINE float weighted_sum(const float* weights, const float* of, int64_t count) {
   Vec sum = {};
-  for (int64_t column = 0; column < count; column += kWidth) sum += load(a + column) * load(b + column);
+  for (int64_t column = 0; column < count; column += kWidth) {
+    const Vec weight = load(weights + column);
+    sum += keep_where(weight != Vec{}, weight * load(of + column));
+  }
   return sum_lanes(sum);
+}
+
+// Rows that products must not meet, since they would multiply by zero what these hold: zeros take their place. What
+// then stands for a row's base: infinity where it sees nothing, or nobody uses its output: it is owed nothing and its
+// weights are 0. NaN where it is not finite, since it makes everything so that it sees, and only that. Or else 0.
+INLINE float base_apart(const Problem& p, const Head& head, int64_t query, bool upstream, bool finite) {
+  const Tensor& lse_slope = p.call.grad_lse;
+  const bool used = element(p.call.lse, head.batch, head.head, query) != -kInfinity &&
+                    (upstream || (lse_slope.data && element(lse_slope, head.batch, head.head, query) != 0.0f));
+  return !used ? kInfinity : finite ? 0.0f : __builtin_nanf("");
+}
+
+// Returns whether anything is owed to some row.
+static bool set_rows_apart(const Problem& p, const Head& head, const Block& block, const Workspace& w) {
+  bool owed = false;
+  for (int64_t row = 0; row < block.rows; ++row) {
+    float *content = w.content + row * p.padded_size, *upstream = w.upstream + row * p.padded_value_size;
+    float* position = w.position == w.content ? nullptr : w.position + row * p.padded_depth;
+    const bool finite = all_finite(content, p.padded_size) && all_finite(upstream, p.padded_value_size) &&
+                        (!position || all_finite(position, p.padded_depth));
+    w.apart[row] = base_apart(p, head, block.first + row, any_nonzero(upstream, p.padded_value_size), finite);
+    owed |= w.apart[row] != kInfinity;
+    if (w.apart[row] == 0.0f) continue;
+    fill(content, 0.0f, p.padded_size);
+    fill(upstream, 0.0f, p.padded_value_size);
+    if (position) fill(position, 0.0f, p.padded_depth);
+  }
+  return owed;
+}
+
+// To be called when the statistics are there.
+static void finish_rows_apart(const Block& block, const Workspace& w) {
+  for (int64_t row = 0; row < block.rows; ++row) {
+    if (w.apart[row] == 0.0f) continue;
+    w.base[row] = w.apart[row];
+    w.delta[row] = 0.0f;
+  }
 }
 
 // From maxima, sums and unnormalised sum_j w_ij dw_ij to base, inverse and delta.
@@ -93,32 +135,36 @@ static void row_statistics(const Problem& p, const Head& head, const Block& bloc
         softmax_row(weights, columns, {w.base[row], w.inverse[row], sums ? sums + row : nullptr, sums ? 1 : 0});
         if (!sums) continue;
         if (p.dropout.used()) drop_row(p.dropout, head, block.first + row, first_key + begin, columns, weights, w.keep);
-        sums[row] += dot_row(weights, gradient.data + row * gradient.row + begin, columns);
+        sums[row] += weighted_sum(weights, gradient.data + row * gradient.row + begin, columns);
       }
     }
   }
   finish_statistics(p, block, w, find_delta);
 }
 
-// Upstream gradients of a block's rows, and what turns scores into weights and their gradients.
-static void prepare_backward(const Problem& p, const Head& head, const Block& block, Workspace& w) {
+// The block's queries, upstream gradients, and what turns scores into weights and their gradients. Returns whether
+// anything is owed to some row.
+static bool prepare_backward(const Problem& p, const Head& head, const Block& block, Workspace& w) {
   const Call& call = p.call;
   const Matrix grad_output = matrix(call.grad_output, head.batch, head.head),
                output = matrix(call.output, head.batch, head.head);
   const bool half = call.output.dtype != kFloat32;
+  read_block(p, head, block, w);
+  for (int64_t row = 0; row < block.rows; ++row)
+    read_padded(grad_output, block.first + row, p.value_size, p.padded_value_size,
+                w.upstream + row * p.padded_value_size);
+  if (!set_rows_apart(p, head, block, w)) return false;
+  find_edges(p, head, block, w);
   bool large = false;
   for (int64_t row = 0; row < block.rows; ++row) {
-    const int64_t query = block.first + row;
-    float* upstream = w.upstream + row * p.padded_value_size;
-    read_padded(grad_output, query, p.value_size, p.padded_value_size, upstream);
-    const float lse = element(call.lse, head.batch, head.head, query);
-    large |= (lse > 128.0f || lse < -128.0f) && lse != -kInfinity;
-    w.base[row] = lse == -kInfinity ? kInfinity : (float)(lse * kLog2E);
+    const float lse = element(call.lse, head.batch, head.head, block.first + row);
+    large |= (lse > 128.0f || lse < -128.0f) && w.apart[row] == 0.0f;
+    w.base[row] = (float)(lse * kLog2E);
     w.inverse[row] = 1.0f;
     w.delta[row] = 0.0f;
     if (half) continue;
-    read_padded(output, query, p.value_size, p.padded_value_size, w.scratch);
-    w.delta[row] = dot_row(upstream, w.scratch, p.padded_value_size);
+    read_padded(output, block.first + row, p.value_size, p.padded_value_size, w.scratch);
+    w.delta[row] = weighted_sum(w.upstream + row * p.padded_value_size, w.scratch, p.padded_value_size);
   }
   if (call.rel_v.data) {
     // Hidden columns beyond the table get these even where no visible one needs them: a weight of 0 times what was left
@@ -130,6 +176,8 @@ static void prepare_backward(const Problem& p, const Head& head, const Block& bl
   }
   if (half || large) row_statistics(p, head, block, w, half);
   if (call.grad_lse.data) subtract_lse_gradient(p, head, block, w);
+  finish_rows_apart(block, w);
+  return true;
 }
 
 // One row's scores of these keys become weights after dropout, gradients of its weights gradients of its scores.
@@ -137,19 +185,28 @@ INLINE void weights_and_gradients_row(const Problem& p, const Head& head, const 
                                       const Range& keys, const Workspace& w, float* weights, float* gradient) {
   const Vec base = splat(w.base[row]), inverse = splat(w.inverse[row]), delta = splat(w.delta[row]);
   const int64_t count = keys.last - keys.first;
+  if (w.base[row] == kInfinity) {  // whatever its scores are
+    fill(weights, 0.0f, count);
+    fill(gradient, 0.0f, count);
+    return;
+  }
+  // Zero for what is hidden, whatever came of a product with it.
+  auto seen = [&](int64_t column) { return load(weights + column) != splat(-kInfinity); };
   if (p.dropout.used()) {
     dropout_keep(p.dropout, head.batch, head.head, block.first + row, keys.first, keys.last, w.keep);
     const Vec factor = splat(1.0f / p.dropout.kept_share);
     for (int64_t column = 0; column < count; column += kWidth) {
-      const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse,
+      const IVec sees = seen(column);
+      const Vec weight = keep_where(sees, exp2_nonpositive(load(weights + column) - base) * inverse),
                 kept = load(w.keep + column) * factor;
-      store(gradient + column, weight * (load(gradient + column) * kept - delta));
+      store(gradient + column, keep_where(sees, weight * (load(gradient + column) * kept - delta)));
       store(weights + column, weight * kept);
     }
   } else {
     for (int64_t column = 0; column < count; column += kWidth) {
-      const Vec weight = exp2_nonpositive(load(weights + column) - base) * inverse;
-      store(gradient + column, weight * (load(gradient + column) - delta));
+      const IVec sees = seen(column);
+      const Vec weight = keep_where(sees, exp2_nonpositive(load(weights + column) - base) * inverse);
+      store(gradient + column, keep_where(sees, weight * (load(gradient + column) - delta)));
       store(weights + column, weight);
     }
   }
@@ -228,6 +285,18 @@ static void key_score_gradients(const Problem& p, const Head& head, const Block&
   }
 }
 
+// Rows of a tile's keys, for products with gradients of its scores: zeros for what is not finite, since such a gradient
+// may be zero; where it is not, it is NaN, as the score was.
+static Right finite_keys(const Problem& p, const Head& head, const Tile& tile, const Workspace& w) {
+  const Right key = head.key.from(tile.first_key);
+  if (!some_nonfinite(head, tile.keys)) return key;
+  for (int64_t row = tile.keys.first - tile.first_key; row < tile.keys.last - tile.first_key; ++row) {
+    copy(w.keys + row * p.padded_size, key.data + row * key.k, p.padded_size);
+    drop_nonfinite(w.keys + row * p.padded_size, p.padded_size);
+  }
+  return {w.keys, p.padded_size, kPanel};
+}
+
 // Everything that the block's rows and the keys in `keys` contribute. The block has been prepared.
 static void backward_keys(const Problem& p, const Head& head, const Block& block, Range keys, Workspace& w,
                           const Gradients& out) {
@@ -248,7 +317,10 @@ static void backward_keys(const Problem& p, const Head& head, const Block& block
     const Seen seen = {tile.first, tile.last};
     if (out.value.data) add_over_rows(part, tile, scores, upstream, p.padded_value_size, out.value);
     if (out.key.data) add_over_rows(part, tile, gradient, content, p.padded_size, out.key);
-    if (call.rel_q.data) key_score_gradients(p, head, part, tile, w, gradient, out);
+    if (call.rel_q.data) {
+      if (some_nonfinite(head, tile.keys)) drop_nonfinite(w.key_rows, (tile.keys.last - tile.keys.first) * p.padded_size);
+      key_score_gradients(p, head, part, tile, w, gradient, out);
+    }
     if (out.rel_v)
       relative_table_gradient(lay_over(head.rel_v, block.rows, block.position, first_key), seen, scores, upstream,
                               p.padded_value_size, {out.rel_v, p.padded_value_size});
@@ -256,7 +328,7 @@ static void backward_keys(const Problem& p, const Head& head, const Block& block
       relative_table_gradient(lay_over(head.rel_k, block.rows, block.position, first_key), seen, gradient, position,
                               p.padded_depth, {out.rel_k, p.padded_depth});
     if (!out.content) continue;
-    add_over_columns(tile, gradient, head.key.from(first_key), p.padded_size, {out.content, p.padded_size});
+    add_over_columns(tile, gradient, finite_keys(p, head, tile, w), p.padded_size, {out.content, p.padded_size});
     if (call.rel_k.data)
       add_over_distances(part, tile, gradient, head.rel_k, p.padded_size, {out.position, p.padded_size});
   }

@@ -72,6 +72,7 @@ struct AmxBackward {
     base.base = carver.floats(rows);
     base.inverse = carver.floats(rows);
     base.delta = carver.floats(rows);
+    base.apart = carver.floats(rows);
     base.content_gradient = carver.floats(rows * p.padded_size);
     base.position_gradient = p.position_apart() ? carver.floats(rows * p.padded_size) : base.content_gradient;
     return carver.used;
@@ -87,21 +88,43 @@ struct AmxBackward {
       for (int64_t row = 0; row < rows; ++row) to[column * rows + row] = row < count ? from[row * padded + column] : 0;
   }
 
-  Block prepare(const AmxHead& operands, AmxBackwardWorkspace& w, int64_t index) const {
+  // As set_rows_apart in backward.h.
+  bool set_apart(const Head& head, const Block& block, const AmxBackwardWorkspace& w) const {
+    bool owed = false;
+    float* apart = w.forward.base.apart;
+    for (int64_t row = 0; row < block.rows; ++row) {
+      Half *content = w.forward.content + row * p.deep_size, *position = w.forward.position + row * p.deep_size,
+           *upstream = w.upstream + row * p.deep_value_size;
+      const bool finite = all_finite(content, p.deep_size) && all_finite(position, p.deep_size) &&
+                          all_finite(upstream, p.deep_value_size);
+      apart[row] = base_apart(p, head, block.first + row, any_nonzero(upstream, p.deep_value_size), finite);
+      owed |= apart[row] != kInfinity;
+      if (apart[row] == 0.0f) continue;
+      zero_halves(content, p.deep_size);
+      zero_halves(position, p.deep_size);
+      zero_halves(upstream, p.deep_value_size);
+    }
+    return owed;
+  }
+
+  // As prepare_backward in backward.h.
+  bool prepare(const AmxHead& operands, const Block& block, AmxBackwardWorkspace& w) const {
     const Head& head = operands.head;
-    const Block block = prepare_block_amx(p, head, w.forward, index);
-    if (block.keys.empty()) return block;
+    read_block_amx(p, head, block, w.forward);
     const HalfSource grad = {matrix(p.call.grad_output, head.batch, head.head), p.call.queries, p.value_size,
                              p.deep_value_size};
     for (int64_t row = 0; row < block.rows; ++row)
       read_halves(grad, block.first + row, w.upstream + row * p.deep_value_size, w.forward.scratch.row);
     zero_halves(w.upstream + block.rows * p.deep_value_size, (rows - block.rows) * p.deep_value_size);
+    if (!set_apart(head, block, w)) return false;
+    find_edges_amx(p, head, block, w.forward);
     transpose_rows(w.upstream, block.rows, p.deep_value_size, w.upstream_t);
     transpose_rows(w.forward.content, block.rows, p.deep_size, w.content_t);
     if (w.position_t != w.content_t) transpose_rows(w.forward.position, block.rows, p.deep_size, w.position_t);
     statistics(operands, block, w);
     if (p.call.grad_lse.data) subtract_lse_gradient(p, head, block, w.forward.base);
-    return block;
+    finish_rows_apart(block, w.forward.base);
+    return true;
   }
 
   // Scores of a group's columns in units of ln 2, -inf where hidden, and gradients of its weights before dropout.
@@ -149,7 +172,7 @@ struct AmxBackward {
           softmax_row(weights, columns, {base.base[row], base.inverse[row], base.delta + row, 1});
           if (p.dropout.used())
             drop_row(p.dropout, head, block.first + row, first_key + begin, columns, weights, base.keep);
-          base.delta[row] += dot_row(weights, gradient.data + r * gradient.row + begin, columns);
+          base.delta[row] += weighted_sum(weights, gradient.data + r * gradient.row + begin, columns);
         }
       }
     }

@@ -96,11 +96,22 @@ static void weighted_of(const Matrix& m, Range rows, Left weights, int64_t size,
     if (vectors == 3) over_rows(Constant<3>{});
     if (vectors == 2) over_rows(Constant<2>{});
     if (vectors == 1) over_rows(Constant<1>{});
-    for (int v = 0; v < kCount; ++v)
+    for (int v = 0; v < kCount; ++v) {
+      Vec nothing = {};
+      for (int step = 0; step < vectors; ++step) nothing += sum[v][step] * splat(0.0f);
+      if (sum_lanes(nothing) != 0.0f) {  // something is not finite: perhaps a row without weight, which has no say
+        const float* of_rows = weights.data + v * weights.row;
+        for (int step = 0; step < vectors; ++step) sum[v][step] = Vec{};
+        for (int64_t row = rows.first; row < rows.last; ++row)
+          for (int step = 0; step < vectors && of_rows[row - rows.first] != 0.0f; ++step)
+            sum[v][step] += load_as<kType>(m.data, m.first + row * m.row + column + step * kWidth) *
+                            of_rows[row - rows.first];
+      }
       for (int step = 0; step < vectors; ++step) {
         float* to = result.data + v * result.row + column + step * kWidth;
         store(to, load(to) + sum[v][step]);
       }
+    }
   }
 }
 
@@ -226,7 +237,7 @@ static void part_of_keys(const Problem& p, const Keys& keys, int64_t batch, int6
     head.head = head_of(row);
     read_block(p, head, block, of_head);
   }
-  const Table table = {nullptr, nullptr, 0, 0, call.rows, call.left};  // only where its rows lie
+  const Table table = {nullptr, nullptr, 0, 0, call.rows, call.left, false};  // only where its rows lie
   const Result scores = {w.scores + kSlack, p.leading};
   Tile tile;
   for (int64_t first_key = block.keys.first / kPanel * kPanel; first_key < block.keys.last; first_key += p.block_keys) {

@@ -64,26 +64,78 @@ static void write_block(const Problem& p, const Head& head, const Block& block, 
   }
 }
 
-// Pack a tile's keys, and its values if need be, for this one use.
-static void pack_tile(const Problem& p, const Tile& tile, Head& head, const Workspace& w) {
-  const int64_t key_head = head.head / p.ratio;
-  const PanelSource key = p.key_source(head.batch, key_head), value = p.value_source(head.batch, key_head);
+// Pack a tile's keys for this one use.
+static void pack_tile_keys(const Problem& p, const Tile& tile, Head& head, const Workspace& w) {
+  const PanelSource key = p.key_source(head.batch, head.head / p.ratio);
   const int64_t first = tile.keys.first / kPanel, last = panels_of(tile.keys.last);
   for (int64_t panel = first; panel < last; ++panel)
     pack_panel(key, panel, w.keys + (panel * kPanel - tile.first_key) * p.size, w.scratch);
   head.key_panels = w.keys;
   head.first_key = tile.first_key;
-  if (!w.values) return;
-  for (int64_t row = tile.keys.first; row < tile.keys.last; ++row)
-    read_padded(value.matrix, row, p.value_size, p.padded_value_size,
-                w.values + (row - tile.first_key) * p.padded_value_size);
-  head.value = {w.values, p.padded_value_size, kPanel};
-  head.first_value = tile.first_key;
 }
 
-static void forward_block(const Problem& p, Head head, Workspace& w, int64_t index) {
+// The same of its values. `finite`: with zeros for what is not; returns whether there was such.
+static bool pack_tile_values(const Problem& p, const Tile& tile, bool finite, Head& head, const Workspace& w) {
+  const PanelSource value = p.value_source(head.batch, head.head / p.ratio);
+  bool dropped = false;
+  for (int64_t row = tile.keys.first; row < tile.keys.last; ++row) {
+    float* to = w.values + (row - tile.first_key) * p.padded_value_size;
+    read_padded(value.matrix, row, p.value_size, p.padded_value_size, to);
+    if (!finite || all_finite(to, p.value_size)) continue;
+    drop_nonfinite(to, p.value_size);
+    dropped = true;
+  }
+  head.value = {w.values, p.padded_value_size, kPanel};
+  head.first_value = tile.first_key;
+  return dropped;
+}
+
+// What pack_tile_values dropped comes to those of these rows that give it weight. weight(row, column): of a tile.
+template <class Weight>
+static void add_nonfinite_values(const Problem& p, const Head& head, const Tile& tile, const Range& rows,
+                                 const Weight& weight, const Workspace& w) {
+  const Matrix values = p.value_source(head.batch, head.head / p.ratio).matrix;
+  for (int64_t key = tile.keys.first; key < tile.keys.last; ++key)
+    for (int64_t d = 0; d < p.value_size; ++d) {
+      const float value =
+          read_element(values.data, values.dtype, values.first + key * values.row + d * values.column);
+      if (value * 0.0f == 0.0f) continue;
+      for (int64_t row = rows.first; row < rows.last; ++row) {
+        const float share = weight(row, key - tile.first_key);
+        if (share != 0.0f) w.result[row * p.padded_value_size + d] += share * value;
+      }
+    }
+}
+
+// One block of queries per head of keys, as in decoding: keys and values are packed a tile at a time, where used.
+static bool used_once(const Problem& p) { return p.query_blocks() == 1 && p.ratio == 1; }
+static bool values_in_place(const Problem& p) {
+  return readable_in_place(matrix(p.call.value, 0, 0), p.call.keys, p.value_size);
+}
+
+// What rel_v's natural form leaves out comes to the rows that give it weight. result, scores: of the block's rows.
+static void add_nonfinite_distances(const Problem& p, const Head& head, const Block& block, const Tile& tile,
+                                    const Result& scores, const Workspace& w) {
+  const Matrix table = p.table_source(kRelV, head.head).matrix;
+  const int64_t shift = lay_over(head.rel_v, block.rows, block.position, tile.first_key).shift;
+  for (int64_t table_row = 0; table_row < p.call.rows; ++table_row) {
+    read_row(table, table_row, p.value_size, w.scratch);
+    if (all_finite(w.scratch, p.value_size)) continue;
+    for (int g = 0; g < tile.count; ++g)
+      for (int64_t row = tile.groups[g].row; row < tile.groups[g].row + tile.groups[g].rows; ++row)
+        for (int64_t column = tile.groups[g].seen.first; column < tile.groups[g].seen.last; ++column) {
+          const float weight = scores.data[row * scores.row + column];
+          if (weight == 0.0f || clamp<int64_t>(column - row - shift, 0, p.call.rows - 1) != table_row) continue;
+          for (int64_t d = 0; d < p.value_size; ++d)
+            if (w.scratch[d] * 0.0f != 0.0f) w.result[row * p.padded_value_size + d] += weight * w.scratch[d];
+        }
+  }
+}
+
+// The block's result, maximum and sum. `apart`: numbers of the values that are not finite are added by themselves, where
+// they have weight: a product would multiply them by the zeros of those who do not see them.
+static void attend(const Problem& p, Head head, const Block& block, bool apart, Workspace& w) {
   const Call& call = p.call;
-  const Block block = prepare_block(p, head, w, index);
   fill(w.result, 0.0f, block.rows * p.padded_value_size);
   fill(w.highest, -kInfinity, block.rows);
   fill(w.total, 0.0f, block.rows);
@@ -92,7 +144,9 @@ static void forward_block(const Problem& p, Head head, Workspace& w, int64_t ind
   for (int64_t first_key = block.keys.first / kPanel * kPanel; first_key < block.keys.last; first_key += p.block_keys) {
     cut_tile(p, head, block, first_key, kRows, tile);
     if (tile_hidden(p, head, block, tile.keys)) continue;
-    if (w.keys) pack_tile(p, tile, head, w);
+    if (w.keys) pack_tile_keys(p, tile, head, w);
+    bool dropped = false;
+    if (apart || (w.keys && !values_in_place(p))) dropped = pack_tile_values(p, tile, apart, head, w);
     tile_scores(p, head, block, tile, w, scores);
     for (int g = 0; g < tile.count; ++g) {
       const Group& group = tile.groups[g];
@@ -111,14 +165,28 @@ static void forward_block(const Problem& p, Head head, Workspace& w, int64_t ind
     const Result result = {w.result, p.padded_value_size};
     add_over_columns(tile, scores, head.value.from(first_key - head.first_value), p.padded_value_size, result);
     if (call.rel_v.data) add_over_distances(block, tile, scores, head.rel_v, p.padded_value_size, result);
+    if (head.rel_v.nonfinite) add_nonfinite_distances(p, head, block, tile, scores, w);
+    if (dropped)
+      for (int g = 0; g < tile.count; ++g) {
+        const Group& group = tile.groups[g];
+        auto weight = [&](int64_t row, int64_t column) {
+          const bool computed = column >= group.columns.first && column < group.columns.last;
+          return computed ? scores.data[row * scores.row + column] : 0.0f;
+        };
+        add_nonfinite_values(p, head, tile, {group.row, group.row + group.rows}, weight, w);
+      }
   }
-  write_block(p, head, block, w);
 }
 
-// One block of queries per head of keys, as in decoding: keys and values are packed a tile at a time, where used.
-static bool used_once(const Problem& p) { return p.query_blocks() == 1 && p.ratio == 1; }
-static bool values_in_place(const Problem& p) {
-  return readable_in_place(matrix(p.call.value, 0, 0), p.call.keys, p.value_size);
+static void forward_block(const Problem& p, const Head& head, Workspace& w, int64_t index) {
+  const Block block = block_of(p, head.keys, index);
+  if (!block.keys.empty()) {
+    read_block(p, head, block, w);
+    find_edges(p, head, block, w);
+  }
+  attend(p, head, block, false, w);
+  if (!all_finite(w.result, block.rows * p.padded_value_size)) attend(p, head, block, true, w);
+  write_block(p, head, block, w);
 }
 
 static int64_t carve_forward(const Problem& p, char* base, Workspace& w) {
@@ -126,10 +194,8 @@ static int64_t carve_forward(const Problem& p, char* base, Workspace& w) {
   w = {};
   carve_scores(p, carver, w);
   w.scores = carver.floats(p.block_rows * p.leading);
-  if (used_once(p)) {
-    w.keys = carver.floats(p.block_keys * p.size);
-    w.values = values_in_place(p) ? nullptr : carver.floats(p.block_keys * p.padded_value_size);
-  }
+  w.keys = used_once(p) ? carver.floats(p.block_keys * p.size) : nullptr;
+  w.values = carver.floats(p.block_keys * p.padded_value_size);
   w.result = carver.floats(p.block_rows * p.padded_value_size);
   w.highest = carver.floats(p.block_rows);
   w.total = carver.floats(p.block_rows);

@@ -99,40 +99,52 @@ static void group_products(const AmxProblem& p, const AmxHead& operands, const B
   amx_multiply<true>(group.rows, count, content, key, steps, target);
 }
 
-// Queries of a block, and their products with the table's edges where they are needed.
-static Block prepare_block_amx(const AmxProblem& p, const Head& head, AmxWorkspace& w, int64_t index) {
+static void read_block_amx(const AmxProblem& p, const Head& head, const Block& block, const AmxWorkspace& w) {
+  read_queries(p, head, block, p.call.pos_bias_u, w.content, w.base.scratch);
+  if (w.position != w.content) read_queries(p, head, block, p.call.pos_bias_v, w.position, w.base.scratch);
+}
+
+// The block's products with the table's edges, where they are needed.
+static void find_edges_amx(const AmxProblem& p, const Head& head, const Block& block, const AmxWorkspace& w) {
   const Call& call = p.call;
-  const Block block = block_of(p, head.keys, index);
-  if (block.keys.empty()) return block;
-  read_queries(p, head, block, call.pos_bias_u, w.content, w.base.scratch);
-  if (w.position != w.content) read_queries(p, head, block, call.pos_bias_v, w.position, w.base.scratch);
-  if (!call.rel_k.data) return block;
+  if (!call.rel_k.data) return;
   const Skew skew = lay_over(head.rel_k, block.rows, block.position, 0);
   const Matrix table = matrix(call.rel_k, 0, head.head);
   if (skew.beyond_left(block.keys))
     half_edge_products(p, table, 0, block.rows, w.position, w.base.edges.left, w.base.scratch);
   if (skew.beyond_right(block.keys))
     half_edge_products(p, table, call.rows - 1, block.rows, w.position, w.base.edges.right, w.base.scratch);
-  return block;
 }
 
-// Pack a tile's keys and values for this one use.
-static void pack_tile_amx(const AmxProblem& p, const Tile& tile, AmxHead& operands, const AmxWorkspace& w) {
-  const int64_t batch = operands.head.batch, key_head = operands.head.head;  // which are one: see used_once
-  const HalfSource key = p.keys(batch, key_head, p.deep_size), value = p.values(batch, key_head, p.padded_value_size);
-  const int64_t first = tile.keys.first / kTileDepth * kTileDepth, last = round_up(tile.keys.last, kTileDepth);
-  for (int64_t panel = first / kPanel; panel < panels_of(tile.keys.last); ++panel)
+// Keys of a tile in whole steps of products over them.
+INLINE Range deep_keys(const Tile& tile) {
+  return {tile.keys.first / kTileDepth * kTileDepth, round_up(tile.keys.last, kTileDepth)};
+}
+
+// Pack a tile's keys for this one use.
+static void pack_tile_keys_amx(const AmxProblem& p, const Tile& tile, AmxHead& operands, const AmxWorkspace& w) {
+  const HalfSource key = p.keys(operands.head.batch, operands.head.head / p.ratio, p.deep_size);
+  for (int64_t panel = deep_keys(tile).first / kPanel; panel < panels_of(tile.keys.last); ++panel)
     pack_half_panel(key, panel, w.keys.key_panels + (panel * kPanel - tile.first_key) * p.deep_size, w.scratch);
-  pack_half_pairs(value, {first, last}, tile.first_key, w.keys.value_pairs, w.scratch);
-  operands.keys = w.keys;
+  operands.keys.key_panels = w.keys.key_panels;
   operands.first_key = tile.first_key;
 }
 
-static void forward_block_amx(const AmxProblem& p, AmxHead operands, AmxWorkspace& w, int64_t index) {
+// The same of its values. `finite`: with zeros for what is not; returns whether there was such.
+static bool pack_tile_values_amx(const AmxProblem& p, const Tile& tile, bool finite, AmxHead& operands,
+                                 const AmxWorkspace& w) {
+  HalfSource value = p.values(operands.head.batch, operands.head.head / p.ratio, p.padded_value_size);
+  value.finite = finite;
+  operands.keys.value_pairs = w.keys.value_pairs;
+  operands.first_value = tile.first_key;
+  return pack_half_pairs(value, deep_keys(tile), tile.first_key, w.keys.value_pairs, w.scratch);
+}
+
+// As attend in forward.h.
+static void attend_amx(const AmxProblem& p, AmxHead operands, const Block& block, bool apart, AmxWorkspace& w) {
   const Call& call = p.call;
   const Head& head = operands.head;
   Workspace& base = w.base;
-  const Block block = prepare_block_amx(p, head, w, index);
   fill(base.result, 0.0f, round_up(block.rows, kGroupRows) * p.padded_value_size);
   fill(base.highest, -kInfinity, block.rows);
   fill(base.total, 0.0f, block.rows);
@@ -146,7 +158,9 @@ static void forward_block_amx(const AmxProblem& p, AmxHead operands, AmxWorkspac
        first_key += p.block_keys) {
     cut_tile(p, head, block, first_key, kGroupRows, tile);
     if (tile_hidden(p, head, block, tile.keys)) continue;
-    if (w.keys.key_panels) pack_tile_amx(p, tile, operands, w);
+    if (w.keys.key_panels) pack_tile_keys_amx(p, tile, operands, w);
+    bool dropped = false;
+    if (apart || w.keys.key_panels) dropped = pack_tile_values_amx(p, tile, apart, operands, w);
     for (int g = 0; g < tile.count; ++g) {
       const Group& group = tile.groups[g];
       const Range& columns = group.columns;
@@ -174,12 +188,29 @@ static void forward_block_amx(const AmxProblem& p, AmxHead operands, AmxWorkspac
       for (int64_t row = group.rows; row < kGroupRows; ++row)
         zero_halves(w.weights + row * w.weights_row + first_depth, last_depth - first_depth);
       amx_multiply<true>(group.rows, p.padded_value_size / kPanel, {w.weights + first_depth, w.weights_row},
-                         operands.keys.value_pairs.from(first_key - operands.first_key + first_depth),
+                         operands.keys.value_pairs.from(first_key - operands.first_value + first_depth),
                          (last_depth - first_depth) / kTileDepth,
                          {base.result + group.row * p.padded_value_size, p.padded_value_size});
+      if (!dropped) continue;
+      auto weight = [&](int64_t row, int64_t column) {
+        const bool computed = column >= first_depth && column < last_depth;
+        return computed ? from_bfloat16(w.weights[(row - group.row) * w.weights_row + column]) : 0.0f;
+      };
+      add_nonfinite_values(p, head, tile, {group.row, group.row + group.rows}, weight, base);
     }
   }
-  write_block(p, head, block, base);
+}
+
+static void forward_block_amx(const AmxProblem& p, const AmxHead& operands, AmxWorkspace& w, int64_t index) {
+  const Head& head = operands.head;
+  const Block block = block_of(p, head.keys, index);
+  if (!block.keys.empty()) {
+    read_block_amx(p, head, block, w);
+    find_edges_amx(p, head, block, w);
+  }
+  attend_amx(p, operands, block, false, w);
+  if (!all_finite(w.base.result, block.rows * p.padded_value_size)) attend_amx(p, operands, block, true, w);
+  write_block(p, head, block, w.base);
 }
 
 static int64_t carve_amx(const AmxProblem& p, bool once, char* memory, AmxWorkspace& w) {
@@ -190,10 +221,8 @@ static int64_t carve_amx(const AmxProblem& p, bool once, char* memory, AmxWorksp
   w.position = p.position_is_content() ? w.content : carver.halves(rows * p.deep_size);
   w.weights_row = p.block_keys + 2 * kTileDepth;
   w.weights = carver.halves(kGroupRows * w.weights_row);
-  if (once) {
-    w.keys.key_panels = carver.halves(p.block_keys * p.deep_size);
-    w.keys.value_pairs = {carver.halves(p.block_keys * p.padded_value_size), p.block_keys};
-  }
+  if (once) w.keys.key_panels = carver.halves(p.block_keys * p.deep_size);
+  w.keys.value_pairs = {carver.halves(p.block_keys * p.padded_value_size), p.block_keys};
   const int64_t widest = most(p.deep_size, p.deep_value_size);
   w.scratch = {carver.halves(kPanel * widest), carver.floats(widest)};
   w.base.scratch = carver.floats(2 * p.padded_size);

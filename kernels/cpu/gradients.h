@@ -70,6 +70,7 @@ struct FloatKernel {
   // Memory of a unit while it is worked on.
   struct Unit {
     KeyPack pack;
+    bool* nonfinite;                       // of each task of packing, whether some of its keys are
     float *key_gradient, *value_gradient;  // (Lk, padded), null if they are summed in place
     QuerySums query;                       // of one query head, only for teams
   };
@@ -96,6 +97,7 @@ struct FloatKernel {
       Unit& unit = units[index];
       unit.pack = {memory.floats(true, padded_keys * p.size), memory.floats(!key_readable, call.keys * p.padded_size),
                    memory.floats(true, padded_keys * p.value_size), nullptr};
+      unit.nonfinite = memory.array<bool>(pack_tasks(p));
       unit.key_gradient = memory.floats(call.grad_key.data && !key_in_place, call.keys * p.padded_size);
       unit.value_gradient = memory.floats(call.grad_value.data && !value_in_place, call.keys * p.padded_value_size);
       unit.query.content = memory.floats(teams, call.queries * p.padded_size);
@@ -118,9 +120,12 @@ struct FloatKernel {
 
   // Pack some of the unit's keys and values, whose gradients start from zero.
   void begin(const Job& job, int64_t task) const {
-    pack_keys(p, job.batch, job.key_head, units[job.unit].pack, task, workspaces[job.thread].scratch);
+    const Unit& unit = units[job.unit];
+    pack_keys(p, job.batch, job.key_head, unit.pack, task, workspaces[job.thread].scratch);
     const Result key = key_sum(job), value = value_sum(job);
     const Range keys = keys_of_task(p, task);
+    unit.nonfinite[task] = !all_finite(unit.pack.key_panels + keys.first * p.size,
+                                       round_up(keys.last - keys.first, kPanel) * p.size);
     for (int64_t row = keys.first; row < keys.last; ++row) {
       if (key.data) fill(key.data + row * key.row, 0.0f, p.padded_size);
       if (value.data) fill(value.data + row * value.row, 0.0f, p.padded_value_size);
@@ -153,6 +158,7 @@ struct FloatKernel {
     Head head = shared.tables.head(p, job.batch, visit.head, shared.keys[job.batch]);
     head.key_panels = unit.pack.key_panels;
     head.value_panels = unit.pack.value_panels;
+    head.nonfinite = unit.nonfinite;
     head.key = rows_of(matrix(p.call.key, job.batch, job.key_head), unit.pack.key_rows, p.padded_size);
     Gradients out = {};
     out.key = key_sum(job);
@@ -162,15 +168,13 @@ struct FloatKernel {
     out.rel_v = own.tables[kRelV].of(visit.head % p.ratio);
     find_query_sums(p, own, visit, unit.query, w, out);
 
-    const Block block = prepare_block(p, head, w, visit.block);
+    const Block block = block_of(p, head.keys, visit.block);
     if (visit.first && out.content) {
       fill(out.content, 0.0f, block.rows * p.padded_size);
       if (p.position_apart()) fill(out.position, 0.0f, block.rows * p.padded_size);
     }
-    if (!block.keys.empty()) {
-      prepare_backward(p, head, block, w);
+    if (!block.keys.empty() && prepare_backward(p, head, block, w))
       for (const Range& keys : visit.keys.ranges) backward_keys(p, head, block, keys, w, out);
-    }
     if (visit.last) finish_block(p, head, block, out);
   }
 

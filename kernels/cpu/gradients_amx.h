@@ -90,12 +90,12 @@ struct AmxKernel {
     find_query_sums(p, shared.sums[job.member], visit, unit.query, w.forward.base, out);
 
     const AmxSums& of_member = sums[job.member * heads + (heads > 1 ? visit.head % p.ratio : 0)];
-    const Block block = amx.prepare(operands, w, visit.block);
+    const Block block = block_of(p, operands.head.keys, visit.block);
     if (visit.first && out.content) {
       fill(out.content, 0.0f, p.block_rows * p.padded_size);  // a group's rows are summed whole
       if (p.position_apart()) fill(out.position, 0.0f, p.block_rows * p.padded_size);
     }
-    if (!block.keys.empty())
+    if (!block.keys.empty() && amx.prepare(operands, block, w))
       for (const Range& keys : visit.keys.ranges) amx.backward_keys(operands, block, keys, unit, of_member, out, w);
     if (visit.last) finish_block(p, operands.head, block, out);
   }

@@ -9,6 +9,7 @@ struct PackedTable {
   bool used, per_head, natural_in_place;
   int64_t depth, padded;  // of a row: with rel_bias, and rounded up to whole panels
   PerHead<float> panels, natural;
+  bool* nonfinite;  // whether some row is; then the natural form is packed, with zeros for what is not
 };
 
 enum Forms { kPanelsForm = 1, kNaturalForm = 2 };
@@ -32,7 +33,9 @@ struct Tables {
                              readable_in_place(source.matrix, source.rows, source.size);
     const int64_t heads = table.per_head ? p.call.heads : 1, natural = source.rows * table.padded;
     table.panels.data = memory.floats(forms & kPanelsForm, heads * source.floats());
-    table.natural.data = memory.floats((forms & kNaturalForm) && !table.natural_in_place, heads * natural);
+    table.natural.data = memory.floats(forms & kNaturalForm, heads * natural);
+    table.nonfinite = memory.array<bool>(1);
+    if (table.nonfinite) *table.nonfinite = false;
     if (table.per_head) table.panels.stride = source.floats(), table.natural.stride = natural;
   }
 
@@ -40,8 +43,8 @@ struct Tables {
     const PackedTable& of = packed[name];
     if (!of.used) return {};
     const int64_t left = name == kRelQ ? p.call.right : p.call.left;  // rel_q is packed reversed
-    Table result = {of.panels.of(head), of.natural.of(head), of.padded, of.depth, p.call.rows, left};
-    if (of.natural_in_place) {
+    Table result = {of.panels.of(head), of.natural.of(head), of.padded, of.depth, p.call.rows, left, *of.nonfinite};
+    if (of.natural_in_place && !*of.nonfinite) {
       const Matrix rows = p.table_source(name, head).matrix;
       result.natural = (const float*)rows.data + rows.first;
       result.natural_stride = rows.row;
@@ -61,6 +64,20 @@ struct Tables {
     return result;
   }
 };
+
+// Whether rows [first, last) of what is read in place are finite.
+static bool rows_finite(const Matrix& m, int64_t first, int64_t last, int64_t size) {
+  bool finite = true;
+  for (int64_t row = first; row < last; ++row) finite &= all_finite((const float*)m.data + m.first + row * m.row, size);
+  return finite;
+}
+
+// The same of what is packed, where infinities and NaN become zeros.
+static bool drop_nonfinite_rows(float* rows, int64_t count, int64_t padded) {
+  if (all_finite(rows, count * padded)) return true;
+  drop_nonfinite(rows, count * padded);
+  return false;
+}
 
 // Rows [first, last) of the natural form. A bias is no part of the products with it: zeros stand in its column.
 static void pack_natural(const PanelSource& source, int64_t first, int64_t last, int64_t padded, float* to) {
@@ -94,9 +111,9 @@ static Range reached_panels(const Problem& p, const Keys* keys, bool reversed) {
   return {most<int64_t>(lowest / kPanel - 1, 0), least(highest / kPanel + 2, panels_of(p.call.rows))};
 }
 
-// Pack all tables that are in use, in parallel. The forms were planned.
+// In parallel. `again`: also what was to be read in place, but cannot.
 static void pack_tables(const Problem& p, const Team& team, const Keys* keys, const Tables& tables,
-                        const Workspace* workspaces) {
+                        const Workspace* workspaces, bool again) {
   struct Job {
     TableName name;
     int64_t heads, tasks;
@@ -122,9 +139,26 @@ static void pack_tables(const Problem& p, const Team& team, const Keys* keys, co
     if (packed.panels.data)
       for (int64_t panel = first; panel < last; ++panel)
         pack_panel(source, panel, packed.panels.of(head) + panel * kPanel * packed.depth, workspaces[thread].scratch);
-    if (packed.natural.data)
-      pack_natural(source, first * kPanel, least(last * kPanel, source.rows), packed.padded, packed.natural.of(head));
+    const int64_t first_row = first * kPanel, last_row = least(last * kPanel, source.rows);
+    bool finite = true;
+    if (packed.natural_in_place && !again) {
+      finite = rows_finite(source.matrix, first_row, last_row, source.size);
+    } else if (packed.natural.data) {
+      pack_natural(source, first_row, last_row, packed.padded, packed.natural.of(head));
+      finite = drop_nonfinite_rows(packed.natural.of(head) + first_row * packed.padded, last_row - first_row, packed.padded);
+    }
+    if (!finite) __atomic_store_n(packed.nonfinite, true, __ATOMIC_RELAXED);
   });
+}
+
+// Pack all tables that are in use. The forms were planned.
+static void pack_tables(const Problem& p, const Team& team, const Keys* keys, const Tables& tables,
+                        const Workspace* workspaces) {
+  pack_tables(p, team, keys, tables, workspaces, false);
+  bool again = false;
+  for (TableName name : kTables)
+    again |= tables[name].used && tables[name].natural_in_place && *tables[name].nonfinite;
+  if (again) pack_tables(p, team, keys, tables, workspaces, true);
 }
 
 // Keys and values of one key head of one batch element, in the forms that are planned (null: not needed).
@@ -149,6 +183,11 @@ static void pack_keys(const Problem& p, int64_t batch, int64_t key_head, const K
   }
   if (pack.key_rows) pack_natural(key, first_row, last_row, p.padded_size, pack.key_rows);
   if (pack.value_rows) pack_natural(value, first_row, last_row, p.padded_value_size, pack.value_rows);
+}
+
+// Whether some of these keys are not finite; they are a tile's, and so of two tasks at most.
+INLINE bool some_nonfinite(const Head& head, const Range& keys) {
+  return head.nonfinite[keys.first / kPanel / kPanelsOfTask] || head.nonfinite[(keys.last - 1) / kPanel / kPanelsOfTask];
 }
 
 // How products over the keys read a head's rows: where they are, or packed.

@@ -7,6 +7,7 @@ struct HalfSource {
   Matrix matrix;
   int64_t rows, size, padded;
   bool repeat_last = false;  // beyond the last row of panels come copies of it, instead of zeros
+  bool finite = false;       // of pairs: zeros for what is not
 };
 
 // 16 rows, of which pairs and panels are made, and one as floats.
@@ -58,15 +59,20 @@ static void pack_half_panel(const HalfSource& source, int64_t index, Half* to, c
     transpose((const float*)(rows + 2 * pair), stride / 2, (float*)to + pair * kPanel, kPanel);
 }
 
-// These rows (the first even), of which `origin` is the first of `to`.
-static void pack_half_pairs(const HalfSource& source, const Range& rows, int64_t origin, const HalfPairs& to,
+// These rows (the first even), of which `origin` is the first of `to`. Returns whether source.finite left something out.
+static bool pack_half_pairs(const HalfSource& source, const Range& rows, int64_t origin, const HalfPairs& to,
                             const HalfScratch& scratch) {
   const int64_t padded = source.padded;
+  bool dropped = false;
   for (int64_t row = rows.first; row < rows.last; row += 2) {
     Half* pair[2] = {scratch.rows, scratch.rows + padded};
     for (int r = 0; r < 2; ++r) {
       if (row + r < source.rows) {
         read_halves(source, row + r, pair[r], scratch.row);
+        if (source.finite && !all_finite(pair[r], padded)) {
+          drop_nonfinite(pair[r], padded);
+          dropped = true;
+        }
       } else {
         zero_halves(pair[r], padded);
       }
@@ -78,6 +84,7 @@ static void pack_half_pairs(const HalfSource& source, const Range& rows, int64_t
                           _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
+  return dropped;
 }
 
 struct AmxProblem : Problem {
@@ -140,6 +147,7 @@ struct AmxTables {
       for (int64_t panel = first; panel < least(last, panels_of(call.rows)); ++panel)
         pack_half_panel(source, panel, panels.of(head) + panel * kPanel * p.deep_size, scratch(thread));
       source.padded = p.padded_size;
+      source.finite = true;
       if (pairs.data)
         pack_half_pairs(source, {first * kPanel, last * kPanel}, 0, {pairs.of(head), pair_rows}, scratch(thread));
     });
@@ -165,8 +173,11 @@ static void pack_keys_amx(const AmxProblem& p, int64_t batch, int64_t key_head, 
   auto rows_of_task = [&](const HalfPairs& pairs) {
     return Range{first * kPanel, last == panels ? pairs.rows : last * kPanel};
   };
-  if (pack.key_pairs.data)
-    pack_half_pairs(p.keys(batch, key_head, p.padded_size), rows_of_task(pack.key_pairs), 0, pack.key_pairs, scratch);
+  if (pack.key_pairs.data) {  // see finite_keys in backward.h
+    HalfSource finite = p.keys(batch, key_head, p.padded_size);
+    finite.finite = true;
+    pack_half_pairs(finite, rows_of_task(pack.key_pairs), 0, pack.key_pairs, scratch);
+  }
   if (pack.value_pairs.data)
     pack_half_pairs(p.values(batch, key_head, p.padded_value_size), rows_of_task(pack.value_pairs), 0, pack.value_pairs,
                     scratch);
@@ -176,7 +187,7 @@ static void pack_keys_amx(const AmxProblem& p, int64_t batch, int64_t key_head, 
 struct AmxHead {
   Head head;  // of its tables only where their rows lie
   AmxKeys keys;
-  int64_t first_key;  // the key where they begin
+  int64_t first_key, first_value;  // where the keys and the values begin
   const Half* table_panels;
   HalfPairs table_pairs;
   const float* bias;  // null: none

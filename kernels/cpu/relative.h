@@ -17,6 +17,7 @@ struct Table {
   const float* natural;  // as B of products over the rows: (row, natural_stride)
   int64_t natural_stride;
   int64_t depth, rows, left;
+  bool nonfinite;  // the natural form has zeros for some numbers that are not finite
 };
 
 // A table laid over rows at consecutive positions (a group's, or a tile's): in row m, the table's row r belongs to

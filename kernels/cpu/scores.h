@@ -88,6 +88,7 @@ struct Head {
   int64_t first_value;
   const float* value_panels;
   Table rel_k, rel_q, rel_v;
+  const bool* nonfinite;  // backward: of each task of packing (see operands.h), whether some of its keys are
 };
 
 // Memory of one thread. Null where a call does not need it.
@@ -95,7 +96,9 @@ struct Workspace {
   float *content, *position;  // (q + u), (q + v) of the block's rows, scaled; rows padded to whole panels, zeros
   Edges edges;                // the block's position scores at the edges of the table
   float* scores;              // a block's tile
-  float *keys, *values;       // forward: a tile's keys in panels, and rows of values, where each is used only once
+  // Forward: a tile's keys in panels and rows of values, where each is used only once. Where a tile holds numbers that
+  // are not finite: its values, or backward its rows of keys, without these.
+  float *keys, *values;
   float* result;              // forward: the block's output, not yet divided
   float *highest, *total;     // per row
   // backward
@@ -103,6 +106,7 @@ struct Workspace {
   float* upstream;          // gradients of the block's output, rows padded
   // Per row, see row_statistics; delta is sum_j w_ij dw_ij less the gradient of the log-sum-exp.
   float *base, *inverse, *delta;
+  float* apart;  // 0, or what stands for the base of a row that is kept apart, see find_rows_apart
   float *content_gradient, *position_gradient;
   Edges value_edges;
   float* row;      // one row of a tile: masks
@@ -167,14 +171,11 @@ static void read_block(const Problem& p, const Head& head, const Block& block, W
   }
 }
 
-static Block prepare_block(const Problem& p, const Head& head, Workspace& w, int64_t index) {
-  const Block block = block_of(p, head.keys, index);
-  if (block.keys.empty()) return block;
-  read_block(p, head, block, w);
+// The block's products with the table's edges, where they are needed.
+static void find_edges(const Problem& p, const Head& head, const Block& block, const Workspace& w) {
   if (p.position)
     edge_products(lay_over(head.rel_k, block.rows, block.position, 0), block.keys, {w.position, p.padded_depth, 1},
                   w.edges, w.scratch);
-  return block;
 }
 
 // The rel_q term of a block of queries and the keys `keys`, whose columns begin at first_key: by_query[row][column].

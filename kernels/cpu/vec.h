@@ -224,6 +224,33 @@ static float sum_row(const float* row, int64_t count) {
   return sum;
 }
 
+// Whether no element is an infinity or NaN: times zero these are NaN, everything else zero.
+static bool all_finite(const float* row, int64_t count) {
+  Vec total[4] = {};
+  int64_t done = 0;
+  for (; done + 4 * kWidth <= count; done += 4 * kWidth)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) total[v] += load(row + done + v * kWidth) * splat(0.0f);
+  float sum = sum_lanes(total[0] + total[1] + total[2] + total[3]);
+  for (; done < count; ++done) sum += row[done] * 0.0f;
+  return sum == 0.0f;
+}
+
+static bool any_nonzero(const float* row, int64_t count) {
+  IVec found = {};
+  int64_t done = 0;
+  for (; done + kWidth <= count; done += kWidth) found |= load(row + done) != Vec{};
+  bool any = false;
+  for (int lane = 0; lane < kWidth; ++lane) any |= found[lane] != 0;
+  for (; done < count; ++done) any |= row[done] != 0.0f;
+  return any;
+}
+
+// Infinities and NaN become zero.
+static void drop_nonfinite(float* row, int64_t count) {
+  for (int64_t done = 0; done < count; ++done) row[done] = row[done] * 0.0f == 0.0f ? row[done] : 0.0f;
+}
+
 static float max_row(const float* row, int64_t count) {
   Vec highest = splat(-kInfinity);
   int64_t done = 0;
