@@ -25,13 +25,13 @@ static int64_t carve_backward(const Problem& p, char* base, Workspace& w) {
   w.base = carver.floats(p.block_rows);
   w.inverse = carver.floats(p.block_rows);
   w.delta = carver.floats(p.block_rows);
-  w.apart = carver.floats(p.block_rows);
-  w.keys = carver.floats(p.block_keys * p.padded_size);
   w.content_gradient = carver.floats(p.block_rows * p.padded_size);
   w.position_gradient = p.position_apart() ? carver.floats(p.block_rows * p.padded_size) : w.content_gradient;
   if (p.call.rel_v.data) {
     w.value_edges = {carver.floats(p.block_rows), carver.floats(p.block_rows)};
   }
+  w.apart = carver.floats(p.block_rows);
+  w.keys = carver.floats(p.block_keys * p.padded_size);
   return carver.used;
 }
 
@@ -70,12 +70,17 @@ INLINE float base_apart(const Problem& p, const Head& head, int64_t query, bool 
 
 // Returns whether anything is owed to some row.
 static bool set_rows_apart(const Problem& p, const Head& head, const Block& block, const Workspace& w) {
+  auto finite_rows = [&](int64_t first, int64_t count) {
+    return all_finite(w.content + first * p.padded_size, count * p.padded_size) &&
+           all_finite(w.upstream + first * p.padded_value_size, count * p.padded_value_size) &&
+           (w.position == w.content || all_finite(w.position + first * p.padded_depth, count * p.padded_depth));
+  };
+  const bool all = finite_rows(0, block.rows);
   bool owed = false;
   for (int64_t row = 0; row < block.rows; ++row) {
     float *content = w.content + row * p.padded_size, *upstream = w.upstream + row * p.padded_value_size;
     float* position = w.position == w.content ? nullptr : w.position + row * p.padded_depth;
-    const bool finite = all_finite(content, p.padded_size) && all_finite(upstream, p.padded_value_size) &&
-                        (!position || all_finite(position, p.padded_depth));
+    const bool finite = all || finite_rows(row, 1);
     w.apart[row] = base_apart(p, head, block.first + row, any_nonzero(upstream, p.padded_value_size), finite);
     owed |= w.apart[row] != kInfinity;
     if (w.apart[row] == 0.0f) continue;

@@ -231,17 +231,18 @@ static bool all_finite(const float* row, int64_t count) {
   for (; done + 4 * kWidth <= count; done += 4 * kWidth)
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) total[v] += load(row + done + v * kWidth) * splat(0.0f);
+  for (; done + kWidth <= count; done += kWidth) total[0] += load(row + done) * splat(0.0f);
   float sum = sum_lanes(total[0] + total[1] + total[2] + total[3]);
   for (; done < count; ++done) sum += row[done] * 0.0f;
   return sum == 0.0f;
 }
 
 static bool any_nonzero(const float* row, int64_t count) {
+  if (count > 0 && row[0] != 0.0f) return true;
   IVec found = {};
   int64_t done = 0;
   for (; done + kWidth <= count; done += kWidth) found |= load(row + done) != Vec{};
-  bool any = false;
-  for (int lane = 0; lane < kWidth; ++lane) any |= found[lane] != 0;
+  bool any = sum_lanes(keep_where(found, splat(1.0f))) != 0.0f;
   for (; done < count; ++done) any |= row[done] != 0.0f;
   return any;
 }
