@@ -93,6 +93,10 @@ def relative_attention(
         dropout, (B, Hq, Lq), float32 (float64 for float64), differentiable. A query that may see no key (also when Lk = 0) gets
         output 0, lse -inf and no gradient, never NaN. Lq = 0 gives an empty output.
 
+        What is not seen has no influence, whatever it holds (padding of NaN, infinities, the largest numbers): outputs and gradients
+        are the same to the last bit, and gradients at keys and values that nobody sees are 0. Likewise for queries whose output gets
+        no gradient: they owe none to anything.
+
     Raises:
         ValueError: a shape, size or setting does not fit; or the backend named cannot take the call. The message names the argument.
         TypeError: a dtype or type is not supported.

@@ -1,4 +1,4 @@
-"""Random calls and those at the edges, by the native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Random calls, those at the edges and those whose hidden places hold anything, by the native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
     python -m tests.sanitize --count 300
 
@@ -70,7 +70,8 @@ def main() -> None:
             count = options.count if place == 0 and dtype == "float32" else options.count // 2
             how = ["--backend", "cpu", "--dtype", dtype]
             at_edges = ["-m", "tests.edges", *how, "--seed", str(options.seed + place + number)]  # seeds decide over tiles and threads
-            for command in (at_edges, ["-m", "tests.fuzz", *how, "--count", str(count), "--seed", str(options.seed)]):
+            seeds = ["--count", str(count), "--seed", str(options.seed)]
+            for command in (at_edges, ["-m", "tests.fuzz", *how, *seeds], ["-m", "tests.hidden", *how, *seeds]):
                 print(f"{variant}: ", end="", flush=True)
                 done = run(library, *command, cwd=ROOT, variant=variant)
                 if done.returncode:
