@@ -149,6 +149,7 @@ def hidden_call(seed: int, backend: str) -> Call:
             call.arguments["key_lengths"] = torch.tensor([rng.randrange(keys + 1) for _ in range(batch)])
         else:
             call.arguments["is_causal"] = True
+            call.arguments.setdefault("query_offset", 0)
     return call
 
 
