@@ -2,7 +2,7 @@
 
 In floating point 0 * NaN is NaN: a weight of 0 does not keep a hidden value out of the sum, nor a hidden key out of the query's gradient.
 Here 0 takes nothing of what is not finite; anything else makes NaN of it. The derivatives of the two products are such products again, so
-all this holds for derivatives of every order, in both modes. A row whose gradient is 0 (its output is not asked for) owes nothing.
+this holds for second derivatives as well. A row whose gradient is 0 (its output is not asked for) owes nothing.
 """
 
 from __future__ import annotations
@@ -11,36 +11,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def scores(rows: Tensor, columns: Tensor) -> Tensor:
-    """rows (..., I, D) times columns (..., J, D): (..., I, J), for which nothing has to be done, since each pair is alone."""
-    return _Scores.apply(rows, columns)
+    """rows (..., I, D) times columns (..., J, D): (..., I, J), each pair for itself."""
+    return _apply(_Scores, rows, columns)
 
 
 def weighted(weights: Tensor, rows: Tensor) -> Tensor:
     """Sums (..., I, D) of rows (..., J, D) by weights (..., I, J)."""
-    return _Weighted.apply(weights, rows)
+    return _apply(_Weighted, weights, rows)
 
 
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and log-sum-exp of the last dimension; weight 0 for -inf, also where there is nothing else."""
-    return _Softmax.apply(scores)
+    """Weights and log-sum-exp of the last dimension; -inf has weight 0, also where there is nothing else."""
+    return _apply(_Softmax, scores)
 
 
-class _Function(torch.autograd.Function):
+def _apply(function: type[torch.autograd.Function], *tensors: Tensor) -> Any:
+    """In forward mode the plain operations, of which torch has derivatives of any order; a Function's `jvp` cannot be nested."""
+    return function.forward(*tensors) if forward_ad._current_level >= 0 else function.apply(*tensors)
+
+
+class _Scores(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-
-class _Scores(_Function):
-    @staticmethod
     def forward(rows, columns):
         return rows @ columns.mT
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -48,13 +51,11 @@ class _Scores(_Function):
         needed = ctx.needs_input_grad
         return weighted(gradient, columns) if needed[0] else None, weighted(gradient.mT, rows) if needed[1] else None
 
-    @staticmethod
-    def jvp(ctx, rows_slope, columns_slope):
-        rows, columns = ctx.saved_tensors
-        return scores(rows_slope, columns) + scores(rows, columns_slope)
 
+class _Weighted(torch.autograd.Function):
+    generate_vmap_rule = True
+    setup_context = _Scores.setup_context
 
-class _Weighted(_Function):
     @staticmethod
     def forward(weights, rows):
         spoilt = ~rows.isfinite().all(-1, keepdim=True)
@@ -70,21 +71,21 @@ class _Weighted(_Function):
             weighted(_without(idle, weights).mT, gradient) if needed[1] else None,
         )
 
-    @staticmethod
-    def jvp(ctx, weights_slope, rows_slope):
-        weights, rows = ctx.saved_tensors
-        return weighted(weights_slope, rows) + weighted(weights, rows_slope)
 
+class _Softmax(torch.autograd.Function):
+    generate_vmap_rule = True
 
-class _Softmax(_Function):
     @staticmethod
     def forward(scores):
-        return torch.where(scores == -torch.inf, 0.0, scores.softmax(-1)), scores.logsumexp(-1)
+        # Rows that see nothing are computed as if they saw everything with score 0, then overwritten: no NaN, no gradient.
+        seen = scores != -torch.inf  # NaN is seen
+        sees_any = seen.any(-1, keepdim=True)
+        scores = torch.where(sees_any, scores, 0.0)
+        return torch.where(seen, scores.softmax(-1), 0.0), torch.where(sees_any.squeeze(-1), scores.logsumexp(-1), -torch.inf)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(output[0])
-        ctx.save_for_forward(output[0])
 
     @staticmethod
     def backward(ctx, gradient, lse_gradient):
@@ -93,13 +94,6 @@ class _Softmax(_Function):
         gradient = torch.where(seen, gradient, 0.0)
         weights = _without((gradient == 0.0).all(-1, keepdim=True) & (lse_gradient == 0.0), weights)
         return torch.where(seen, weights * (gradient - (weights * gradient).sum(-1, keepdim=True) + lse_gradient), 0.0)
-
-    @staticmethod
-    def jvp(ctx, slope):
-        (weights,) = ctx.saved_tensors
-        slope = torch.where(weights != 0.0, slope, 0.0)
-        mean = (weights * slope).sum(-1, keepdim=True)
-        return weights * (slope - mean), mean.squeeze(-1)
 
 
 def _without(idle: Tensor, tensor: Tensor) -> Tensor:
