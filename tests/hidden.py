@@ -25,7 +25,8 @@ class Hostile:
     """Where a call's tensors may hold anything, and which queries the caller then ignores, drawn for its seed.
 
     Filled are all keys and values that no query sees, a few that some see, a few queries and all that see nothing, and the tables' rows
-    that no visible pair reaches. Queries that are filled or see something filled are ignored: no gradient comes from them, and none may pass.
+    that no visible pair reaches. Queries that are filled or see something filled are ignored: no gradient comes from them, and none may
+    pass.
     """
 
     def __init__(self, call: Call) -> None:

@@ -30,8 +30,10 @@ def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _apply(function: type[torch.autograd.Function], *tensors: Tensor) -> Any:
-    """In forward mode the plain operations, of which torch has derivatives of any order; a Function's `jvp` cannot be nested."""
-    return function.forward(*tensors) if forward_ad._current_level >= 0 else function.apply(*tensors)
+    """In forward mode the plain operations, of which torch has derivatives of any order (a Function's `jvp` cannot be nested). And while
+    torch.onnx traces, which knows no Function of ours."""
+    plain = forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    return function.forward(*tensors) if plain else function.apply(*tensors)
 
 
 class _Scores(torch.autograd.Function):
@@ -39,7 +41,7 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(rows, columns):
-        return rows @ columns.mT
+        return rows @ columns.transpose(-2, -1)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -49,7 +51,7 @@ class _Scores(torch.autograd.Function):
     def backward(ctx, gradient):
         rows, columns = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        return weighted(gradient, columns) if needed[0] else None, weighted(gradient.mT, rows) if needed[1] else None
+        return weighted(gradient, columns) if needed[0] else None, weighted(gradient.transpose(-2, -1), rows) if needed[1] else None
 
 
 class _Weighted(torch.autograd.Function):
@@ -59,7 +61,7 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     def forward(weights, rows):
         spoilt = ~rows.isfinite().all(-1, keepdim=True)
-        return torch.where(spoilt.mT & (weights != 0.0), torch.nan, weights) @ torch.where(spoilt, 0.0, rows)
+        return torch.where(spoilt.transpose(-2, -1) & (weights != 0.0), torch.nan, weights) @ torch.where(spoilt, 0.0, rows)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -68,7 +70,7 @@ class _Weighted(torch.autograd.Function):
         idle = (gradient == 0.0).all(-1, keepdim=True)
         return (
             _without(idle, scores(gradient, rows)) if needed[0] else None,
-            weighted(_without(idle, weights).mT, gradient) if needed[1] else None,
+            weighted(_without(idle, weights).transpose(-2, -1), gradient) if needed[1] else None,
         )
 
 
