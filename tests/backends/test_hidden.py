@@ -21,7 +21,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 JUNK = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "largest": torch.finfo(torch.float32).max}
 junk = pytest.mark.parametrize("junk", JUNK.values(), ids=JUNK)
 lengths = pytest.mark.parametrize("length", [12, 150])  # of one block, and of more
-SEEDS = {torch.float32: range(40), torch.bfloat16: range(40, 60), torch.float64: range(60, 70)}
+SEEDS = {torch.float32: range(40), torch.bfloat16: range(20, 45), torch.float64: range(30, 48)}
 
 
 def check_calls(backend: str, dtype: torch.dtype) -> None:
@@ -45,14 +45,14 @@ def test_calls_that_failed_once(backend: str) -> None:
     check_calls_that_failed_once(backend)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_random_calls_are_of_every_kind(dtype: torch.dtype) -> None:
-    calls = [hidden_call(seed, "blocked") for seed in SEEDS[dtype]]
-    names = {name for call in calls for name in call.tensors} | {name for call in calls for name, value in call.arguments.items() if value}
-    masks = {call.arguments["attn_mask"].dtype for call in calls if "attn_mask" in call.arguments}
+def test_random_calls_are_of_every_kind() -> None:
+    calls = [hidden_call(seed, "blocked") for seed in SEEDS[torch.float32]]
+    names = {name for call in calls for name in call.tensors}
+    names |= {name for call in calls for name, value in call.arguments.items() if isinstance(value, Tensor) or value}
     assert names >= {"rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v", "attn_mask"}
     assert names >= {"is_causal", "window", "key_mask", "key_lengths", "dropout_p", "enable_gqa", "query_offset"}
-    assert masks == {torch.bool}
+    assert any("attn_mask" in call.tensors for call in calls)  # floating
+    assert any("attn_mask" in call.arguments for call in calls)
 
 
 # One way of hiding at a time: what is given, and which keys of sequence 0 hold junk (the other sequence's hold none).
