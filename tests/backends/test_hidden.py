@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import relattn
-from tests.fuzz import failed_once
+from relattn.backends import blocked
+from tests.fuzz import check, failed_once, random_call
 from tests.hidden import check_hidden, hidden_call
 from tests.oracles import USABLE, device_of, everything
 
@@ -43,6 +44,15 @@ def test_random_calls(backend: str, dtype: torch.dtype) -> None:
 @every_backend
 def test_calls_that_failed_once(backend: str) -> None:
     check_calls_that_failed_once(backend)
+
+
+@pytest.mark.parametrize("dtype", SEEDS, ids=str)
+def test_careful_passes_alone(dtype: torch.dtype, monkeypatch) -> None:
+    """As `blocked` works on devices other than CPUs: right for finite input too."""
+    monkeypatch.setattr(blocked, "_carefully", lambda compute, device: compute(True))
+    check_calls("blocked", dtype)
+    for seed in SEEDS[dtype]:
+        check(random_call(seed), "blocked", dtype)
 
 
 def test_random_calls_are_of_every_kind() -> None:
