@@ -91,14 +91,14 @@ def _arguments(case: Case, configuration: Configuration) -> dict[str, Any]:
     products = parts and case.size > 64 and case.itemsize == 2
     return dict(
         inputs=Inputs(operand, None, operand, operand, rel_k, other, other, None, None, None, None, None, None),
-        saved=Saved(single, single, None, single if far else None), units=Units(0.125, 0.18, 0.0, 1.0),
+        saved=Saved(single, single, None, single if far else None, MockTensor(tl.uint8)), units=Units(0.125, 0.18, 0.0, 1.0),
         output=operand, grad_output=operand, grad_query=operand, grad_key=operand, grad_value=operand, key_partial=None, value_partial=None,
         lse=single, grad_lse=None, edge_sums=single if far else None, key_sums=None, partial=single, partial_sums=None,
         edge_owed=single if far else None, kept_tiles=numbers if products else None, grad_tiles=numbers if products else None,
         owed_tiles=numbers if parts else None, running=single if parts else None, ADD=not products,
         **dict.fromkeys(("VALUES", "KEYS"), case.kernel == "product_by_key"), DISTANCES=case.kernel == "product",
         QUERIES=products and case.kernel == "product", TABLE="rel_k", ABSORB=extra, FAR=far, FAR_BLOCK=configuration.block,
-        **dict.fromkeys(LOOSE, 1000),
+        HIDES=os.environ.get("HIDES", "0") == "1", **dict.fromkeys(LOOSE, 1000),
         TILE=Tile(configuration.block, case.size, power, case.size, power, far and case.kernel != "table_gradient", True, False, "ieee"),
     )  # fmt: skip
 

@@ -260,6 +260,9 @@ class Call:
         # Only a mask or a bias that is added makes scores so large that the log-sum-exp does not hold what it should.
         mask = named.get("mask")
         self.exact = "rel_bias" not in named and (mask is None or mask.dtype == torch.uint8)
+        # Whether a key that one query sees may be hidden from another, or from all.
+        self.hides = bool({"key_mask", "mask"} & self.names) or self.first > -_UNBOUNDED or self.last < _UNBOUNDED
+        self.hides |= "rel_v" in self.names  # whose rows may be hidden
         self.keep_scale = 1.0 / (1.0 - settings.dropout_p) if settings.dropout_p < 1.0 else 0.0
         self.arguments = self._arguments(mask)
 
@@ -436,7 +439,9 @@ class Call:
             parts, lse = self.tape.new("parts", (*shape, self.value_size)), self.tape.new("part_lse", shape)
             strides = self.tape.live[parts].stride()[1:]
             to = to._replace(base=parts, batch=strides[0], head=strides[1], row=strides[2], column=1)
-        self._launch(kernel, (programs, splits), configuration, self._clipped(block), output=to, lse=lse, split_keys=split_keys)
+        self._launch(
+            kernel, (programs, splits), configuration, self._clipped(block), output=to, lse=lse, split_keys=split_keys, HIDES=self.hides
+        )
         if splits > 1:
             rows = self.batch * self.heads * self.queries
             self._launch(
