@@ -283,7 +283,7 @@ def _query_gradient(
 def query_gradient_kernel(
     inputs, grad_output, saved, grad_query, edge_sums, edge_owed, kept_tiles, grad_tiles, owed_tiles, running, units,
     batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold, first_pair, columns, key_begin, key_end,
-    ADD: tl.constexpr, TILE: tl.constexpr,
+    ADD: tl.constexpr, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (query block of a head of a batch element, from number first_pair of these on), for keys key_begin ... key_end.
 
@@ -316,7 +316,9 @@ def query_gradient_kernel(
     slopes = load_rows(at(grad_output, batch, head), query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
     delta = tl.load(saved.delta + place, mask=row < queries, other=0.0)
     base = tl.load(saved.base + place, mask=row < queries, other=float("inf"))
-    careful = is_wild(saved.wild, batch, head, heads, group, queries)
+    careful = False
+    if HIDES:
+        careful = is_wild(saved.wild, batch, head, heads, group, queries)
     inverse = None
     if saved.inverse is not None:
         inverse = tl.load(saved.inverse + place, mask=row < queries, other=0.0)
@@ -515,7 +517,8 @@ def _key_gradient(
 @triton.jit(do_not_specialize=SIZES)
 def key_gradient_kernel(
     inputs, grad_output, saved, grad_key, grad_value, key_sums, units,
-    batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold, TILE: tl.constexpr,
+    batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold,
+    HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (key block of a key head of a batch element); `heads` counts query heads. key_sums (B, H, Lk) float32 or None gets the score
     gradients summed over the queries."""
@@ -533,7 +536,10 @@ def key_gradient_kernel(
     to_key, to_value = at(grad_key, batch, key_head), at(grad_value, batch, key_head)
     side = tl.cast(batches, tl.int64) * heads * queries
     drawn = drawn_seed(given, TILE)
-    if is_wild(kept.wild, batch, key_head * group, heads, group, queries):
+    careful = False
+    if HIDES:
+        careful = is_wild(kept.wild, batch, key_head * group, heads, group, queries)
+    if careful:
         _key_gradient(
             given, given_grad, kept, key, value, key_start, key_stop, batch, key_head, nearest, farthest, start, drawn, side,
             to_key, to_value, key_sums, units, heads, group, queries, keys, table_rows, threshold, True, TILE,

@@ -63,6 +63,23 @@ def _masked(scores, key_start, visible, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def load_seen(value, key_start, visible, TILE: tl.constexpr):
+    """The values of those keys of a tile that some row may see, a mask aside; zeros else."""
+    start = tl.maximum(visible.first, 0).to(tl.int32)
+    stop = tl.minimum(visible.last + 1, visible.key_stop).to(tl.int32)
+    key, column = key_start + tl.arange(0, TILE.BLOCK), tl.arange(0, TILE.VALUE_COLUMNS)
+    inside = (key - start).to(tl.uint32) < tl.maximum(stop - start, 0).to(tl.uint32)
+    if visible.key_mask is not None:
+        address = visible.key_mask.base + tl.cast(key, tl.int64) * visible.key_mask.column
+        inside = inside & (tl.load(address, mask=inside, other=0) != 0)
+    inside = inside[:, None]
+    if TILE.VALUE_SIZE != TILE.VALUE_COLUMNS:
+        inside = inside & (column < TILE.VALUE_SIZE)[None, :]
+    row = tl.arange(0, TILE.BLOCK)[:, None] * value.row
+    return tl.load(value.base + tl.cast(key_start, tl.int64) * value.row + (row + column[None, :] * value.column), mask=inside, other=0.0)
+
+
+@triton.jit
 def _walk(query_u, query_v, key, value, tables, visible, begin, end, units, CAREFUL: tl.constexpr, TILE: tl.constexpr):
     """As forward.walk_keys; rows are heads."""
     total = tl.full((ROWS, TILE.VALUE_COLUMNS), 0.0, tl.float32)
@@ -94,7 +111,7 @@ def _walk(query_u, query_v, key, value, tables, visible, begin, end, units, CARE
             norm = norm * shrink + tl.sum(weights, axis=1)
             highest = new_highest
             weights = weights.to(value.base.dtype.element_ty)
-            value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+            value_tile = load_seen(value, key_start, visible, TILE)
             total = add_counted(weights, value_tile, total * shrink[:, None], CAREFUL, TILE)
             if tables.rel_v is not None:
                 table = load_window(
@@ -140,10 +157,11 @@ def decode_kernel(
     total, highest, norm = _walk(
         query_u, query_v, key, value, tables, visible, split * split_keys, (split + 1) * split_keys, units, False, TILE
     )
-    if nothing_of(total) != 0.0:
-        total, highest, norm = _walk(
-            query_u, query_v, key, value, tables, visible, split * split_keys, (split + 1) * split_keys, units, True, TILE
-        )
+    if visible.mask is not None:  # what else hides a key hides it from all rows, and it is not loaded  # noqa: SIM102 (the compiler's condition)
+        if nothing_of(total) != 0.0:
+            total, highest, norm = _walk(
+                query_u, query_v, key, value, tables, visible, split * split_keys, (split + 1) * split_keys, units, True, TILE
+            )  # fmt: skip
     # A query that sees nothing: output 0 and -inf.
     total = total * tl.where(norm == 0.0, 0.0, 1.0 / norm)[:, None]
     log_sum = (tl.where(highest == float("-inf"), 0.0, highest) + tl.log2(norm)) * 0.6931471805599453

@@ -167,13 +167,16 @@ def _by_distance(
 def _by_key_either(
     program, inputs, saved, content, tiles, gradient, partial, partial_sums, scale, part, hidden_from,
     heads, group, queries, keys, table_rows, table_start, first, last, chunk,
-    SIZE: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
     given, rows, to = inputs, content, gradient
     kept = saved
     pair = program // tl.cdiv(part.end - part.begin, TILE.BLOCK) % (part.pairs // group) * group + part.pair
-    if is_wild(kept.wild, pair // heads, pair % heads, heads, group, queries):
+    careful = False
+    if HIDES:
+        careful = is_wild(kept.wild, pair // heads, pair % heads, heads, group, queries)
+    if careful:
         _by_key(
             program, given, kept, rows, tiles, to, partial, partial_sums, scale, part, hidden_from,
             heads, group, queries, keys, table_rows, table_start, first, last, chunk, SIZE, COLUMNS, True, TILE,
@@ -188,11 +191,14 @@ def _by_key_either(
 @triton.jit
 def _by_query_either(
     program, inputs, saved, grad_tiles, owed_tiles, running, grad_query, part, units,
-    heads, group, queries, keys, table_rows, table_start, first, last, TILE: tl.constexpr,
+    heads, group, queries, keys, table_rows, table_start, first, last, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     given, to, kept = inputs, grad_query, saved
     pair = program // tl.cdiv(queries, TILE.BLOCK) + part.pair
-    if is_wild(kept.wild, pair // heads, pair % heads, heads, group, queries):
+    careful = False
+    if HIDES:
+        careful = is_wild(kept.wild, pair // heads, pair % heads, heads, group, queries)
+    if careful:
         _by_query(
             program, given, kept, grad_tiles, owed_tiles, running, to, part, units,
             heads, group, queries, keys, table_rows, table_start, first, last, True, TILE,
@@ -207,11 +213,14 @@ def _by_query_either(
 @triton.jit
 def _by_distance_either(
     program, inputs, saved, owed_tiles, partial, partial_sums, part, hidden_from,
-    heads, group, queries, keys, table_rows, table_start, first, last, TILE: tl.constexpr,
+    heads, group, queries, keys, table_rows, table_start, first, last, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     given, kept = inputs, saved
     pair = program // (tl.cdiv(queries, TILE.BLOCK) + tl.cdiv(part.end - part.begin, TILE.BLOCK)) + part.pair
-    if is_wild(kept.wild, pair // heads, pair % heads, heads, group, queries):
+    careful = False
+    if HIDES:
+        careful = is_wild(kept.wild, pair // heads, pair % heads, heads, group, queries)
+    if careful:
         _by_distance(
             program, given, kept, owed_tiles, partial, partial_sums, part, hidden_from,
             heads, queries, keys, table_rows, table_start, first, last, True, TILE,
@@ -228,7 +237,7 @@ def product_kernel(
     inputs, grad_output, saved, kept_tiles, grad_tiles, owed_tiles, running, grad_query, grad_key, grad_value, key_partial, value_partial,
     key_sums, partial, partial_sums, units, heads, group, queries, keys, table_rows, table_start, first, last,
     first_pair, pairs, columns, key_begin, key_end, chunk, value_programs, key_programs, query_programs,
-    VALUES: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, DISTANCES: tl.constexpr, TILE: tl.constexpr,
+    VALUES: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, DISTANCES: tl.constexpr, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Products of a part: `pairs` heads (of batch elements) from number first_pair on, keys key_begin ... key_end.
 
@@ -251,21 +260,21 @@ def product_kernel(
         if (program >= 0) & (program < key_programs):
             _by_key_either(
                 program, given, numbers, given.query_u, grad_tiles, to_key, key_partial, key_sums, units.scale, part, units.hidden_from,
-                heads, group, queries, keys, table_rows, table_start, first, last, chunk, TILE.SIZE, TILE.COLUMNS, TILE,
+                heads, group, queries, keys, table_rows, table_start, first, last, chunk, TILE.SIZE, TILE.COLUMNS, HIDES, TILE,
             )  # fmt: skip
         program -= key_programs
     if QUERIES:
         if (program >= 0) & (program < query_programs):
             _by_query_either(
                 program, given, numbers, grad_tiles, owed_tiles, running, to_query, part, units,
-                heads, group, queries, keys, table_rows, table_start, first, last, TILE,
+                heads, group, queries, keys, table_rows, table_start, first, last, HIDES, TILE,
             )  # fmt: skip
         program -= query_programs
     if DISTANCES:  # noqa: SIM102 (this is the compiler's condition)
         if program >= 0:
             _by_distance_either(
                 program, given, numbers, owed_tiles, partial, partial_sums, part, units.hidden_from,
-                heads, group, queries, keys, table_rows, table_start, first, last, TILE,
+                heads, group, queries, keys, table_rows, table_start, first, last, HIDES, TILE,
             )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def table_gradient_kernel(
     inputs, grad_output, saved, partial, partial_sums, units,
     heads, group, queries, keys, batches, table_rows, table_start, first, last, threshold,
     diagonals, first_diagonal, first_head, shared_heads, chunk_batches, chunk,
-    TABLE: tl.constexpr, ABSORB: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    TABLE: tl.constexpr, ABSORB: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (diagonal, `shared_heads` heads of those from first_head on, split): `chunk` queries of `chunk_batches` batch elements, the
     splits of one batch element lying together. TABLE: "rel_k", "rel_q" or "rel_v", or "sums" for no table at all.
@@ -119,7 +119,9 @@ def table_gradient_kernel(
                 None, at(given.rel_q, element, head), at(given.rel_v, element, head), at(given.rel_bias, element, head),
                 table_rows, start_here,
             )  # fmt: skip
-            wild = is_wild(saved.wild, element, head, heads, group, queries)
+            wild = False
+            if HIDES:
+                wild = is_wild(saved.wild, element, head, heads, group, queries)
             lowest = (index + first_diagonal).to(tl.int64)
             highest = lowest
             if ABSORB:  # all that have tiles, from the last query and the first key to the first query and the last key

@@ -279,7 +279,7 @@ class Call:
         threshold = min(round(settings.dropout_p * 2**32), 2**32 - 1)  # at p = 1 what is kept all the same is multiplied by 0
         return dict(
             inputs=self.tape.group("inputs", inputs),
-            units=operands.Units(float(settings.scale), settings.scale * _LOG2_E, hidden, self.keep_scale),
+            HIDES=self.hides, units=operands.Units(float(settings.scale), settings.scale * _LOG2_E, hidden, self.keep_scale),
             heads=self.heads, group=self.heads // self.key_heads, queries=self.queries, keys=self.keys, batches=self.batch,
             table_rows=self.table_rows, table_start=self.table_start, first=self.first, last=self.last,
             threshold=threshold - 2**32 if threshold >= 2**31 else threshold,
@@ -439,9 +439,7 @@ class Call:
             parts, lse = self.tape.new("parts", (*shape, self.value_size)), self.tape.new("part_lse", shape)
             strides = self.tape.live[parts].stride()[1:]
             to = to._replace(base=parts, batch=strides[0], head=strides[1], row=strides[2], column=1)
-        self._launch(
-            kernel, (programs, splits), configuration, self._clipped(block), output=to, lse=lse, split_keys=split_keys, HIDES=self.hides
-        )
+        self._launch(kernel, (programs, splits), configuration, self._clipped(block), output=to, lse=lse, split_keys=split_keys)
         if splits > 1:
             rows = self.batch * self.heads * self.queries
             self._launch(

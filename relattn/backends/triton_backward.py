@@ -33,6 +33,7 @@ class Backward(launcher.Call):
             new("wild", (self.batch, self.heads, -(-self.queries // 16)), torch.uint8),
         )  # fmt: skip
         self.arguments |= dict(
+            HIDES=self.hides or "key_lengths" in self.names,
             saved=self.tape.group("saved", saved), grad_output=self.tape.group("slopes", self._operand("grad_output"))
         )
         self.want_sums = bool(self.wanted & {"rel_bias", "pos_bias_v"})
@@ -86,7 +87,7 @@ class Backward(launcher.Call):
         programs = self._programs(configuration.block, self.queries, self.heads)
         grad_lse = Slot("grad_lse") if "grad_lse" in self.names else None
         rows = dict(output=self._operand("output"), lse=Slot("lse"), grad_lse=grad_lse)
-        self._launch("prepare", programs, configuration, self.any_clipped, HIDES=self.hides or "key_lengths" in self.names, **rows)
+        self._launch("prepare", programs, configuration, self.any_clipped, **rows)
 
     def _query_gradient(self, configuration: Any) -> None:
         block, clipped = configuration.block, self._clipped(configuration.block)
