@@ -252,7 +252,7 @@ def add_by_distance(
 
 
 @triton.jit
-def hides_strange(query_v, value, query_start, begin, end, tables, visible, units, TILE: tl.constexpr):
+def hides_strange(queries, value, query_start, begin, end, tables, visible, units, TILE: tl.constexpr):
     """Whether a tile that not all queries see whole holds a value that is not finite, or what it needs of a table does. Of the others, what
     comes into the sums was seen."""
     found = tl.full((TILE.BLOCK,), 0, tl.int32)
@@ -277,8 +277,9 @@ def hides_strange(query_v, value, query_start, begin, end, tables, visible, unit
                 tile = load_window(tables.rel_v, window, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
                 found = found | strange_rows(tile).to(tl.int32)
     if TILE.CLIPPED:
+        query = load_queries(queries, query_start, visible.queries, TILE)
         for SIDE in tl.static_range(2):
-            edge = edge_scores(query_v, tables, (tables.rows - 1) * SIDE, units, TILE)
+            edge = edge_scores(query.v, tables, (tables.rows - 1) * SIDE, units, TILE)
             found = found | tl.where(edge * 0.0 != 0.0, 1, 0)
     return tl.max(found, axis=0) > 0
 
@@ -289,6 +290,8 @@ def _attend(
     CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """`forward_kernel` from its loop on."""
+    query = load_queries(query, query_start, queries, TILE)
+    query = queries_in_registers(query, TILE)
     total = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
     highest, norm = tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
     total, highest, norm = walk_keys(
@@ -330,8 +333,7 @@ def forward_kernel(
         at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
         table_rows, start,
     )  # fmt: skip
-    query = load_queries(Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), query_start, queries, TILE)
-    query = queries_in_registers(query, TILE)
+    query = Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head))
     key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
     dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
 
@@ -340,7 +342,7 @@ def forward_kernel(
     if HIDES:
         span = key_ranges(query_start, visible, tables, TILE)
         begin, end = tl.maximum(span.start, split * split_keys), tl.minimum(span.stop, (split + 1) * split_keys)
-        careful = hides_strange(query.v, value, query_start, begin, end, tables, visible, units, TILE)
+        careful = hides_strange(query, value, query_start, begin, end, tables, visible, units, TILE)
     if careful:
         _attend(
             query, query_start, batch, head, split, key, value, tables, visible, dropout, to, lse, units, batches, heads, queries,
