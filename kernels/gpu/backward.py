@@ -317,7 +317,7 @@ def query_gradient_kernel(
     delta = tl.load(saved.delta + place, mask=row < queries, other=0.0)
     base = tl.load(saved.base + place, mask=row < queries, other=float("inf"))
     careful = False
-    if HIDES:
+    if HIDES and (ADD or TILE.CLIPPED):  # of tiles in memory their products leave out what does not count
         careful = is_wild(saved.wild, batch, head, heads, group, queries)
     inverse = None
     if saved.inverse is not None:

@@ -125,7 +125,7 @@ def _by_query(
 @triton.jit
 def _by_distance(
     program, inputs, saved, owed_tiles, partial, partial_sums, part, hidden_from,
-    heads, queries, keys, table_rows, table_start, first, last, CAREFUL: tl.constexpr, TILE: tl.constexpr,
+    heads, queries, keys, table_rows, table_start, first, last, COUNT: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (block of distances, head of a batch element): rel_k's gradient, unscaled, and the score gradients' sums, by distance.
 
@@ -151,7 +151,7 @@ def _by_distance(
         written = (end > begin) & (key_start >= begin) & (key_start < end + TILE.BLOCK)
         index = (unit.to(tl.int64) * blocks + blocks - 1 - block) * part.columns + block + diagonal
         tile = load_tile(owed_tiles, index, written, TILE.BLOCK)
-        if CAREFUL:
+        if CAREFUL and COUNT:
             tile = counted(tile, inputs, saved, batch, head, block * TILE.BLOCK, key_start, visible, heads, hidden_from, True, TILE)
         rows = load_rows(content, block * TILE.BLOCK, queries, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
         total = add_counted(tl.trans(tile), rows, total, CAREFUL, TILE)
@@ -213,7 +213,7 @@ def _by_query_either(
 @triton.jit
 def _by_distance_either(
     program, inputs, saved, owed_tiles, partial, partial_sums, part, hidden_from,
-    heads, group, queries, keys, table_rows, table_start, first, last, HIDES: tl.constexpr, TILE: tl.constexpr,
+    heads, group, queries, keys, table_rows, table_start, first, last, COUNT: tl.constexpr, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     given, kept = inputs, saved
     pair = program // (tl.cdiv(queries, TILE.BLOCK) + tl.cdiv(part.end - part.begin, TILE.BLOCK)) + part.pair
@@ -223,12 +223,12 @@ def _by_distance_either(
     if careful:
         _by_distance(
             program, given, kept, owed_tiles, partial, partial_sums, part, hidden_from,
-            heads, queries, keys, table_rows, table_start, first, last, True, TILE,
+            heads, queries, keys, table_rows, table_start, first, last, COUNT, True, TILE,
         )  # fmt: skip
     else:
         _by_distance(
             program, given, kept, owed_tiles, partial, partial_sums, part, hidden_from,
-            heads, queries, keys, table_rows, table_start, first, last, False, TILE,
+            heads, queries, keys, table_rows, table_start, first, last, COUNT, False, TILE,
         )  # fmt: skip
 
 
@@ -253,7 +253,8 @@ def product_kernel(
         if program < value_programs:
             _by_key_either(
                 program, given, numbers, slopes, kept_tiles, to_value, value_partial, None, units.keep_scale, part, units.hidden_from,
-                heads, group, queries, keys, table_rows, table_start, first, last, chunk, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE,
+                heads, group, queries, keys, table_rows, table_start, first, last, chunk, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS,
+                HIDES, TILE,
             )  # fmt: skip
         program -= value_programs
     if KEYS:
@@ -274,7 +275,7 @@ def product_kernel(
         if program >= 0:
             _by_distance_either(
                 program, given, numbers, owed_tiles, partial, partial_sums, part, units.hidden_from,
-                heads, group, queries, keys, table_rows, table_start, first, last, HIDES, TILE,
+                heads, group, queries, keys, table_rows, table_start, first, last, grad_tiles is not None, HIDES, TILE,
             )  # fmt: skip
 
 
