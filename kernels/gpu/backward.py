@@ -43,6 +43,24 @@ from .tile import (
 )
 
 
+@triton.jit
+def _wild_keys(found, key, value, tables, key_stop, key_start, key_step, row_start, row_step, TILE: tl.constexpr):
+    """found, int32, or whether some of the keys, of the values, or of the tables' rows are wild: every step-th block of them."""
+    for start in tl.range(key_start, key_stop, key_step, num_stages=1):
+        tile = load_rows(key, start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        found = found | wild_rows(tile).to(tl.int32)
+        tile = load_rows(value, start, key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+        found = found | wild_rows(tile).to(tl.int32)
+    for start in tl.range(row_start, tables.rows, row_step, num_stages=1):
+        if tables.rel_k is not None:
+            tile = load_rows(tables.rel_k, start, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            found = found | wild_rows(tile).to(tl.int32)
+        if tables.rel_q is not None:
+            tile = load_rows(tables.rel_q, start, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            found = found | wild_rows(tile).to(tl.int32)
+    return found
+
+
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
     inputs, output, grad_output, lse, grad_lse, saved, units, batches, heads, group, queries, keys, table_rows, table_start, first, last,
@@ -82,22 +100,13 @@ def prepare_kernel(
     wild = wild | wild_rows(tl.load(address, mask=(sees_none & (row < queries))[:, None] & (column < TILE.SIZE)[None, :], other=0.0))
     found = wild.to(tl.int32)
     if HIDES:
-        key_stop = keys
-        if given.key_lengths is not None:
-            key_stop = tl.minimum(tl.load(given.key_lengths + batch).to(tl.int64), keys).to(tl.int32)
-        key, value = at(given.key, batch, head // group), at(given.value, batch, head // group)
+        unused_first, unused_last, unused_start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
         part = head % group * blocks + tl.program_id(0) % blocks  # each of the programs of a key head has some of the keys
-        for key_start in tl.range(part * TILE.BLOCK, key_stop, group * blocks * TILE.BLOCK, num_stages=1):
-            tile = load_rows(key, key_start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-            found = found | wild_rows(tile).to(tl.int32)
-            tile = load_rows(value, key_start, key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-            found = found | wild_rows(tile).to(tl.int32)
-        table, other = at(given.rel_k, batch, head), at(given.rel_q, batch, head)
-        for first in tl.range(query_start, table_rows, blocks * TILE.BLOCK, num_stages=1):
-            if table is not None:
-                found = found | wild_rows(load_rows(table, first, table_rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)).to(tl.int32)
-            if other is not None:
-                found = found | wild_rows(load_rows(other, first, table_rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)).to(tl.int32)
+        found = _wild_keys(
+            found, at(given.key, batch, head // group), at(given.value, batch, head // group),
+            Tables(at(given.rel_k, batch, head), at(given.rel_q, batch, head), None, None, table_rows, table_start),
+            key_stop, part * TILE.BLOCK, group * blocks * TILE.BLOCK, query_start, blocks * TILE.BLOCK, TILE,
+        )  # fmt: skip
     sixteens = tl.cdiv(queries, 16)
     to_wild = saved.wild + (batch.to(tl.int64) * heads + head) * sixteens + row // 16
     tl.store(to_wild, (row * 0 + tl.max(found, axis=0)).to(tl.uint8), mask=(row < queries) & (row % 16 == 0))
