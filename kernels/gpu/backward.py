@@ -100,7 +100,7 @@ def prepare_kernel(
     wild = wild | wild_rows(tl.load(address, mask=(sees_none & (row < queries))[:, None] & (column < TILE.SIZE)[None, :], other=0.0))
     found = wild.to(tl.int32)
     if HIDES:
-        unused_first, unused_last, unused_start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
+        _first, _last, _start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
         part = head % group * blocks + tl.program_id(0) % blocks  # each of the programs of a key head has some of the keys
         found = _wild_keys(
             found, at(given.key, batch, head // group), at(given.value, batch, head // group),

@@ -57,7 +57,8 @@ def _by_key(
         for query_start in tl.range(begin, end, TILE.BLOCK):
             tile = load_tile(tiles, (last_row - query_start // TILE.BLOCK) * part.columns + column, True, TILE.BLOCK)
             if CAREFUL:
-                tile = counted(tile, inputs, saved, batch, key_head * group + member, query_start, key_start, visible, heads, hidden_from, False, TILE)
+                head = key_head * group + member
+                tile = counted(tile, inputs, saved, batch, head, query_start, key_start, visible, heads, hidden_from, False, TILE)
             rows = load_rows(matrix, query_start, queries, SIZE, COLUMNS, TILE.BLOCK)
             total = add_counted(tl.trans(tile), rows, total, CAREFUL, TILE)
             if partial_sums is not None:
@@ -169,6 +170,7 @@ def _by_key_either(
     heads, group, queries, keys, table_rows, table_start, first, last, chunk,
     SIZE: tl.constexpr, COLUMNS: tl.constexpr, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """`_by_key`, careful or not."""
     # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
     given, rows, to = inputs, content, gradient
     kept = saved
@@ -193,6 +195,7 @@ def _by_query_either(
     program, inputs, saved, grad_tiles, owed_tiles, running, grad_query, part, units,
     heads, group, queries, keys, table_rows, table_start, first, last, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """`_by_query`, careful or not."""
     given, to, kept = inputs, grad_query, saved
     pair = program // tl.cdiv(queries, TILE.BLOCK) + part.pair
     careful = False
@@ -215,6 +218,7 @@ def _by_distance_either(
     program, inputs, saved, owed_tiles, partial, partial_sums, part, hidden_from,
     heads, group, queries, keys, table_rows, table_start, first, last, COUNT: tl.constexpr, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """`_by_distance`, careful or not."""
     given, kept = inputs, saved
     pair = program // (tl.cdiv(queries, TILE.BLOCK) + tl.cdiv(part.end - part.begin, TILE.BLOCK)) + part.pair
     careful = False
