@@ -85,21 +85,23 @@ def prepare_kernel(
     slopes = load_rows(at(grad_output, batch, head), query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
     sums = tl.sum(values.to(tl.float32) * slopes.to(tl.float32), axis=1)
     log_sum = tl.load(lse + place, mask=row < queries, other=0.0)
-    ignored = tl.max(tl.where(slopes.to(tl.float32) == 0.0, 0, 1), axis=1) == 0
+    sees_none = log_sum == float("-inf")
+    owes = tl.max(tl.where(slopes.to(tl.float32) == 0.0, 0, 1), axis=1) > 0  # of no use, unless HIDES
     if grad_lse is not None:
         slope = tl.load(grad_lse + place, mask=row < queries, other=0.0)
         sums -= slope
-        ignored = ignored & (slope == 0.0)
-    sees_none = (log_sum == float("-inf")) | ignored
-    tl.store(saved.delta + place, tl.where(sees_none, 0.0, sums), mask=row < queries)
-    wild = wild_rows(values) | wild_rows(slopes) | (~(tl.abs(log_sum) < 1e15) & (log_sum != float("-inf")))
-    # Of the queries only these: the others, if they were wild, would have a wild sum.
-    column = tl.arange(0, TILE.COLUMNS)
-    own = at(given.query_u, batch, head)
-    address = own.base + row.to(tl.int64)[:, None] * own.row + column[None, :] * own.column
-    wild = wild | wild_rows(tl.load(address, mask=(sees_none & (row < queries))[:, None] & (column < TILE.SIZE)[None, :], other=0.0))
-    found = wild.to(tl.int32)
+        owes = owes | (slope != 0.0)
     if HIDES:
+        sees_none = sees_none | ~owes  # nothing comes from it
+    tl.store(saved.delta + place, tl.where(sees_none, 0.0, sums), mask=row < queries)
+    if HIDES:
+        wild = wild_rows(values) | wild_rows(slopes) | (~(tl.abs(log_sum) < 1e15) & (log_sum != float("-inf")))
+        # Of the queries only these: the others, if they were wild, would have a wild sum.
+        column = tl.arange(0, TILE.COLUMNS)
+        own = at(given.query_u, batch, head)
+        address = own.base + row.to(tl.int64)[:, None] * own.row + column[None, :] * own.column
+        wild = wild | wild_rows(tl.load(address, mask=(sees_none & (row < queries))[:, None] & (column < TILE.SIZE)[None, :], other=0.0))
+        found = wild.to(tl.int32)
         _first, _last, _start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
         part = head % group * blocks + tl.program_id(0) % blocks  # each of the programs of a key head has some of the keys
         found = _wild_keys(
@@ -107,9 +109,9 @@ def prepare_kernel(
             Tables(at(given.rel_k, batch, head), at(given.rel_q, batch, head), None, None, table_rows, table_start),
             key_stop, part * TILE.BLOCK, group * blocks * TILE.BLOCK, query_start, blocks * TILE.BLOCK, TILE,
         )  # fmt: skip
-    sixteens = tl.cdiv(queries, 16)
-    to_wild = saved.wild + (batch.to(tl.int64) * heads + head) * sixteens + row // 16
-    tl.store(to_wild, (row * 0 + tl.max(found, axis=0)).to(tl.uint8), mask=(row < queries) & (row % 16 == 0))
+        sixteens = tl.cdiv(queries, 16)
+        to_wild = saved.wild + (batch.to(tl.int64) * heads + head) * sixteens + row // 16
+        tl.store(to_wild, (row * 0 + tl.max(found, axis=0)).to(tl.uint8), mask=(row < queries) & (row % 16 == 0))
 
     if TILE.CLIPPED or saved.inverse is not None:
         query = load_queries(Queries(at(given.query_u, batch, head), at(given.query_v, batch, head)), query_start, queries, TILE)

@@ -91,7 +91,8 @@ def _arguments(case: Case, configuration: Configuration) -> dict[str, Any]:
     products = parts and case.size > 64 and case.itemsize == 2
     return dict(
         inputs=Inputs(operand, None, operand, operand, rel_k, other, other, None, None, None, None, None, None),
-        saved=Saved(single, single, None, single if far else None, MockTensor(tl.uint8)), units=Units(0.125, 0.18, 0.0, 1.0),
+        saved=Saved(single, single, None, single if far else None, MockTensor(tl.uint8) if case.variant == "hides" else None),
+        units=Units(0.125, 0.18, 0.0, 1.0),
         output=operand, grad_output=operand, grad_query=operand, grad_key=operand, grad_value=operand, key_partial=None, value_partial=None,
         lse=single, grad_lse=None, edge_sums=single if far else None, key_sums=None, partial=single, partial_sums=None,
         edge_owed=single if far else None, kept_tiles=numbers if products else None, grad_tiles=numbers if products else None,

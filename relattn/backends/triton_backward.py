@@ -27,14 +27,14 @@ class Backward(launcher.Call):
         self.group = self.heads // self.key_heads
         self.any_clipped = self._clipped(16)  # with larger tiles fewer are far
         per_query, new = (self.batch, self.heads, self.queries), self.tape.new
+        hides = self.hides or "key_lengths" in self.names
         saved = launcher._kernels().operands.Saved(
             new("delta", per_query), new("base", per_query), None if self.exact else new("inverse", per_query),
             new("edges", (2, *per_query)) if self.any_clipped else None,
-            new("wild", (self.batch, self.heads, -(-self.queries // 16)), torch.uint8),
+            new("wild", (self.batch, self.heads, -(-self.queries // 16)), torch.uint8) if hides else None,
         )  # fmt: skip
         self.arguments |= dict(
-            HIDES=self.hides or "key_lengths" in self.names,
-            saved=self.tape.group("saved", saved), grad_output=self.tape.group("slopes", self._operand("grad_output"))
+            HIDES=hides, saved=self.tape.group("saved", saved), grad_output=self.tape.group("slopes", self._operand("grad_output"))
         )
         self.want_sums = bool(self.wanted & {"rel_bias", "pos_bias_v"})
         # Where rel_k wants a gradient, score gradients go to memory, since distances and queries sum them differently. Of large heads all
