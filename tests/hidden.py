@@ -124,8 +124,8 @@ def _seen(call: Call) -> tuple[Tensor, Tensor]:
     return whole.expand(batch, heads, queries, call.tensors["key"].shape[2]), distance
 
 
-def check_hidden(call: Call, backend: str, dtype: torch.dtype) -> None:
-    """Assert that what the call's hidden places hold makes no difference, bit for bit."""
+def check_hidden(call: Call, backend: str, dtype: torch.dtype, cut: Any = cut) -> None:
+    """Assert that what the call's hidden places hold makes no difference, bit for bit. cut: how the work is divided, by seed."""
     hostile = Hostile(call)
     with cut(call.seed):
         clean, found = (hostile.run(backend, dtype, filled) for filled in (False, True))

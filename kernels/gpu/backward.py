@@ -26,6 +26,7 @@ from .forward import (
 )
 from .operands import SIZES, Dropout, Matrix, Queries, Saved, Span, Tables, Visible, at, past
 from .tile import (
+    add_counted,
     add_dot,
     dot,
     dropout_keep,
@@ -38,17 +39,37 @@ from .tile import (
     store_tile,
     unknown_zero,
     unskew,
+    wild_rows,
 )
+
+
+@triton.jit
+def _wild_keys(found, key, value, tables, key_stop, key_start, key_step, row_start, row_step, TILE: tl.constexpr):
+    """found, int32, or whether some of the keys, of the values, or of the tables' rows are wild: every step-th block of them."""
+    for start in tl.range(key_start, key_stop, key_step, num_stages=1):
+        tile = load_rows(key, start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        found = found | wild_rows(tile).to(tl.int32)
+        tile = load_rows(value, start, key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+        found = found | wild_rows(tile).to(tl.int32)
+    for start in tl.range(row_start, tables.rows, row_step, num_stages=1):
+        if tables.rel_k is not None:
+            tile = load_rows(tables.rel_k, start, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            found = found | wild_rows(tile).to(tl.int32)
+        if tables.rel_q is not None:
+            tile = load_rows(tables.rel_q, start, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            found = found | wild_rows(tile).to(tl.int32)
+    return found
 
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
     inputs, output, grad_output, lse, grad_lse, saved, units, batches, heads, group, queries, keys, table_rows, table_start, first, last,
-    TILE: tl.constexpr,
+    HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Per query, what `saved` is of: delta; base and inverse, so that the weights are inverse * 2^(scores - base); edges, what the tables'
-    first and last row add to the scores.
+    first and last row add to the scores; and for 16 queries each, wild: whether what is hidden, or ignored, may do harm (`is_wild`).
 
+    Queries that see nothing, and those from which no gradient comes, have an infinite base: their weights are 0, whatever they hold.
     base is the log-sum-exp and inverse 1, or not there (None). A row whose scores share a large number (a mask of -1e9) has a log-sum-exp
     that no longer holds the logarithm of its sum: where inverse is there, such rows get their highest score and the sum anew.
     """
@@ -65,9 +86,32 @@ def prepare_kernel(
     sums = tl.sum(values.to(tl.float32) * slopes.to(tl.float32), axis=1)
     log_sum = tl.load(lse + place, mask=row < queries, other=0.0)
     sees_none = log_sum == float("-inf")
+    owes = tl.max(tl.where(slopes.to(tl.float32) == 0.0, 0, 1), axis=1) > 0  # of no use, unless HIDES
     if grad_lse is not None:
-        sums -= tl.load(grad_lse + place, mask=row < queries, other=0.0)
+        slope = tl.load(grad_lse + place, mask=row < queries, other=0.0)
+        sums -= slope
+        owes = owes | (slope != 0.0)
+    if HIDES:
+        sees_none = sees_none | ~owes  # nothing comes from it
     tl.store(saved.delta + place, tl.where(sees_none, 0.0, sums), mask=row < queries)
+    if HIDES:
+        wild = wild_rows(values) | wild_rows(slopes) | (~(tl.abs(log_sum) < 1e15) & (log_sum != float("-inf")))
+        # Of the queries only these: the others, if they were wild, would have a wild sum.
+        column = tl.arange(0, TILE.COLUMNS)
+        own = at(given.query_u, batch, head)
+        address = own.base + row.to(tl.int64)[:, None] * own.row + column[None, :] * own.column
+        wild = wild | wild_rows(tl.load(address, mask=(sees_none & (row < queries))[:, None] & (column < TILE.SIZE)[None, :], other=0.0))
+        found = wild.to(tl.int32)
+        _first, _last, _start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
+        part = head % group * blocks + tl.program_id(0) % blocks  # each of the programs of a key head has some of the keys
+        found = _wild_keys(
+            found, at(given.key, batch, head // group), at(given.value, batch, head // group),
+            Tables(at(given.rel_k, batch, head), at(given.rel_q, batch, head), None, None, table_rows, table_start),
+            key_stop, part * TILE.BLOCK, group * blocks * TILE.BLOCK, query_start, blocks * TILE.BLOCK, TILE,
+        )  # fmt: skip
+        sixteens = tl.cdiv(queries, 16)
+        to_wild = saved.wild + (batch.to(tl.int64) * heads + head) * sixteens + row // 16
+        tl.store(to_wild, (row * 0 + tl.max(found, axis=0)).to(tl.uint8), mask=(row < queries) & (row % 16 == 0))
 
     if TILE.CLIPPED or saved.inverse is not None:
         query = load_queries(Queries(at(given.query_u, batch, head), at(given.query_v, batch, head)), query_start, queries, TILE)
@@ -79,10 +123,10 @@ def prepare_kernel(
         side = tl.cast(batches, tl.int64) * heads * queries
         for SIDE in tl.static_range(2):
             edge = edge_scores(query.v, tables, (table_rows - 1) * SIDE, units, TILE)
+            edge = tl.where(sees_none, 0.0, edge)
             tl.store(saved.edges + side * SIDE + place, edge, mask=row < queries)
 
-    # Of a row that sees nothing every score is -inf: any finite base gives weights of 0.
-    highest = tl.where(sees_none, 0.0, log_sum * 1.4426950408889634)
+    highest = log_sum * 1.4426950408889634
     if saved.inverse is not None:
         norm = tl.full((TILE.BLOCK,), 1.0, tl.float32)
         if tl.max(tl.where(sees_none, 0.0, tl.abs(log_sum))) > 64.0:
@@ -91,17 +135,31 @@ def prepare_kernel(
             )
             _unused, highest, norm = walk_keys(
                 sums[:, None], tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32),
-                query, query_start, at(given.key, batch, head // group), None, tables, visible, None, 0, keys, units, TILE,
+                query, query_start, at(given.key, batch, head // group), None, tables, visible, None, 0, keys, units, True, TILE,
             )  # fmt: skip
             highest = tl.where(highest == float("-inf"), 0.0, highest)
         tl.store(saved.inverse + place, tl.where(norm == 0.0, 0.0, 1.0 / norm), mask=row < queries)
-    tl.store(saved.base + place, highest, mask=row < queries)
+    highest = tl.where(highest == float("inf"), float("nan"), highest)
+    tl.store(saved.base + place, tl.where(sees_none, float("inf"), highest), mask=row < queries)
+
+
+@triton.jit
+def is_wild(wild, batch, head, heads, group, queries):
+    """Whether of a head's queries and keys, or of those of the heads that share its keys, something may be infinite or not a number in
+    products with zeros: then the careful loops run."""
+    sixteens = tl.cdiv(queries, 16)
+    count, lane = group * sixteens, tl.arange(0, 256)
+    start = wild + (batch * heads + head // group * group).to(tl.int64) * sixteens
+    found = tl.full((256,), 0, tl.int32)
+    for index in tl.range(0, count, 256, num_stages=1):
+        found = found | tl.load(start + index + lane, mask=index + lane < count, other=0).to(tl.int32)
+    return tl.max(found, axis=0) > 0
 
 
 @triton.jit
 def _query_walk(
     total, query, query_start, slopes, delta, base, inverse, left, right, kept_tiles, grad_tiles, owed_tiles, first_tile, begin, end,
-    key, value, tables, visible, dropout, units, ADD: tl.constexpr, TILE: tl.constexpr,
+    key, value, tables, visible, dropout, units, ADD: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The queries' gradient but for the far tiles' tables (unless not ADD), and the sums of each row's score gradients far to the left and
     to the right, over keys begin ... end. What is wanted of the tiles goes to memory from `first_tile` on."""
@@ -133,6 +191,8 @@ def _query_walk(
             weights = tl.exp2(scores * unit - (base - edge * unit)[:, None])
             if inverse is not None:
                 weights = weights * inverse[:, None]
+            if CAREFUL:
+                weights = tl.where((scores == float("-inf")) | (base == float("inf"))[:, None], 0.0, weights)
             value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
             if tables.rel_v is not None:
                 window = load_window(tables.rel_v, first, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
@@ -150,6 +210,8 @@ def _query_walk(
             if kept_tiles is not None:
                 store_tile(kept_tiles, kept.to(key_tile.dtype), first_tile + (key_start - begin) // TILE.BLOCK, TILE.BLOCK)
             grad = weights * (grad - delta[:, None])
+            if CAREFUL:
+                grad = tl.where(weights == 0.0, 0.0, grad)
             half = grad.to(key_tile.dtype)
             if grad_tiles is not None:
                 store_tile(grad_tiles, half, first_tile + (key_start - begin) // TILE.BLOCK, TILE.BLOCK)
@@ -165,10 +227,10 @@ def _query_walk(
                 if ADD:
                     if not AGAIN:
                         table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-                    total = add_dot(owed, table, total, TILE)
+                    total = add_counted(owed, table, total, CAREFUL, TILE)
                 before = half
             if ADD:
-                total = add_dot(half, key_tile, total, TILE)
+                total = add_counted(half, key_tile, total, CAREFUL, TILE)
         if tables.rel_k is not None and not FAR:  # noqa: SIM102 (this is the compiler's condition)
             if steps.stop > steps.start:  # what the last tile owes to the high block of its window
                 beyond = (steps.stop - steps.start + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK + steps.start
@@ -179,15 +241,60 @@ def _query_walk(
                 if ADD:
                     first = window_start(query_start, beyond, tables, TILE.BLOCK)
                     table = load_window(tables.rel_k, first, tables.rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-                    total = add_dot(owed, table, total, TILE)
+                    total = add_counted(owed, table, total, CAREFUL, TILE)
     return total, sums_left, sums_right
+
+
+@triton.jit
+def _times(sums, tile):
+    """Rows of a tile times a number each, of which 0 leaves out what it meets."""
+    return tl.where((sums == 0.0)[:, None], 0.0, sums[:, None] * tile.to(tl.float32))
+
+
+@triton.jit
+def _query_gradient(
+    total, query, query_start, slopes, delta, base, inverse, left, right, place, to_query, edge_sums, edge_owed,
+    kept_tiles, grad_tiles, owed_tiles, running, columns, key_begin, key_end, key, value, tables, visible, dropout, side, units,
+    keys, table_rows, ADD: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`query_gradient_kernel` from its loop on."""
+    row, queries = query_start + tl.arange(0, TILE.BLOCK), visible.queries
+    total, sums_left, sums_right = _query_walk(
+        total, query, query_start, slopes, delta, base, inverse, left, right,
+        kept_tiles, grad_tiles, owed_tiles, tl.program_id(0).to(tl.int64) * columns, key_begin, key_end,
+        key, value, tables, visible, dropout, units, ADD, CAREFUL, TILE,
+    )  # fmt: skip
+    if TILE.CLIPPED:
+        tl.store(edge_sums + place, sums_left, mask=row < queries)
+        tl.store(edge_sums + side + place, sums_right, mask=row < queries)
+        if edge_owed is not None:
+            column = tl.arange(0, TILE.COLUMNS)
+            address = edge_owed + tl.program_id(0).to(tl.int64) * TILE.SIZE + column
+            tl.store(address, tl.sum(_times(sums_left, query.v), axis=0), mask=column < TILE.SIZE)
+            address += tl.num_programs(0).to(tl.int64) * TILE.SIZE
+            tl.store(address, tl.sum(_times(sums_right, query.v), axis=0), mask=column < TILE.SIZE)
+        if tables.rel_k is not None:
+            column = tl.arange(0, TILE.COLUMNS)
+            address = tables.rel_k.base + column * tables.rel_k.column
+            edge = tl.load(address, mask=column < TILE.SIZE, other=0.0).to(tl.float32)
+            total += _times(sums_left, edge[None, :])
+            address += tl.cast(table_rows - 1, tl.int64) * tables.rel_k.row
+            edge = tl.load(address, mask=column < TILE.SIZE, other=0.0).to(tl.float32)
+            total += _times(sums_right, edge[None, :])
+    if ADD:
+        if key_end >= keys:
+            store_rows(to_query, total * units.scale, query_start, queries, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+        elif running is not None:
+            sums = Matrix(running + tl.program_id(0).to(tl.int64) * (TILE.BLOCK * TILE.SIZE), TILE.SIZE, 1)
+            store_rows(sums, total, 0, TILE.BLOCK, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+
 
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
     inputs, grad_output, saved, grad_query, edge_sums, edge_owed, kept_tiles, grad_tiles, owed_tiles, running, units,
     batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold, first_pair, columns, key_begin, key_end,
-    ADD: tl.constexpr, TILE: tl.constexpr,
+    ADD: tl.constexpr, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (query block of a head of a batch element, from number first_pair of these on), for keys key_begin ... key_end.
 
@@ -219,7 +326,10 @@ def query_gradient_kernel(
     query = load_queries(Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), query_start, queries, TILE)
     slopes = load_rows(at(grad_output, batch, head), query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
     delta = tl.load(saved.delta + place, mask=row < queries, other=0.0)
-    base = tl.load(saved.base + place, mask=row < queries, other=0.0)
+    base = tl.load(saved.base + place, mask=row < queries, other=float("inf"))
+    careful = False
+    if HIDES and (ADD or TILE.CLIPPED):  # of tiles in memory their products leave out what does not count
+        careful = is_wild(saved.wild, batch, head, heads, group, queries)
     inverse = None
     if saved.inverse is not None:
         inverse = tl.load(saved.inverse + place, mask=row < queries, other=0.0)
@@ -235,33 +345,18 @@ def query_gradient_kernel(
         sums = Matrix(running + tl.program_id(0).to(tl.int64) * (TILE.BLOCK * TILE.SIZE), TILE.SIZE, 1)
         if key_begin > 0:
             total = load_rows(sums, 0, TILE.BLOCK, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-    total, sums_left, sums_right = _query_walk(
-        total, query, query_start, slopes, delta, base, inverse, left, right,
-        kept_tiles, grad_tiles, owed_tiles, tl.program_id(0).to(tl.int64) * columns, key_begin, key_end,
-        key, value, tables, visible, dropout, units, ADD, TILE,
-    )  # fmt: skip
-    if TILE.CLIPPED:
-        tl.store(edge_sums + place, sums_left, mask=row < queries)
-        tl.store(edge_sums + side + place, sums_right, mask=row < queries)
-        if edge_owed is not None:
-            column = tl.arange(0, TILE.COLUMNS)
-            address = edge_owed + tl.program_id(0).to(tl.int64) * TILE.SIZE + column
-            tl.store(address, tl.sum(sums_left[:, None] * query.v.to(tl.float32), axis=0), mask=column < TILE.SIZE)
-            address += tl.num_programs(0).to(tl.int64) * TILE.SIZE
-            tl.store(address, tl.sum(sums_right[:, None] * query.v.to(tl.float32), axis=0), mask=column < TILE.SIZE)
-        if tables.rel_k is not None:
-            column = tl.arange(0, TILE.COLUMNS)
-            address = tables.rel_k.base + column * tables.rel_k.column
-            edge = tl.load(address, mask=column < TILE.SIZE, other=0.0).to(tl.float32)
-            total += sums_left[:, None] * edge[None, :]
-            address += tl.cast(table_rows - 1, tl.int64) * tables.rel_k.row
-            edge = tl.load(address, mask=column < TILE.SIZE, other=0.0).to(tl.float32)
-            total += sums_right[:, None] * edge[None, :]
-    if ADD:
-        if key_end >= keys:
-            store_rows(to_query, total * units.scale, query_start, queries, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-        elif running is not None:
-            store_rows(sums, total, 0, TILE.BLOCK, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    if careful:
+        _query_gradient(
+            total, query, query_start, slopes, delta, base, inverse, left, right, place, to_query, edge_sums, edge_owed,
+            kept_tiles, grad_tiles, owed_tiles, running, columns, key_begin, key_end, key, value, tables, visible, dropout, side, units,
+            keys, table_rows, ADD, True, TILE,
+        )  # fmt: skip
+    else:
+        _query_gradient(
+            total, query, query_start, slopes, delta, base, inverse, left, right, place, to_query, edge_sums, edge_owed,
+            kept_tiles, grad_tiles, owed_tiles, running, columns, key_begin, key_end, key, value, tables, visible, dropout, side, units,
+            keys, table_rows, ADD, False, TILE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -283,7 +378,7 @@ def _transposed_window(query_v, low_rows, high_rows, tables, first, units, TILE:
 @triton.jit
 def transposed_tile(
     key, value, query, slopes, saved, low_rows, high_rows, tables, first, query_start, key_start, visible, dropout, units,
-    ALIGNED: tl.constexpr, FAR: tl.constexpr, TILE: tl.constexpr,
+    ALIGNED: tl.constexpr, FAR: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile with its keys as rows: (weights that dropout keeps, unscaled, and gradient of the scores), both (key, query) float32.
 
@@ -310,12 +405,15 @@ def transposed_tile(
         scores += by_key if TILE.LATE else by_key * units.log2_scale
     scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, True)
     base = tl.load(saved.base + row, mask=row < visible.queries, other=float("inf"))
+    none = base
     unit = units.log2_scale if TILE.LATE else 1.0
     if FAR:
         base -= tl.load(saved.edges + row, mask=row < visible.queries, other=0.0) * unit
     weights = tl.exp2(scores * unit - base[None, :])
     if saved.inverse is not None:
         weights = weights * tl.load(saved.inverse + row, mask=row < visible.queries, other=0.0)[None, :]
+    if CAREFUL:
+        weights = tl.where((scores == float("-inf")) | (none == float("inf"))[None, :], 0.0, weights)
     if tables.rel_v is not None:
         table = load_window(tables.rel_v, first, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
         low = dot(table, tl.trans(slopes), TILE)
@@ -329,7 +427,10 @@ def transposed_tile(
         keep = dropout_keep(dropout, query_start, key_start, TILE.BLOCK, True, ALIGNED)
         grad = tl.where(keep, grad * dropout.keep_scale, 0.0)
         kept = tl.where(keep, weights, 0.0)
-    return kept, weights * (grad - tl.load(saved.delta + row, mask=row < visible.queries, other=0.0)[None, :])
+    grad = weights * (grad - tl.load(saved.delta + row, mask=row < visible.queries, other=0.0)[None, :])
+    if CAREFUL:
+        grad = tl.where(weights == 0.0, 0.0, grad)
+    return kept, grad
 
 
 @triton.jit
@@ -357,7 +458,7 @@ def query_ranges(key_start, visible, tables, TILE: tl.constexpr):
 @triton.jit
 def _key_walk(
     grad_key, grad_value, sums, key, value, queries, grad_output, saved, side, key_start, tables, visible, dropout, units,
-    SUMS: tl.constexpr, TILE: tl.constexpr,
+    SUMS: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values (tiles) from the queries (Matrix) of one head."""
     span = query_ranges(key_start, visible, tables, TILE)
@@ -367,7 +468,7 @@ def _key_walk(
             query_start, here = step, saved
             if FAR:  # the keys lie to the right of the first queries
                 query_start += tl.where(step >= steps.turn, steps.jump, 0)
-                here = Saved(saved.delta, saved.base, saved.inverse, saved.edges + tl.where(step < steps.turn, side, 0))
+                here = Saved(saved.delta, saved.base, saved.inverse, saved.edges + tl.where(step < steps.turn, side, 0), None)
             first = window_start(query_start, key_start, tables, TILE.BLOCK)
             low, high = None, None
             if tables.rel_k is not None and not FAR:
@@ -377,30 +478,65 @@ def _key_walk(
             slopes = load_rows(grad_output, query_start, visible.queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
             weights, grad = transposed_tile(
                 key, value, query, slopes, here, low, high, tables, first, query_start, key_start, visible, dropout, units,
-                True, FAR, TILE,
+                True, FAR, CAREFUL, TILE,
             )  # fmt: skip
-            grad_value = add_dot(weights.to(slopes.dtype), slopes, grad_value, TILE)
+            grad_value = add_counted(weights.to(slopes.dtype), slopes, grad_value, CAREFUL, TILE)
             if SUMS:
                 sums += tl.sum(grad, axis=1)
             half = grad.to(query.u.dtype)
-            grad_key = add_dot(half, query.u, grad_key, TILE)
+            grad_key = add_counted(half, query.u, grad_key, CAREFUL, TILE)
             if tables.rel_q is not None:
                 grad_key = add_by_distance(
-                    half, tables.rel_q, first, tables.rows, grad_key, TILE.SIZE, TILE.COLUMNS, True, False, TILE
+                    half, tables.rel_q, first, tables.rows, grad_key, TILE.SIZE, TILE.COLUMNS, True, False, CAREFUL, TILE
                 )
     return grad_key, grad_value, sums
+
+
+@triton.jit
+def _key_gradient(
+    inputs, grad_output, saved, key, value, key_start, key_stop, batch, key_head, nearest, farthest, start, drawn, side,
+    to_key, to_value, key_sums, units, heads, group, queries, keys, table_rows, threshold, CAREFUL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`key_gradient_kernel` from its loops on."""
+    total_key = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
+    total_value = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
+    for member in tl.range(0, group):
+        head = key_head * group + member
+        rows = (batch * heads + head).to(tl.int64) * queries
+        visible = Visible(
+            nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
+        )
+        tables = Tables(
+            at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
+            table_rows, start,
+        )  # fmt: skip
+        total_key, total_value, sums = _key_walk(
+            total_key, total_value, tl.full((TILE.BLOCK,), 0.0, tl.float32), key, value,
+            Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), at(grad_output, batch, head),
+            Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows), None), side,
+            key_start, tables, visible,
+            Dropout(drawn, threshold, units.keep_scale, batch, head), units, key_sums is not None, CAREFUL, TILE,
+        )  # fmt: skip
+        if key_sums is not None:
+            column = key_start + tl.arange(0, TILE.BLOCK)
+            tl.store(key_sums + (batch * heads + head).to(tl.int64) * keys + column, sums, mask=column < keys)
+    store_rows(to_key, total_key * units.scale, key_start, keys, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    total_value = total_value * units.keep_scale
+    store_rows(to_value, total_value, key_start, keys, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def key_gradient_kernel(
     inputs, grad_output, saved, grad_key, grad_value, key_sums, units,
-    batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold, TILE: tl.constexpr,
+    batches, heads, group, queries, keys, table_rows, table_start, first, last, threshold,
+    HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (key block of a key head of a batch element); `heads` counts query heads. key_sums (B, H, Lk) float32 or None gets the score
     gradients summed over the queries."""
     # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
     given = inputs
     given_grad = grad_output
+    kept = saved
     key_heads, blocks = heads // group, tl.cdiv(keys, TILE.BLOCK)
     key_start = tl.program_id(0) % blocks * TILE.BLOCK
     batch, key_head = tl.program_id(0) // blocks // key_heads, tl.program_id(0) // blocks % key_heads
@@ -411,29 +547,16 @@ def key_gradient_kernel(
     to_key, to_value = at(grad_key, batch, key_head), at(grad_value, batch, key_head)
     side = tl.cast(batches, tl.int64) * heads * queries
     drawn = drawn_seed(given, TILE)
-
-    total_key = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
-    total_value = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
-    for member in tl.range(0, group):
-        head = key_head * group + member
-        rows = (batch * heads + head).to(tl.int64) * queries
-        visible = Visible(
-            nearest, farthest, queries, key_stop, at(given.key_mask, batch, head), at(given.mask, batch, head), units.hidden_from
-        )
-        tables = Tables(
-            at(given.rel_k, batch, head), at(given.rel_q, batch, head), at(given.rel_v, batch, head), at(given.rel_bias, batch, head),
-            table_rows, start,
+    careful = False
+    if HIDES:
+        careful = is_wild(kept.wild, batch, key_head * group, heads, group, queries)
+    if careful:
+        _key_gradient(
+            given, given_grad, kept, key, value, key_start, key_stop, batch, key_head, nearest, farthest, start, drawn, side,
+            to_key, to_value, key_sums, units, heads, group, queries, keys, table_rows, threshold, True, TILE,
         )  # fmt: skip
-        total_key, total_value, sums = _key_walk(
-            total_key, total_value, tl.full((TILE.BLOCK,), 0.0, tl.float32), key, value,
-            Queries(at(given.query_u, batch, head), at(given.query_v, batch, head)), at(given_grad, batch, head),
-            Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows)), side,
-            key_start, tables, visible,
-            Dropout(drawn, threshold, units.keep_scale, batch, head), units, key_sums is not None, TILE,
+    else:
+        _key_gradient(
+            given, given_grad, kept, key, value, key_start, key_stop, batch, key_head, nearest, farthest, start, drawn, side,
+            to_key, to_value, key_sums, units, heads, group, queries, keys, table_rows, threshold, False, TILE,
         )  # fmt: skip
-        if key_sums is not None:
-            column = key_start + tl.arange(0, TILE.BLOCK)
-            tl.store(key_sums + (batch * heads + head).to(tl.int64) * keys + column, sums, mask=column < keys)
-    store_rows(to_key, total_key * units.scale, key_start, keys, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-    total_value = total_value * units.keep_scale
-    store_rows(to_value, total_value, key_start, keys, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .forward import edge_scores, key_ranges, offsets_of, steps_of
 from .operands import SIZES, Matrix, Tables, Visible, at
-from .tile import add_dot, apply_mask, dot, is_whole, load_bias, load_rows, load_window
+from .tile import add_counted, add_dot, apply_mask, dot, is_whole, load_bias, load_rows, load_window, nothing_of
 
 ROWS = tl.constexpr(16)  # the fewest that matrix units take
 
@@ -62,6 +62,65 @@ def _masked(scores, key_start, visible, BLOCK: tl.constexpr):
     return tl.where(seen, scores, float("-inf"))
 
 
+@triton.jit
+def load_seen(value, key_start, visible, TILE: tl.constexpr):
+    """The values of those keys of a tile that some row may see, a mask aside; zeros else."""
+    start = tl.maximum(visible.first, 0).to(tl.int32)
+    stop = tl.minimum(visible.last + 1, visible.key_stop).to(tl.int32)
+    key, column = key_start + tl.arange(0, TILE.BLOCK), tl.arange(0, TILE.VALUE_COLUMNS)
+    inside = (key - start).to(tl.uint32) < tl.maximum(stop - start, 0).to(tl.uint32)
+    if visible.key_mask is not None:
+        address = visible.key_mask.base + tl.cast(key, tl.int64) * visible.key_mask.column
+        inside = inside & (tl.load(address, mask=inside, other=0) != 0)
+    inside = inside[:, None]
+    if TILE.VALUE_SIZE != TILE.VALUE_COLUMNS:
+        inside = inside & (column < TILE.VALUE_SIZE)[None, :]
+    row = tl.arange(0, TILE.BLOCK)[:, None] * value.row
+    return tl.load(value.base + tl.cast(key_start, tl.int64) * value.row + (row + column[None, :] * value.column), mask=inside, other=0.0)
+
+
+@triton.jit
+def _walk(query_u, query_v, key, value, tables, visible, begin, end, units, CAREFUL: tl.constexpr, TILE: tl.constexpr):
+    """As forward.walk_keys; rows are heads."""
+    total = tl.full((ROWS, TILE.VALUE_COLUMNS), 0.0, tl.float32)
+    highest, norm = tl.full((ROWS,), float("-inf"), tl.float32), tl.full((ROWS,), 0.0, tl.float32)
+    span = key_ranges(0, visible, tables, TILE)
+    begin, end = tl.maximum(span.start, begin), tl.minimum(span.stop, end)
+    # Far tiles would read one table row over and over, all programs the same.
+    for FAR in tl.static_range(1 if TILE.CLIPPED else 0, -1, -1):
+        steps = steps_of(begin, end, span, FAR, TILE)
+        left, right = norm, norm
+        if FAR:
+            left = edge_scores(query_v, tables, 0, units, TILE)
+            right = edge_scores(query_v, tables, tables.rows - 1, units, TILE)
+        for step in tl.range(steps.start, steps.stop, TILE.BLOCK):
+            key_start = step
+            if FAR:
+                key_start += tl.where(step >= steps.turn, steps.jump, 0)
+            key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            scores = key_scores(query_u, query_v, key_tile, tables, key_start, units, FAR, TILE)
+            if FAR:
+                scores += tl.where(step < steps.turn, left, right)[:, None]
+            scores = hide_keys(scores, key_start, visible, TILE.BLOCK)
+            new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+            base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+            weights = tl.exp2(scores - base[:, None])
+            if CAREFUL:
+                weights = tl.where(scores == float("-inf"), 0.0, weights)
+            shrink = tl.exp2(highest - base)
+            norm = norm * shrink + tl.sum(weights, axis=1)
+            highest = new_highest
+            weights = weights.to(value.base.dtype.element_ty)
+            value_tile = load_seen(value, key_start, visible, TILE)
+            total = add_counted(weights, value_tile, total * shrink[:, None], CAREFUL, TILE)
+            if tables.rel_v is not None:
+                table = load_window(
+                    tables.rel_v, key_start - tables.start, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK
+                )  # fmt: skip
+                total = add_counted(weights, table, total, CAREFUL, TILE)
+    return total, highest, norm
+
+
 @triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
     inputs, output, lse, units, batches, heads, group, queries, keys, split_keys, table_rows, table_start, first, last,
@@ -95,41 +154,14 @@ def decode_kernel(
         query_v = load_heads(at(inputs.query_v, batch, head), TILE.SIZE, TILE.COLUMNS)
     key, value, here = at(inputs.key, batch, key_head), at(inputs.value, batch, key_head), at(output, batch, head)
 
-    total = tl.full((ROWS, TILE.VALUE_COLUMNS), 0.0, tl.float32)
-    highest, norm = tl.full((ROWS,), float("-inf"), tl.float32), tl.full((ROWS,), 0.0, tl.float32)
-    span = key_ranges(0, visible, tables, TILE)
-    begin, end = tl.maximum(span.start, split * split_keys), tl.minimum(span.stop, (split + 1) * split_keys)
-    # Far tiles would read one table row over and over, all programs the same.
-    for FAR in tl.static_range(1 if TILE.CLIPPED else 0, -1, -1):
-        steps = steps_of(begin, end, span, FAR, TILE)
-        left, right = norm, norm
-        if FAR:
-            left = edge_scores(query_v, tables, 0, units, TILE)
-            right = edge_scores(query_v, tables, tables.rows - 1, units, TILE)
-        for step in tl.range(steps.start, steps.stop, TILE.BLOCK):
-            key_start = step
-            if FAR:
-                key_start += tl.where(step >= steps.turn, steps.jump, 0)
-            key_tile = load_rows(key, key_start, visible.key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-            scores = key_scores(query_u, query_v, key_tile, tables, key_start, units, FAR, TILE)
-            if FAR:
-                scores += tl.where(step < steps.turn, left, right)[:, None]
-            scores = hide_keys(scores, key_start, visible, TILE.BLOCK)
-            new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-            base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-            weights = tl.exp2(scores - base[:, None])
-            shrink = tl.exp2(highest - base)
-            norm = norm * shrink + tl.sum(weights, axis=1)
-            highest = new_highest
-            weights = weights.to(value.base.dtype.element_ty)
-            value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-            total = add_dot(weights, value_tile, total * shrink[:, None], TILE)
-            if tables.rel_v is not None:
-                table = load_window(
-                    tables.rel_v, key_start - tables.start, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK
-                )  # fmt: skip
-                total = add_dot(weights, table, total, TILE)
-
+    total, highest, norm = _walk(
+        query_u, query_v, key, value, tables, visible, split * split_keys, (split + 1) * split_keys, units, False, TILE
+    )
+    if visible.mask is not None:  # what else hides a key hides it from all rows, and it is not loaded  # noqa: SIM102 (the compiler's condition)
+        if nothing_of(total) != 0.0:
+            total, highest, norm = _walk(
+                query_u, query_v, key, value, tables, visible, split * split_keys, (split + 1) * split_keys, units, True, TILE
+            )  # fmt: skip
     # A query that sees nothing: output 0 and -inf.
     total = total * tl.where(norm == 0.0, 0.0, 1.0 / norm)[:, None]
     log_sum = (tl.where(highest == float("-inf"), 0.0, highest) + tl.log2(norm)) * 0.6931471805599453

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .operands import SIZES, Dropout, Matrix, Queries, Span, Steps, Tables, Visible, at
 from .tile import (
+    add_counted,
     add_dot,
     dot,
     dropout_keep,
@@ -25,6 +26,7 @@ from .tile import (
     load_window,
     skew,
     store_rows,
+    strange_rows,
     unskew,
 )
 
@@ -183,11 +185,12 @@ def load_queries(queries, start, stop, TILE: tl.constexpr):
 
 @triton.jit
 def walk_keys(
-    total, highest, norm, query, query_start, key, value, tables, visible, dropout, begin, end, units, TILE: tl.constexpr
-):
+    total, highest, norm, query, query_start, key, value, tables, visible, dropout, begin, end, units,
+    CAREFUL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Queries against those keys of begin ... end that some of them see: (sum of values, highest score, sum of weights).
 
-    key, value: Matrix. Without a value the first of these is what it was.
+    key, value: Matrix. Without a value the first of these is what it was. CAREFUL: what is hidden may hold anything.
     """
     span = key_ranges(query_start, visible, tables, TILE)
     begin, end = tl.maximum(span.start, begin), tl.minimum(span.stop, end)
@@ -209,9 +212,14 @@ def walk_keys(
             scores, low = tile_scores(query, key_tile, low, tables, first, 0, units, FAR, TILE)
             scores = hide(scores, query_start, key_start, visible, TILE.BLOCK, False)
             unit = units.log2_scale if TILE.LATE else 1.0
-            new_highest = tl.maximum(highest, (tl.max(scores, axis=1) + edge) * unit)
+            here = tl.max(scores, axis=1) + edge
+            if CAREFUL:
+                here = tl.where(tl.max(scores, axis=1) == float("-inf"), float("-inf"), here)
+            new_highest = tl.maximum(highest, here * unit)
             base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
             weights = tl.exp2(scores * unit - (base - edge * unit)[:, None])
+            if CAREFUL:
+                weights = tl.where(scores == float("-inf"), 0.0, weights)
             shrink = tl.exp2(highest - base)
             norm = norm * shrink + tl.sum(weights, axis=1)
             highest = new_highest
@@ -221,10 +229,10 @@ def walk_keys(
                     weights = tl.where(keep, weights, 0.0)  # scaled at the end, in float32
                 weights = weights.to(value.base.dtype.element_ty)
                 value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-                total = add_dot(weights, value_tile, total * shrink[:, None], TILE)
+                total = add_counted(weights, value_tile, total * shrink[:, None], CAREFUL, TILE)
                 if tables.rel_v is not None:
                     total = add_by_distance(
-                        weights, tables.rel_v, first, tables.rows, total, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, True, True, TILE
+                        weights, tables.rel_v, first, tables.rows, total, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, True, True, CAREFUL, TILE
                     )
     return total, highest, norm
 
@@ -232,27 +240,84 @@ def walk_keys(
 @triton.jit
 def add_by_distance(
     tile, table, first, rows, total,
-    SIZE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr, TILE: tl.constexpr,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, QUERY: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """total plus the tile, un-skewed, times the table's rows."""
     by_distance = unskew(tile, tile, 0, TILE.BLOCK, ROWS, QUERY)
     inside = in_low(TILE.BLOCK, ROWS, QUERY)
     window = load_window(table, first, rows, SIZE, COLUMNS, TILE.BLOCK)
-    total = add_dot(tl.where(inside, by_distance, 0.0).to(tile.dtype), window, total, TILE)
+    total = add_counted(tl.where(inside, by_distance, 0.0).to(tile.dtype), window, total, CAREFUL, TILE)
     window = load_window(table, first + TILE.BLOCK, rows, SIZE, COLUMNS, TILE.BLOCK)
-    return add_dot(tl.where(inside, 0.0, by_distance).to(tile.dtype), window, total, TILE)
+    return add_counted(tl.where(inside, 0.0, by_distance).to(tile.dtype), window, total, CAREFUL, TILE)
+
+
+@triton.jit
+def hides_strange(queries, value, query_start, begin, end, tables, visible, units, TILE: tl.constexpr):
+    """Whether a tile that not all queries see whole holds a value that is not finite, or what it needs of a table does. Of the others, what
+    comes into the sums was seen."""
+    found = tl.full((TILE.BLOCK,), 0, tl.int32)
+    left, right = end, end
+    MASKED: tl.constexpr = visible.key_mask is not None or visible.mask is not None
+    if not MASKED:
+        # To the left the tiles whose first key the last query does not see, to the right those whose last key the first one does not.
+        left = tl.maximum(tl.minimum(query_start + TILE.BLOCK - 1 + visible.first, end), begin).to(tl.int32)
+        left = begin + (left - begin + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK
+        right = tl.minimum(tl.maximum(query_start + visible.last + 1 - TILE.BLOCK, left), end + TILE.BLOCK).to(tl.int32)
+        right = begin + (right - begin + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK
+        if tables.rel_v is not None:  # a window has a row more than its tile, of the next one
+            right = tl.maximum(tl.minimum(right - TILE.BLOCK, (end - 1) // TILE.BLOCK * TILE.BLOCK), left)
+    for step in tl.range(begin, left + tl.maximum(end - right, 0), TILE.BLOCK, num_stages=1):
+        key_start = step + tl.where(step >= left, right - left, 0)
+        tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+        found = found | strange_rows(tile).to(tl.int32)
+        if tables.rel_v is not None:
+            first = window_start(query_start, key_start, tables, TILE.BLOCK)
+            for HALF in tl.static_range(2):
+                window = first + HALF * TILE.BLOCK
+                tile = load_window(tables.rel_v, window, tables.rows, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+                found = found | strange_rows(tile).to(tl.int32)
+    if TILE.CLIPPED:
+        query = load_queries(queries, query_start, visible.queries, TILE)
+        for SIDE in tl.static_range(2):
+            edge = edge_scores(query.v, tables, (tables.rows - 1) * SIDE, units, TILE)
+            found = found | tl.where(edge * 0.0 != 0.0, 1, 0)
+    return tl.max(found, axis=0) > 0
+
+
+@triton.jit
+def _attend(
+    query, query_start, batch, head, split, key, value, tables, visible, dropout, output, lse, units, batches, heads, queries, split_keys,
+    CAREFUL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`forward_kernel` from its loop on."""
+    query = load_queries(query, query_start, queries, TILE)
+    query = queries_in_registers(query, TILE)
+    total = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
+    highest, norm = tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
+    total, highest, norm = walk_keys(
+        total, highest, norm, query, query_start, key, value, tables, visible, dropout,
+        split * split_keys, (split + 1) * split_keys, units, CAREFUL, TILE,
+    )  # fmt: skip
+    # A query that sees nothing: output 0 and -inf.
+    total = total * tl.where(norm == 0.0, 0.0, (units.keep_scale if TILE.DROPOUT else 1.0) / norm)[:, None]
+    log_sum = (tl.where(highest == float("-inf"), 0.0, highest) + tl.log2(norm)) * 0.6931471805599453
+    rows = (split * batches * heads).to(tl.int64) * queries  # of the splits before
+    here = Matrix(output.base + rows * TILE.VALUE_SIZE, output.row, output.column)
+    store_rows(here, total, query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    row = query_start + tl.arange(0, TILE.BLOCK)
+    tl.store(lse + rows + (batch * heads + head).to(tl.int64) * queries + row, log_sum, mask=row < queries)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     inputs, output, lse, units, batches, heads, group, queries, keys, split_keys, table_rows, table_start, first, last, threshold,
-    TILE: tl.constexpr,
+    HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (query block of a head of a batch element, split of the keys).
 
     lse (splits, B, H, Lq) and output (splits, B, H, Lq, Dv), contiguous, are partial where there is more than one split; `output` is the
     Operand of the first. `first` and `last`, the distances (key index minus query index) seen, and table_start, that of the tables' first
-    row, hold the call's query_offset already.
+    row, hold the call's query_offset already. HIDES: a key that one query sees may be hidden from another.
     """
     # The last blocks first: under a causal mask they see the most keys.
     blocks = tl.cdiv(queries, TILE.BLOCK)
@@ -268,26 +333,26 @@ def forward_kernel(
         at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
         table_rows, start,
     )  # fmt: skip
-    query = load_queries(Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), query_start, queries, TILE)
-    query = queries_in_registers(query, TILE)
+    query = Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head))
     key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
     dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
 
-    total = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
-    highest, norm = tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
-    total, highest, norm = walk_keys(
-        total, highest, norm, query, query_start, key, value, tables, visible, dropout,
-        split * split_keys, (split + 1) * split_keys, units, TILE,
-    )  # fmt: skip
-    # A query that sees nothing: output 0 and -inf.
-    total = total * tl.where(norm == 0.0, 0.0, (units.keep_scale if TILE.DROPOUT else 1.0) / norm)[:, None]
-    log_sum = (tl.where(highest == float("-inf"), 0.0, highest) + tl.log2(norm)) * 0.6931471805599453
-    rows = (split * batches * heads).to(tl.int64) * queries  # of the splits before
-    here = at(output, batch, head)
-    here = Matrix(here.base + rows * TILE.VALUE_SIZE, here.row, here.column)
-    store_rows(here, total, query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-    row = query_start + tl.arange(0, TILE.BLOCK)
-    tl.store(lse + rows + (batch * heads + head).to(tl.int64) * queries + row, log_sum, mask=row < queries)
+    to = at(output, batch, head)
+    careful = False
+    if HIDES:
+        span = key_ranges(query_start, visible, tables, TILE)
+        begin, end = tl.maximum(span.start, split * split_keys), tl.minimum(span.stop, (split + 1) * split_keys)
+        careful = hides_strange(query, value, query_start, begin, end, tables, visible, units, TILE)
+    if careful:
+        _attend(
+            query, query_start, batch, head, split, key, value, tables, visible, dropout, to, lse, units, batches, heads, queries,
+            split_keys, True, TILE,
+        )  # fmt: skip
+    else:
+        _attend(
+            query, query_start, batch, head, split, key, value, tables, visible, dropout, to, lse, units, batches, heads, queries,
+            split_keys, False, TILE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -73,6 +73,7 @@ class Saved(NamedTuple):
     base: Any
     inverse: Any
     edges: Any  # (2, B, H, Lq)
+    wild: Any  # (B, H, cdiv(Lq, 16)) uint8
 
 
 class Tile(NamedTuple):

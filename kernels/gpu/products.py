@@ -8,17 +8,30 @@ take as many registers share one.
 import triton
 import triton.language as tl
 
-from .backward import query_ranges
+from .backward import is_wild, query_ranges
 from .forward import key_ranges, offsets_of, window_start
 from .operands import SIZES, Matrix, Part, Tables, Visible, at
-from .tile import add_dot, load_rows, load_tile, load_window, store_rows
+from .tile import add_counted, counted_pairs, load_rows, load_tile, load_window, store_rows
+
+
+@triton.jit
+def counted(
+    tile, inputs, saved, batch, head, query_start, key_start, visible, heads, hidden_from, SKEWED: tl.constexpr, TILE: tl.constexpr
+):
+    """`counted_pairs` of a tile that `query_gradient_kernel` left, whose own loop may not have been careful."""
+    visible = Visible(
+        visible.first, visible.last, visible.queries, visible.key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head),
+        hidden_from,
+    )  # fmt: skip
+    base = saved.base + (batch * heads + head).to(tl.int64) * visible.queries
+    return counted_pairs(tile, base, query_start, key_start, visible, TILE.BLOCK, SKEWED)
 
 
 @triton.jit
 def _by_key(
-    program, inputs, content, tiles, gradient, partial, partial_sums, scale, part,
+    program, inputs, saved, content, tiles, gradient, partial, partial_sums, scale, part, hidden_from,
     heads, group, queries, keys, table_rows, table_start, first, last, chunk,
-    SIZE: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (key block of the part, key head of a batch element, split of the queries): the tiles, transposed, times `content`.
 
@@ -43,8 +56,11 @@ def _by_key(
         sums = tl.full((TILE.BLOCK,), 0.0, tl.float32)
         for query_start in tl.range(begin, end, TILE.BLOCK):
             tile = load_tile(tiles, (last_row - query_start // TILE.BLOCK) * part.columns + column, True, TILE.BLOCK)
+            if CAREFUL:
+                head = key_head * group + member
+                tile = counted(tile, inputs, saved, batch, head, query_start, key_start, visible, heads, hidden_from, False, TILE)
             rows = load_rows(matrix, query_start, queries, SIZE, COLUMNS, TILE.BLOCK)
-            total = add_dot(tl.trans(tile), rows, total, TILE)
+            total = add_counted(tl.trans(tile), rows, total, CAREFUL, TILE)
             if partial_sums is not None:
                 sums += tl.sum(tile.to(tl.float32), axis=0)
         if partial_sums is not None:
@@ -59,8 +75,8 @@ def _by_key(
 
 @triton.jit
 def _by_query(
-    program, inputs, grad_tiles, owed_tiles, running, grad_query, part, units,
-    heads, group, queries, keys, table_rows, table_start, first, last, TILE: tl.constexpr,
+    program, inputs, saved, grad_tiles, owed_tiles, running, grad_query, part, units,
+    heads, group, queries, keys, table_rows, table_start, first, last, CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program as `query_gradient_kernel`'s: the queries' gradient, `running` between the launches for one part of the keys and the next."""
     blocks = tl.cdiv(queries, TILE.BLOCK)
@@ -82,16 +98,25 @@ def _by_query(
     for key_start in tl.range(begin, end, TILE.BLOCK):
         index = first_tile + (key_start - part.begin) // TILE.BLOCK
         rows = load_rows(key, key_start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-        total = add_dot(load_tile(grad_tiles, index, True, TILE.BLOCK), rows, total, TILE)
+        tile = load_tile(grad_tiles, index, True, TILE.BLOCK)
+        if CAREFUL:
+            tile = counted(tile, inputs, saved, batch, head, query_start, key_start, visible, heads, units.hidden_from, False, TILE)
+        total = add_counted(tile, rows, total, CAREFUL, TILE)
         window = window_start(query_start, key_start, tables, TILE.BLOCK)
         rows = load_window(tables.rel_k, window, table_rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-        total = add_dot(load_tile(owed_tiles, index, True, TILE.BLOCK), rows, total, TILE)
+        tile = load_tile(owed_tiles, index, True, TILE.BLOCK)
+        if CAREFUL:
+            tile = counted(tile, inputs, saved, batch, head, query_start, key_start, visible, heads, units.hidden_from, True, TILE)
+        total = add_counted(tile, rows, total, CAREFUL, TILE)
     if end > begin:
         beyond = (end - begin + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK + begin
         window = window_start(query_start, beyond, tables, TILE.BLOCK)
         rows = load_window(tables.rel_k, window, table_rows, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
         index = first_tile + (beyond - part.begin) // TILE.BLOCK
-        total = add_dot(load_tile(owed_tiles, index, True, TILE.BLOCK), rows, total, TILE)
+        tile = load_tile(owed_tiles, index, True, TILE.BLOCK)
+        if CAREFUL:
+            tile = counted(tile, inputs, saved, batch, head, query_start, beyond, visible, heads, units.hidden_from, True, TILE)
+        total = add_counted(tile, rows, total, CAREFUL, TILE)
     if part.end >= keys:
         store_rows(at(grad_query, batch, head), total * units.scale, query_start, queries, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     else:
@@ -100,8 +125,8 @@ def _by_query(
 
 @triton.jit
 def _by_distance(
-    program, inputs, owed_tiles, partial, partial_sums, part,
-    heads, queries, keys, table_rows, table_start, first, last, TILE: tl.constexpr,
+    program, inputs, saved, owed_tiles, partial, partial_sums, part, hidden_from,
+    heads, queries, keys, table_rows, table_start, first, last, COUNT: tl.constexpr, CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (block of distances, head of a batch element): rel_k's gradient, unscaled, and the score gradients' sums, by distance.
 
@@ -127,8 +152,10 @@ def _by_distance(
         written = (end > begin) & (key_start >= begin) & (key_start < end + TILE.BLOCK)
         index = (unit.to(tl.int64) * blocks + blocks - 1 - block) * part.columns + block + diagonal
         tile = load_tile(owed_tiles, index, written, TILE.BLOCK)
+        if CAREFUL and COUNT:
+            tile = counted(tile, inputs, saved, batch, head, block * TILE.BLOCK, key_start, visible, heads, hidden_from, True, TILE)
         rows = load_rows(content, block * TILE.BLOCK, queries, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-        total = add_dot(tl.trans(tile), rows, total, TILE)
+        total = add_counted(tl.trans(tile), rows, total, CAREFUL, TILE)
         if partial_sums is not None:
             sums += tl.sum(tile.to(tl.float32), axis=0)
     slot = program.to(tl.int64)
@@ -137,12 +164,84 @@ def _by_distance(
         tl.store(partial_sums + slot * TILE.BLOCK + tl.arange(0, TILE.BLOCK), sums)
 
 
+@triton.jit
+def _by_key_either(
+    program, inputs, saved, content, tiles, gradient, partial, partial_sums, scale, part, hidden_from,
+    heads, group, queries, keys, table_rows, table_start, first, last, chunk,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr, HIDES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`_by_key`, careful or not."""
+    # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
+    given, rows, to = inputs, content, gradient
+    kept = saved
+    pair = program // tl.cdiv(part.end - part.begin, TILE.BLOCK) % (part.pairs // group) * group + part.pair
+    careful = False
+    if HIDES:
+        careful = is_wild(kept.wild, pair // heads, pair % heads, heads, group, queries)
+    if careful:
+        _by_key(
+            program, given, kept, rows, tiles, to, partial, partial_sums, scale, part, hidden_from,
+            heads, group, queries, keys, table_rows, table_start, first, last, chunk, SIZE, COLUMNS, True, TILE,
+        )  # fmt: skip
+    else:
+        _by_key(
+            program, given, kept, rows, tiles, to, partial, partial_sums, scale, part, hidden_from,
+            heads, group, queries, keys, table_rows, table_start, first, last, chunk, SIZE, COLUMNS, False, TILE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _by_query_either(
+    program, inputs, saved, grad_tiles, owed_tiles, running, grad_query, part, units,
+    heads, group, queries, keys, table_rows, table_start, first, last, HIDES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`_by_query`, careful or not."""
+    given, to, kept = inputs, grad_query, saved
+    pair = program // tl.cdiv(queries, TILE.BLOCK) + part.pair
+    careful = False
+    if HIDES:
+        careful = is_wild(kept.wild, pair // heads, pair % heads, heads, group, queries)
+    if careful:
+        _by_query(
+            program, given, kept, grad_tiles, owed_tiles, running, to, part, units,
+            heads, group, queries, keys, table_rows, table_start, first, last, True, TILE,
+        )  # fmt: skip
+    else:
+        _by_query(
+            program, given, kept, grad_tiles, owed_tiles, running, to, part, units,
+            heads, group, queries, keys, table_rows, table_start, first, last, False, TILE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _by_distance_either(
+    program, inputs, saved, owed_tiles, partial, partial_sums, part, hidden_from,
+    heads, group, queries, keys, table_rows, table_start, first, last, COUNT: tl.constexpr, HIDES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """`_by_distance`, careful or not."""
+    given, kept = inputs, saved
+    pair = program // (tl.cdiv(queries, TILE.BLOCK) + tl.cdiv(part.end - part.begin, TILE.BLOCK)) + part.pair
+    careful = False
+    if HIDES:
+        careful = is_wild(kept.wild, pair // heads, pair % heads, heads, group, queries)
+    if careful:
+        _by_distance(
+            program, given, kept, owed_tiles, partial, partial_sums, part, hidden_from,
+            heads, queries, keys, table_rows, table_start, first, last, COUNT, True, TILE,
+        )  # fmt: skip
+    else:
+        _by_distance(
+            program, given, kept, owed_tiles, partial, partial_sums, part, hidden_from,
+            heads, queries, keys, table_rows, table_start, first, last, COUNT, False, TILE,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=SIZES)
 def product_kernel(
-    inputs, grad_output, kept_tiles, grad_tiles, owed_tiles, running, grad_query, grad_key, grad_value, key_partial, value_partial,
+    inputs, grad_output, saved, kept_tiles, grad_tiles, owed_tiles, running, grad_query, grad_key, grad_value, key_partial, value_partial,
     key_sums, partial, partial_sums, units, heads, group, queries, keys, table_rows, table_start, first, last,
     first_pair, pairs, columns, key_begin, key_end, chunk, value_programs, key_programs, query_programs,
-    VALUES: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, DISTANCES: tl.constexpr, TILE: tl.constexpr,
+    VALUES: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, DISTANCES: tl.constexpr, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Products of a part: `pairs` heads (of batch elements) from number first_pair on, keys key_begin ... key_end.
 
@@ -151,34 +250,36 @@ def product_kernel(
     """
     # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
     given, slopes, to_query, to_key, to_value = inputs, grad_output, grad_query, grad_key, grad_value
+    numbers = saved
     part = Part(first_pair, pairs, columns, key_begin, key_end)
     program = tl.program_id(0)
     if VALUES:
         if program < value_programs:
-            _by_key(
-                program, given, slopes, kept_tiles, to_value, value_partial, None, units.keep_scale, part,
-                heads, group, queries, keys, table_rows, table_start, first, last, chunk, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE,
+            _by_key_either(
+                program, given, numbers, slopes, kept_tiles, to_value, value_partial, None, units.keep_scale, part, units.hidden_from,
+                heads, group, queries, keys, table_rows, table_start, first, last, chunk, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS,
+                HIDES, TILE,
             )  # fmt: skip
         program -= value_programs
     if KEYS:
         if (program >= 0) & (program < key_programs):
-            _by_key(
-                program, given, given.query_u, grad_tiles, to_key, key_partial, key_sums, units.scale, part,
-                heads, group, queries, keys, table_rows, table_start, first, last, chunk, TILE.SIZE, TILE.COLUMNS, TILE,
+            _by_key_either(
+                program, given, numbers, given.query_u, grad_tiles, to_key, key_partial, key_sums, units.scale, part, units.hidden_from,
+                heads, group, queries, keys, table_rows, table_start, first, last, chunk, TILE.SIZE, TILE.COLUMNS, HIDES, TILE,
             )  # fmt: skip
         program -= key_programs
     if QUERIES:
         if (program >= 0) & (program < query_programs):
-            _by_query(
-                program, given, grad_tiles, owed_tiles, running, to_query, part, units,
-                heads, group, queries, keys, table_rows, table_start, first, last, TILE,
+            _by_query_either(
+                program, given, numbers, grad_tiles, owed_tiles, running, to_query, part, units,
+                heads, group, queries, keys, table_rows, table_start, first, last, HIDES, TILE,
             )  # fmt: skip
         program -= query_programs
     if DISTANCES:  # noqa: SIM102 (this is the compiler's condition)
         if program >= 0:
-            _by_distance(
-                program, given, owed_tiles, partial, partial_sums, part,
-                heads, queries, keys, table_rows, table_start, first, last, TILE,
+            _by_distance_either(
+                program, given, numbers, owed_tiles, partial, partial_sums, part, units.hidden_from,
+                heads, group, queries, keys, table_rows, table_start, first, last, grad_tiles is not None, HIDES, TILE,
             )  # fmt: skip
 
 

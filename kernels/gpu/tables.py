@@ -10,16 +10,17 @@ edge rows.
 import triton
 import triton.language as tl
 
-from .backward import transposed_tile
+from .backward import is_wild, transposed_tile
 from .forward import drawn_seed, load_queries, offsets_of
 from .operands import SIZES, Dropout, Matrix, Queries, Saved, Tables, Visible, at, past
-from .tile import add_dot, in_low, load_rows, load_window, store_rows, unskew
+from .tile import add_counted, in_low, load_rows, load_window, store_rows, unskew
 
 
 @triton.jit
 def _diagonal_walk(
     total_low, total_high, sums_low, sums_high, low, high, queries, key, value, grad_output, saved, tables, window, visible,
-    dropout, start, stop, step, lead, units, TABLE: tl.constexpr, SUMS: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
+    dropout, start, stop, step, lead, units, TABLE: tl.constexpr, SUMS: tl.constexpr, ALIGNED: tl.constexpr, CAREFUL: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Blocks of queries start, start + step ... stop against the keys that stand `lead` further. low, high: rel_k's rows from
     `window` on."""
@@ -31,16 +32,16 @@ def _diagonal_walk(
         value_tile = load_rows(value, key_start, visible.key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
         weights, grad = transposed_tile(
             key_tile, value_tile, query, slopes, saved, low, high, tables, window, query_start, key_start, visible, dropout, units,
-            ALIGNED, False, TILE,
+            ALIGNED, False, CAREFUL, TILE,
         )  # fmt: skip
         if TABLE == "rel_q":  # the content is the key: (key, distance)
             half = grad.to(key_tile.dtype)
             by_distance = unskew(half, half, 0, TILE.BLOCK, True, False)
             inside = in_low(TILE.BLOCK, True, False)
             part = tl.where(inside, by_distance, 0.0).to(key_tile.dtype)
-            total_low = add_dot(tl.trans(part), key_tile, total_low, TILE)
+            total_low = add_counted(tl.trans(part), key_tile, total_low, CAREFUL, TILE)
             part = tl.where(inside, 0.0, by_distance).to(key_tile.dtype)
-            total_high = add_dot(tl.trans(part), key_tile, total_high, TILE)
+            total_high = add_counted(tl.trans(part), key_tile, total_high, CAREFUL, TILE)
         else:  # (distance, query)
             inside = in_low(TILE.BLOCK, False, True)
             if TABLE == "rel_v":
@@ -58,9 +59,9 @@ def _diagonal_walk(
                 by_distance = unskew(half, half, 0, TILE.BLOCK, False, True)
             if TABLE != "sums":
                 part = tl.where(inside, by_distance, 0.0).to(content.dtype)
-                total_low = add_dot(part, content, total_low, TILE)
+                total_low = add_counted(part, content, total_low, CAREFUL, TILE)
                 part = tl.where(inside, 0.0, by_distance).to(content.dtype)
-                total_high = add_dot(part, content, total_high, TILE)
+                total_high = add_counted(part, content, total_high, CAREFUL, TILE)
     return total_low, total_high, sums_low, sums_high
 
 
@@ -69,7 +70,7 @@ def table_gradient_kernel(
     inputs, grad_output, saved, partial, partial_sums, units,
     heads, group, queries, keys, batches, table_rows, table_start, first, last, threshold,
     diagonals, first_diagonal, first_head, shared_heads, chunk_batches, chunk,
-    TABLE: tl.constexpr, ABSORB: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    TABLE: tl.constexpr, ABSORB: tl.constexpr, FAR: tl.constexpr, FAR_BLOCK: tl.constexpr, HIDES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (diagonal, `shared_heads` heads of those from first_head on, split): `chunk` queries of `chunk_batches` batch elements, the
     splits of one batch element lying together. TABLE: "rel_k", "rel_q" or "rel_v", or "sums" for no table at all.
@@ -118,6 +119,9 @@ def table_gradient_kernel(
                 None, at(given.rel_q, element, head), at(given.rel_v, element, head), at(given.rel_bias, element, head),
                 table_rows, start_here,
             )  # fmt: skip
+            wild = False
+            if HIDES:
+                wild = is_wild(saved.wild, element, head, heads, group, queries)
             lowest = (index + first_diagonal).to(tl.int64)
             highest = lowest
             if ABSORB:  # all that have tiles, from the last query and the first key to the first query and the last key
@@ -147,16 +151,30 @@ def table_gradient_kernel(
                         if rel_k is not None:
                             low = load_window(rel_k, window, table_rows, TILE.SIZE, TILE.COLUMNS, BLOCK)
                             high = load_window(rel_k, window + BLOCK, table_rows, TILE.SIZE, TILE.COLUMNS, BLOCK)
-                        total_low, total_high, sums_low, sums_high = _diagonal_walk(
-                            total_low, total_high, sums_low, sums_high, low, high,
-                            Queries(at(given.query_u, element, head), at(given.query_v, element, head)),
-                            at(given.key, element, head // group), at(given.value, element, head // group),
-                            at(given_grad, element, head),
-                            Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), None), tables, window, visible,
-                            Dropout(drawn, threshold, units.keep_scale, element, head),
-                            begin.to(tl.int32), stop.to(tl.int32), FAR_BLOCK, lead.to(tl.int32), units,
-                            TABLE, partial_sums is not None, given.offsets is None, TILE,
-                        )  # fmt: skip
+                        if wild:
+                            total_low, total_high, sums_low, sums_high = _diagonal_walk(
+                                total_low, total_high, sums_low, sums_high, low, high,
+                                Queries(at(given.query_u, element, head), at(given.query_v, element, head)),
+                                at(given.key, element, head // group), at(given.value, element, head // group),
+                                at(given_grad, element, head),
+                                Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), None, None), tables, window,
+                                visible,
+                                Dropout(drawn, threshold, units.keep_scale, element, head),
+                                begin.to(tl.int32), stop.to(tl.int32), FAR_BLOCK, lead.to(tl.int32), units,
+                                TABLE, partial_sums is not None, given.offsets is None, True, TILE,
+                            )  # fmt: skip
+                        else:
+                            total_low, total_high, sums_low, sums_high = _diagonal_walk(
+                                total_low, total_high, sums_low, sums_high, low, high,
+                                Queries(at(given.query_u, element, head), at(given.query_v, element, head)),
+                                at(given.key, element, head // group), at(given.value, element, head // group),
+                                at(given_grad, element, head),
+                                Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), None, None), tables, window,
+                                visible,
+                                Dropout(drawn, threshold, units.keep_scale, element, head),
+                                begin.to(tl.int32), stop.to(tl.int32), FAR_BLOCK, lead.to(tl.int32), units,
+                                TABLE, partial_sums is not None, given.offsets is None, False, TILE,
+                            )  # fmt: skip
         if partial_sums is not None:
             place64 = ((slot * tl.num_programs(1) * shared_heads + head_here) * diagonals + index) * (2 * BLOCK)
             tl.store(partial_sums + place64 + tl.arange(0, BLOCK), sums_low)

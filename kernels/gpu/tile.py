@@ -42,6 +42,36 @@ def add_dot(a, b, total, TILE: tl.constexpr):
 
 
 @triton.jit
+def add_counted(a, b, total, CAREFUL: tl.constexpr, TILE: tl.constexpr):
+    """total + a b. If CAREFUL a zero of `a` leaves out what it meets, whatever that is; a row of `a` with anything else where a row of b
+    is not finite is not a number."""
+    if CAREFUL:
+        wrong = strange_rows(b)
+        spoiled = tl.max(tl.where(wrong[None, :] & (a.to(tl.float32) != 0.0), 1.0, 0.0), axis=1) > 0.0
+        b = tl.where(wrong[:, None], 0.0, b.to(tl.float32)).to(b.dtype)
+        total = tl.where(spoiled[:, None], float("nan"), total)
+    return add_dot(a, b, total, TILE)
+
+
+@triton.jit
+def wild_rows(tile):
+    """Which rows hold what is not finite, or numbers so large that products with them may not be."""
+    return tl.max(tl.where(tl.abs(tile.to(tl.float32)) < 1e15, 0, 1), axis=1) > 0
+
+
+@triton.jit
+def strange_rows(tile):
+    """Which rows hold what is not finite."""
+    return tl.sum(tile.to(tl.float32) * 0.0, axis=1) != 0.0
+
+
+@triton.jit
+def nothing_of(tile):
+    """0.0 if all of a float32 tile is finite; or else not a number."""
+    return tl.sum(tl.sum(tile * 0.0, axis=1), axis=0)
+
+
+@triton.jit
 def load_rows(matrix, start, stop, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """Rows start ... start + BLOCK of a matrix with `stop` rows; zeros beyond."""
     row, column = tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
@@ -322,6 +352,11 @@ def _masked(scores, query_start, key_start, visible, BLOCK: tl.constexpr, TRANSP
         query, key = (query_start + tl.arange(0, BLOCK))[None, :], (key_start + tl.arange(0, BLOCK))[:, None]
     else:
         query, key = (query_start + tl.arange(0, BLOCK))[:, None], (key_start + tl.arange(0, BLOCK))[None, :]
+    return _masked_pairs(scores, query, key, visible)
+
+
+@triton.jit
+def _masked_pairs(scores, query, key, visible):
     key_mask, mask = visible.key_mask, visible.mask
     inside = (key >= 0) & (key < visible.key_stop)
     if key_mask is not None:
@@ -333,6 +368,22 @@ def _masked(scores, query_start, key_start, visible, BLOCK: tl.constexpr, TRANSP
         entry = tl.load(address, mask=(key >= 0) & (key < visible.key_stop) & (query < visible.queries), other=0)
         seen, scores = apply_mask(seen, scores, entry, visible.hidden_from)
     return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def counted_pairs(tile, base, query_start, key_start, visible, BLOCK: tl.constexpr, SKEWED: tl.constexpr):
+    """A tile (query, key) of weights or score gradients from memory: 0 where they do not count, since the query does not see the key, or
+    since nothing comes from the query (`prepare_kernel`). SKEWED: its columns are the distances of its window's low block.
+
+    base: of the queries of this head. What is in the other places depends on no other query and no other key.
+    """
+    query, column = (query_start + tl.arange(0, BLOCK))[:, None], tl.arange(0, BLOCK)[None, :]
+    key = key_start + column
+    if SKEWED:
+        key = key_start - (BLOCK - 1) + column + tl.arange(0, BLOCK)[:, None]
+    seen = _masked_pairs(tl.full((BLOCK, BLOCK), 0.0, tl.float32), query, key, visible) != float("-inf")
+    counts = tl.load(base + query, mask=query < visible.queries, other=float("inf")) != float("inf")
+    return tl.where(seen & counts, tile.to(tl.float32), 0.0).to(tile.dtype)
 
 
 @triton.jit

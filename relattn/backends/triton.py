@@ -260,6 +260,9 @@ class Call:
         # Only a mask or a bias that is added makes scores so large that the log-sum-exp does not hold what it should.
         mask = named.get("mask")
         self.exact = "rel_bias" not in named and (mask is None or mask.dtype == torch.uint8)
+        # Whether a key that one query sees may be hidden from another, or from all.
+        self.hides = bool({"key_mask", "mask"} & self.names) or self.first > -_UNBOUNDED or self.last < _UNBOUNDED
+        self.hides |= "rel_v" in self.names  # whose rows may be hidden
         self.keep_scale = 1.0 / (1.0 - settings.dropout_p) if settings.dropout_p < 1.0 else 0.0
         self.arguments = self._arguments(mask)
 
@@ -276,7 +279,7 @@ class Call:
         threshold = min(round(settings.dropout_p * 2**32), 2**32 - 1)  # at p = 1 what is kept all the same is multiplied by 0
         return dict(
             inputs=self.tape.group("inputs", inputs),
-            units=operands.Units(float(settings.scale), settings.scale * _LOG2_E, hidden, self.keep_scale),
+            HIDES=self.hides, units=operands.Units(float(settings.scale), settings.scale * _LOG2_E, hidden, self.keep_scale),
             heads=self.heads, group=self.heads // self.key_heads, queries=self.queries, keys=self.keys, batches=self.batch,
             table_rows=self.table_rows, table_start=self.table_start, first=self.first, last=self.last,
             threshold=threshold - 2**32 if threshold >= 2**31 else threshold,

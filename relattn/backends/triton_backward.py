@@ -27,12 +27,14 @@ class Backward(launcher.Call):
         self.group = self.heads // self.key_heads
         self.any_clipped = self._clipped(16)  # with larger tiles fewer are far
         per_query, new = (self.batch, self.heads, self.queries), self.tape.new
+        hides = self.hides or "key_lengths" in self.names
         saved = launcher._kernels().operands.Saved(
             new("delta", per_query), new("base", per_query), None if self.exact else new("inverse", per_query),
             new("edges", (2, *per_query)) if self.any_clipped else None,
+            new("wild", (self.batch, self.heads, -(-self.queries // 16)), torch.uint8) if hides else None,
         )  # fmt: skip
         self.arguments |= dict(
-            saved=self.tape.group("saved", saved), grad_output=self.tape.group("slopes", self._operand("grad_output"))
+            HIDES=hides, saved=self.tape.group("saved", saved), grad_output=self.tape.group("slopes", self._operand("grad_output"))
         )
         self.want_sums = bool(self.wanted & {"rel_bias", "pos_bias_v"})
         # Where rel_k wants a gradient, score gradients go to memory, since distances and queries sum them differently. Of large heads all
@@ -321,14 +323,21 @@ def _key_sums(partial: Tensor, key_sums: Tensor, pairs: slice, start: int) -> No
     key_sums.flatten(0, 1)[pairs, start:stop] = partial.sum(0)[:, : stop - start]
 
 
+def _counted(equation: str, sums: Tensor, rows: Tensor) -> Tensor:
+    """The einsum, of which a sum of 0 leaves out the row that it meets, whatever that holds."""
+    wrong = ~rows.isfinite().all(-1, keepdim=True)
+    spoiled = torch.einsum(equation, (sums != 0).float(), wrong.float()) > 0
+    return torch.einsum(equation, sums, rows.masked_fill(wrong, 0.0)).masked_fill(spoiled, torch.nan)
+
+
 def _pos_bias_u(key_sums: Tensor, key: Tensor, gradient: Tensor, groups: int, scale: float) -> None:
-    total = torch.einsum("bngj,bnjd->ngd", key_sums.unflatten(1, (groups, -1)), key.float())
+    total = _counted("bngj,bnjd->ngd", key_sums.unflatten(1, (groups, -1)), key.float())
     gradient.copy_(total.flatten(0, 1) * scale)
 
 
 def _pos_bias_v(sums: Tensor, rel_k: Tensor, gradient: Tensor, scale: float) -> None:
     table = rel_k.float().expand(sums.shape[0], -1, -1)
-    gradient.copy_(torch.bmm(sums.mT, table)[:, 0] * scale)
+    gradient.copy_(_counted("hrx,hrd->hxd", sums, table)[:, 0] * scale)
 
 
 def _rel_bias(sums: Tensor, gradient: Tensor) -> None:

@@ -21,6 +21,7 @@ from relattn.backends import triton as gpu
 from relattn.backends.tape import Slot
 from tests.edges import edges
 from tests.fuzz import call_of, check, failed_once, random_call
+from tests.hidden import check_hidden, hidden_call
 
 DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
 needs_kernels = pytest.mark.skipif(gpu.unavailable() is not None, reason=str(gpu.unavailable()))
@@ -60,6 +61,14 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance=2e-5) -> None:
 def test_random_calls(seed):
     """A few; `TRITON_INTERPRET=1 python -m tests.fuzz --backend triton` runs as many as wanted."""
     check(random_call(seed), "triton", (torch.float32, torch.bfloat16, torch.float16)[seed % 3])
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
+@pytest.mark.parametrize("seed", [0, 1, 2, 9] if gpu.INTERPRETED else range(40))
+def test_what_is_hidden_may_hold_anything(seed):
+    """A few; `TRITON_INTERPRET=1 python -m tests.hidden --backend triton` runs as many as wanted."""
+    check_hidden(hidden_call(seed, "triton"), "triton", (torch.float32, torch.bfloat16, torch.float16)[seed % 3])
 
 
 @needs_kernels

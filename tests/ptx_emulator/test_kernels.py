@@ -5,6 +5,7 @@ All of the calls: `make emulate`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable
@@ -20,7 +21,8 @@ pytest.importorskip("numpy", minversion="2.0")
 if gpu.INTERPRETED:
     pytest.skip("with the interpreter on, nothing compiles", allow_module_level=True)
 
-from tests.ptx_emulator.calls import outcome
+from tests.hidden import check_hidden
+from tests.ptx_emulator.calls import cases, outcome
 from tests.ptx_emulator.harness import Session, emulated
 
 TARGETS = ("sm_80", "sm_90")
@@ -43,6 +45,14 @@ def test_kernels(name, target):
     assert {key.partition("_kernel ")[0] for key, _ in found.session.launches} == RUN[name]
     assert found.session.findings() == []
     assert found.right, found.errors
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_hidden_may_hold_anything(target):
+    """The careful loops, which hidden NaNs and infinities ask for, give the bits of the others."""
+    with emulated(target) as session:
+        check_hidden(cases()["causal"], "triton", torch.bfloat16, cut=contextlib.nullcontext)
+    assert session.findings() == []
 
 
 def forward(target: str, edit: Callable[[str], str] = lambda ptx: ptx, **options) -> tuple[float, Session]:
