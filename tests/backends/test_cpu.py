@@ -176,12 +176,12 @@ def test_what_an_earlier_call_left_in_memory_does_not_matter(variant: str, dtype
 @native
 def test_the_bound_of_edges_notices_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison itself: with the window's sides changed for each other, calls that have windows fail."""
-    original = cpu._pack
+    original = cpu.Plan.__init__
 
-    def swapped(tensors, settings, *others):
-        return original(tensors, settings._replace(window_left=settings.window_right, window_right=settings.window_left), *others)
+    def swapped(self, tensors, settings):
+        original(self, tensors, settings._replace(window_left=settings.window_right, window_right=settings.window_left))
 
-    monkeypatch.setattr(cpu, "_pack", swapped)
+    monkeypatch.setattr(cpu.Plan, "__init__", swapped)
     with pytest.raises(AssertionError):
         check(edges(0)["window of 2^62 behind"], "cpu", torch.float32)
 
