@@ -31,19 +31,21 @@ def signature_of(tensors: Sequence[Any], pairs: Sequence[Any], numbers: Sequence
     """
     if (
         torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0 or not isinstance(tensors[0], Tensor) or autocast_enabled(tensors[0].device.type)
+        or forward_ad._current_level >= 0
     ):  # fmt: skip
         return None
     found: list[Any] = []
+    device: Any = None
     for tensor in tensors:
         if tensor is None:
             found.append(None)
-        elif type(tensor) not in _ORDINARY_TENSORS or tensor.layout is not torch.strided or tensor.is_nested:
-            return None
-        elif tensor.is_neg() or tensor._is_zerotensor():  # there is no such thing in memory
+        elif type(tensor) not in _ORDINARY_TENSORS or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_neg():
             return None
         else:
-            found += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            device = tensor.device
+            found += (tensor.shape, tensor.stride(), tensor.dtype, device)
+    if device is None or autocast_enabled(device.type):
+        return None
     if tensors[_MASK] is not None:
         found.append(tensors[_MASK].requires_grad)  # not every backend takes it
     parts = [*numbers]
@@ -102,7 +104,7 @@ class Plan:
         """Gradients of those inputs that `needs` names. saved: the inputs, and what `forward` returned."""
         *inputs, output, lse, seed = saved
         # Hooks on saved tensors may bring them back with other strides, and gradients may be a transform's.
-        as_planned = [_layout(tensor) for tensor in saved[:-1]] == self.layouts and operators.is_plain((*saved[:-1], grad_output, grad_lse))
+        as_planned = [_layout(tensor) for tensor in saved[:-1]] == self.layouts and operators.is_plain((grad_output, grad_lse))
         if as_planned and not torch.is_grad_enabled():
             if grad_output is None:
                 grad_output = torch.zeros_like(output)

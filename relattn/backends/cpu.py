@@ -222,6 +222,9 @@ class Plan:
         tensors = self._convert(tensors)
         addresses = [tensor.data_ptr() for tensor in tensors]
         if 0 in addresses:
+            tensors = [tensor.clone() if tensor._is_zerotensor() else tensor for tensor in tensors]  # autograd's, of zeros
+            addresses = [tensor.data_ptr() for tensor in tensors]
+        if 0 in addresses:
             shape = tuple(tensors[addresses.index(0)].shape)
             raise ValueError(f"relattn: the native CPU kernel reads memory, and a tensor of shape {shape} has none")
         drawn = int(seed) if self.settings.dropout_p > 0.0 and seed is not None else 0
