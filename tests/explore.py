@@ -1,4 +1,4 @@
-"""New examples, for as long as asked: the hypothesis tests and the fuzz of every backend that runs here, in turns.
+"""New examples, for as long as asked: the hypothesis tests and both fuzzes of every backend that runs here, in turns.
 
     python -m tests.explore --minutes 10
 
@@ -39,11 +39,11 @@ def run(*arguments: str, **variables: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def fuzz(backend: str, **variables: str) -> list[str]:
-    """One turn of calls nobody chose; the lines that reproduce those that failed."""
+def fuzz(backend: str, module: str = "fuzz", **variables: str) -> list[str]:
+    """One turn of calls nobody chose, of tests/fuzz.py or tests/hidden.py; the lines that reproduce those that failed."""
     chance = random.SystemRandom()
     dtype, seed = chance.choice((*DTYPES, "float64") if backend in ANY_DTYPE else DTYPES), chance.randrange(10**6, 2**31)
-    command = ["-m", "tests.fuzz", "--backend", backend, "--dtype", dtype]
+    command = ["-m", f"tests.{module}", "--backend", backend, "--dtype", dtype]
     status, printed = run(*command, "--seed", str(seed), "--count", "100000", "--seconds", str(TURN), "--trace", **variables)
     failed = re.findall(r"^seed (\d+): ", printed, re.MULTILINE)
     if status not in (0, 1):  # the process died: in the call named last
@@ -52,7 +52,7 @@ def fuzz(backend: str, **variables: str) -> list[str]:
     report = [line for line in lines if not line.endswith(" ...")] if failed or status else lines[-1:]
     print(*(f"{name}={value}" for name, value in variables.items()), *report, sep="\n" if failed or status else " ", flush=True)
     with FOUND.open("a", encoding="utf-8") as kept:
-        kept.writelines(f"{backend} {dtype} {one}\n" for one in failed)
+        kept.writelines(f"{'' if module == 'fuzz' else f'{module}:'}{backend} {dtype} {one}\n" for one in failed)
     assigned = "".join(f"{name}={value} " for name, value in variables.items())
     reproducing = [f"{assigned}python {' '.join(command)} --seed {one} --count 1" for one in failed]
     return reproducing or ([f"{assigned}python {' '.join(command)} --seed {seed}"] if status else [])
@@ -79,6 +79,7 @@ def turns() -> Iterator[list[str]]:
     while True:
         for backend, variables in targets:
             yield fuzz(backend, **variables)
+            yield fuzz(backend, "hidden", **variables)
         yield hypothesis(skipped)
 
 

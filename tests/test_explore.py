@@ -70,16 +70,17 @@ def test_kept_examples_stand_above_their_test(tmp_path, monkeypatch) -> None:
         (-11, "seed 7 ...\nseed 8 ...\n", [8]),
     ],
 )
-def test_what_fuzz_finds_is_kept(status, printed, failed, tmp_path, monkeypatch) -> None:
-    for module in (explore, fuzz):
-        monkeypatch.setattr(module, "FOUND", tmp_path / "found.txt")
+@pytest.mark.parametrize(("module", "name"), [("fuzz", "cpu"), ("hidden", "hidden:cpu")])
+def test_what_fuzz_finds_is_kept(module, name, status, printed, failed, tmp_path, monkeypatch) -> None:
+    for kept in (explore, fuzz):
+        monkeypatch.setattr(kept, "FOUND", tmp_path / "found.txt")
     monkeypatch.setattr(explore, "run", lambda *_, **__: (status, printed))
     fuzz.FOUND.write_text("# these\nblocked float16 3\n")
-    lines = explore.fuzz("cpu", RELATTN_CPU_VARIANT="avx2")
-    assert [seed for seed, _ in fuzz.failed_once("cpu")] == failed
+    lines = explore.fuzz("cpu", module, RELATTN_CPU_VARIANT="avx2")
+    assert [seed for seed, _ in fuzz.failed_once(name)] == failed
     assert fuzz.failed_once("blocked") == [(3, torch.float16)]
     assert len(lines) == len(failed)
-    assert all(line.startswith("RELATTN_CPU_VARIANT=avx2 python -m tests.fuzz --backend cpu --dtype ") for line in lines)
+    assert all(line.startswith(f"RELATTN_CPU_VARIANT=avx2 python -m tests.{module} --backend cpu --dtype ") for line in lines)
     assert all(line.endswith(f" --seed {seed} --count 1") for line, seed in zip(lines, failed, strict=True))
 
 

@@ -5,6 +5,10 @@ keeps only the output and its log-sum-exp, the backward pass computes the strip 
 
 Inside a group the heads come before the batch where tables differ by head, so that theirs is one batched product over heads; else the
 inputs' own order stays and contiguous ones are not copied. Shapes below say (P, Q, ...) for (H, B, ...) or (B, H, ...).
+
+What a query may not see makes no difference, whatever it holds, nor does a query whose output nobody asked for. But 0 * NaN is NaN, so a
+careful pass keeps the one from the other (`only_seen`). On a CPU it follows only where the plain pass's results are not finite: what is
+hidden cannot change them in another way. Elsewhere looking at a result would synchronise, and all passes are careful.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,8 +34,11 @@ from relattn.arguments import (
 from relattn.backends.strip import (
     Strip,
     clear_gaps,
+    finite,
     fold_edges,
+    masked,
     merge,
+    only_seen,
     skewed,
     skewed_keys,
     table_columns,
@@ -61,10 +68,25 @@ def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor,
     lse = tensors.query.new_empty((batch, heads, length), dtype=lse_dtype(tensors.query.dtype))
     if tensors.key.numel() == 0:
         return output.zero_(), lse.fill_(-torch.inf)
-    for group in _groups(tensors, settings, seed):
-        for strip in group.strips():
-            group.forward(strip, group.of_strip(output, strip), group.of_strip(lse, strip))
+
+    def attend(careful: bool) -> list[Tensor]:
+        for group in _groups(tensors, settings, seed, careful):
+            for strip in group.strips():
+                group.forward(strip, group.of_strip(output, strip), group.of_strip(lse, strip))
+        return [output]
+
+    _carefully(attend, output.device)
     return output, lse
+
+
+def _carefully(compute: Callable[[bool], list[Tensor]], device: torch.device) -> list[Tensor]:
+    """What `compute(careful)` gives, careful where need be."""
+    if device.type == "cpu":
+        results = compute(False)
+        sums = (result.sum(dtype=lse_dtype(result.dtype)).item() for result in results)
+        if all(map(math.isfinite, sums)):
+            return results
+    return compute(True)
 
 
 def backward(
@@ -78,6 +100,17 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of the differentiable tensors for which `needs` is True, in the order of `DIFFERENTIABLE`. One deterministic pass."""
+
+    def compute(careful: bool) -> list[Tensor]:
+        return _gradients(grad_output, grad_lse, tensors, settings, output, lse, seed, needs, careful)
+
+    return _carefully(compute, output.device)
+
+
+def _gradients(
+    grad_output: Tensor, grad_lse: Tensor | None, tensors: Tensors, settings: Settings, output: Tensor, lse: Tensor, seed: Tensor,
+    needs: list[bool], careful: bool,
+) -> list[Tensor]:  # fmt: skip
     accumulate = lse_dtype(tensors.query.dtype)
     differentiable = zip(DIFFERENTIABLE, tensors, needs, strict=False)
     needed = {name: tensor for name, tensor, need in differentiable if need and tensor is not None}
@@ -92,7 +125,7 @@ def backward(
     if tensors.query.numel() == 0 or tensors.key.numel() == 0:  # nothing attends to anything: no groups
         for result in results.values():
             result.zero_()
-    for group in _groups(tensors, settings, seed):
+    for group in _groups(tensors, settings, seed, careful):
         group.backward(grad_output, grad_lse, output, lse, results | sums)
     for name, total in sums.items():
         same = total.dtype == needed[name].dtype and name not in ("key", "value")
@@ -100,7 +133,7 @@ def backward(
     return [results[name] for name in needed]
 
 
-def _groups(tensors: Tensors, settings: Settings, seed: Tensor) -> Iterator[_Group]:
+def _groups(tensors: Tensors, settings: Settings, seed: Tensor, careful: bool) -> Iterator[_Group]:
     """Cut the heads and the batch into groups whose strips fit the budget."""
     batch, heads, length, _ = tensors.query.shape
     keys = tensors.key.shape[2]
@@ -124,7 +157,7 @@ def _groups(tensors: Tensors, settings: Settings, seed: Tensor) -> Iterator[_Gro
         for start in range(first_batch, first_batch + count, batch_step):
             batch_range = slice(start, min(first_batch + count, start + batch_step))
             for head in range(0, heads, head_step):
-                yield _Group(tensors, settings, seed, slice(head, min(heads, head + head_step)), batch_range)
+                yield _Group(tensors, settings, seed, careful, slice(head, min(heads, head + head_step)), batch_range)
 
 
 class _Group:
@@ -133,8 +166,9 @@ class _Group:
     G = P x Q = number of heads x batch elements. T = 1 where the heads share a table, else the number of heads.
     """
 
-    def __init__(self, tensors: Tensors, settings: Settings, seed: Tensor, heads: slice, batch: slice) -> None:
+    def __init__(self, tensors: Tensors, settings: Settings, seed: Tensor, careful: bool, heads: slice, batch: slice) -> None:
         self.tensors, self.settings, self.seed, self.heads, self.batch = tensors, settings, seed, heads, batch
+        self.careful = careful
         self.dtype, self.device = lse_dtype(tensors.query.dtype), tensors.query.device
         self.rel_k, self.rel_q, self.rel_v = (self._table(table, 3) for table in (tensors.rel_k, tensors.rel_q, tensors.rel_v))
         self.rel_bias = self._table(tensors.rel_bias, 2)
@@ -246,7 +280,10 @@ class _Group:
             return
         if strip.rows * strip.keys <= _TORCH_KERNEL and self._fits_torch_attention():
             self._forward_small(strip, output, lse)
-            return
+        else:
+            self._forward_plain(strip, output, lse)
+
+    def _forward_plain(self, strip: Strip, output: Tensor, lse: Tensor) -> None:
         scores, buffer = self.scores(strip, *self.scaled_query(strip, _LOG2_E))
         highest = scores.amax(-1, keepdim=True)
         if self.may_hide_all:
@@ -258,10 +295,18 @@ class _Group:
         if self.settings.dropout_p > 0.0:
             scores.mul_(self.keep(strip))
             total.mul_(self.kept_share)
-        result = torch.bmm(scores, self.value[:, strip.first : strip.last])
+        result = torch.bmm(*self._only_seen(scores, self.value[:, strip.first : strip.last]))
         if self.rel_v is not None:
-            result += times_table(self._table_sums(strip, scores, buffer), self.rel_v[:, strip.row : strip.last_row]).view(result.shape)
+            by_row = self._only_seen(self._table_sums(strip, scores, buffer), self.rel_v[:, strip.row : strip.last_row])
+            result += times_table(*by_row).view(result.shape)
         torch.div(result.view(output.shape), total.view(*output.shape[:-1], 1), out=output)
+
+    def _only_seen(self, weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return only_seen(weights, rows) if self.careful else (weights, rows)
+
+    def _finite(self, rows: Tensor) -> Tensor:
+        """Rows for a product with gradients of scores, which are 0 or not finite themselves where the rows are not."""
+        return finite(rows) if self.careful else rows
 
     def _fits_torch_attention(self) -> bool:
         query, key, value = self.tensors[:3]
@@ -277,6 +322,10 @@ class _Group:
         (For long strips reading such a mask costs more than the products of `scores` do.)
         """
         query = self._order(self.of_strip(self.tensors.query, strip))  # (B, H, rows, D)
+        all_keys, all_values, unusable = *self.tensors[1:3], None
+        if self.careful and self.may_hide_all:  # the kernel adds -inf, which does not hide these
+            unusable = ~((all_keys.abs().amax(-1) < torch.finfo(self.dtype).max ** 0.5) & all_values.isfinite().all(-1))
+            all_keys, all_values = (masked(tensor, unusable[..., None]) for tensor in (all_keys, all_values))
         bias = None
         if self.rel_k is not None or self.rel_bias is not None:
             position = self.scaled_query(strip, 1.0)[1]
@@ -293,7 +342,7 @@ class _Group:
         while first < stop:  # one call, or one for each key head that query heads share
             last = stop if self.ratio == 1 else min(stop, (first // self.ratio + 1) * self.ratio)
             index = (self.batch, slice(first // self.ratio, (last - 1) // self.ratio + 1), slice(strip.first, strip.last))
-            key, value = (tensor[index].expand(-1, last - first, -1, -1) for tensor in (self.tensors.key, self.tensors.value))
+            key, value = (tensor[index].expand(-1, last - first, -1, -1) for tensor in (all_keys, all_values))
             part = slice(first - self.heads.start, last - self.heads.start)
             mask = None if bias is None else bias[:, part]
             result, result_lse = _torch_attention(query[:, part], key, value, 0.0, False, attn_mask=mask, scale=self.settings.scale)
@@ -302,6 +351,15 @@ class _Group:
             first = last
         if self.may_hide_all and bias is not None:
             lse.masked_fill_(self._order(bias.amax(-1)) == -torch.inf, -torch.inf)
+        if unusable is None:
+            return
+        # Queries that see such a key get what it makes of them elsewhere.
+        by_head = self._for_query_heads(unusable[self.batch, ..., None])[:, :, strip.first : strip.last, 0]
+        sees = ((bias != -torch.inf) & by_head[:, :, None]).any(-1) | ~output.isfinite().all(-1)
+        plain_output, plain_lse = torch.empty_like(output), torch.empty_like(lse_out)
+        self._forward_plain(strip, self._order(plain_output), self._order(plain_lse))
+        output.copy_(torch.where(sees[..., None], plain_output, output))
+        lse_out.copy_(torch.where(sees, plain_lse, lse_out))
 
     def backward(
         self, grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor, grads: dict[str, Tensor]
@@ -348,9 +406,14 @@ class _Group:
         if self.may_hide_all:  # rows that see nothing have weight 0 everywhere, whatever the slope of their lse
             nothing = lse == -torch.inf
             lse = lse.masked_fill(nothing, torch.inf)
+            upstream = masked(upstream, nothing) if self.careful else upstream
             lse_slope = None if lse_slope is None else lse_slope.masked_fill(nothing, 0.0)
         content, position = self.scaled_query(strip, _LOG2_E)
         weights, buffer = self.scores(strip, content, position)
+        hidden = None
+        if self.careful:  # and all that queries see whose output nobody asked for
+            idle = (upstream == 0.0).all(-1, keepdim=True)
+            hidden = (weights == -torch.inf) | (idle if lse_slope is None else idle & (lse_slope == 0.0))
         if self.lse_is_exact:
             weights.sub_(lse * _LOG2_E).exp2_()
         else:
@@ -358,14 +421,17 @@ class _Group:
             weights.sub_(highest.masked_fill_(highest == -torch.inf, 0.0)).exp2_()
             total = weights.sum(-1, keepdim=True)
             weights.div_(total.masked_fill_(total == 0.0, 1.0))
+        if hidden is not None:
+            hidden = weights.masked_fill_(hidden, 0.0) == 0.0
         dropped = weights
         if settings.dropout_p > 0.0:
             keep = self.keep(strip).to(self.dtype).div_(self.kept_share)
             dropped = weights * keep
+        by_key, rows = self._only_seen(dropped.transpose(1, 2), upstream)
         if "value" in grads:
-            grad_value[:, keys].baddbmm_(dropped.transpose(1, 2), upstream, beta=0 if strip.start == 0 else 1)
+            grad_value[:, keys].baddbmm_(by_key, rows, beta=0 if strip.start == 0 else 1)
         if "rel_v" in grads:
-            self._add_table_gradient(grads["rel_v"], self._table_sums(strip, dropped), upstream, strip)
+            self._add_table_gradient(grads["rel_v"], self._table_sums(strip, dropped), rows, strip)
 
         value = self.value[:, keys].transpose(1, 2)
         if self.rel_v is None:
@@ -374,16 +440,21 @@ class _Group:
             grad_weights = skewed(self._by_distance(strip, upstream, self.rel_v), strip).baddbmm_(upstream, value)
         if settings.dropout_p > 0.0:
             grad_weights.mul_(keep)
+        if hidden is not None:
+            grad_weights.masked_fill_(hidden, 0.0)
         if row_sum is None:
             row_sum = (weights * grad_weights).sum(-1, keepdim=True)
         if lse_slope is not None:
             row_sum = row_sum - lse_slope
         grad_scores = weights.mul_(grad_weights.sub_(row_sum))
+        if hidden is not None:
+            grad_scores.masked_fill_(hidden, 0.0)
+            content, position = self._finite(content), self._finite(position)
 
         if "attn_mask" in grads:
             target = self.mask_strip(grads["attn_mask"], strip)
             target += grad_scores.view(*self.shape, strip.rows, strip.keys).sum_to_size(target.shape)
-        grad_content = torch.bmm(grad_scores, self.key[:, keys])
+        grad_content = torch.bmm(grad_scores, self._finite(self.key[:, keys]))
         if "key" in grads:
             grad_key[:, keys].baddbmm_(grad_scores.transpose(1, 2), content, beta=0 if strip.start == 0 else 1, alpha=1 / _LOG2_E)
         if self.rel_q is not None:
@@ -401,7 +472,7 @@ class _Group:
             if self.rel_k is not None:
                 if "rel_k" in grads:
                     self._add_table_gradient(grads["rel_k"], band, position, strip, 1 / _LOG2_E)
-                grad_position = times_table(band, self.rel_k[:, strip.row : strip.last_row]).view(content.shape)
+                grad_position = times_table(band, self._finite(self.rel_k[:, strip.row : strip.last_row])).view(content.shape)
                 grad_content += grad_position
                 if "pos_bias_v" in grads:
                     grads["pos_bias_v"][self.heads].add_(self._sum_rows(grad_position), alpha=settings.scale)
@@ -478,7 +549,7 @@ class _Group:
         return fold_edges(buffer, strip)
 
     def _rel_q_gradients(self, strip: Strip, grad_scores: Tensor, grad_key: Tensor, grads: dict[str, Tensor]) -> None:
-        table = self._descending(strip)
+        table = self._finite(self._descending(strip))
         grad_table = torch.zeros_like(table)
         grad_scores = grad_scores.view(*self.shape, strip.rows, -1)
         for chunk, window, keys in self._key_chunks(strip):
@@ -487,7 +558,7 @@ class _Group:
             if "key" in grads:
                 target = grad_key[:, strip.first + chunk.start : strip.first + chunk.stop]
                 target += times_table(product, table[:, window]).view(target.shape)
-            grad_table[:, window].baddbmm_(merge(product, table).transpose(1, 2), merge(keys, table))
+            grad_table[:, window].baddbmm_(merge(product, table).transpose(1, 2), merge(self._finite(keys), table))
         if "rel_q" in grads:
             # The table's rows beyond the edges are copies of the edge rows.
             folded = fold_edges(grad_table.flip(1).transpose(1, 2), strip).transpose(1, 2)

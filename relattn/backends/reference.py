@@ -11,16 +11,20 @@ For batch b, query head h, query i and key j::
     o_i    = sum_j w_ij (v_j + rel_v[h,r])
     lse_i  = logsumexp_j s_ij
 
-A query that may see no key gets o = 0, lse = -inf and no gradient.
+A query that may see no key gets o = 0, lse = -inf and no gradient. What a query may not see changes neither its output nor a gradient,
+whatever it holds (`relattn.backends.products`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from relattn.arguments import Settings, Tensors, hidden_from, lse_dtype, with_layout
+from relattn.backends import products
 from relattn.philox import dropout_keep
 
 
@@ -81,12 +85,17 @@ def attention(
     def plus(bias: Tensor | None) -> Tensor:  # scaled before the products, which could overflow float16
         return settings.scale * (query if bias is None else query + bias.to(dtype)[:, None, :])
 
-    scores = plus(tensors.pos_bias_u) @ key.transpose(-2, -1)
+    def by_table(product: Callable[[Tensor, Tensor], Tensor], rows: Tensor, table: Tensor) -> Tensor:
+        """rows (B, H, L, n) with a table of each head."""
+        folded = rows.transpose(0, 1).flatten(1, 2)
+        return product(folded, per_head(table, 3)).unflatten(1, (batch, rows.shape[2])).transpose(0, 1)
+
+    scores = products.scores(plus(tensors.pos_bias_u), key)
     if tensors.rel_k is not None:
-        by_row = torch.einsum("bhid,hrd->bhir", plus(tensors.pos_bias_v), per_head(tensors.rel_k, 3))
+        by_row = by_table(products.scores, plus(tensors.pos_bias_v), tensors.rel_k)
         scores = scores + by_row.gather(-1, row)
     if tensors.rel_q is not None:
-        by_row = torch.einsum("bhjd,hrd->bhjr", settings.scale * key, per_head(tensors.rel_q, 3))
+        by_row = by_table(products.scores, settings.scale * key, tensors.rel_q)
         scores = scores + by_row.gather(-1, row.transpose(-2, -1)).transpose(-2, -1)
     scores = scores.to(lse_dtype(dtype))
     if tensors.rel_bias is not None:
@@ -99,24 +108,20 @@ def attention(
         scores = scores + mask.to(scores.dtype).masked_fill(mask <= hidden_from(mask.dtype), 0.0)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
-    sees_any = (scores != -torch.inf).any(-1, keepdim=True)  # NaN is seen
-    # Rows that see nothing are computed as if they saw everything with score 0, then overwritten: no NaN, no gradient.
-    scores = torch.where(sees_any, scores, 0.0)
-    weights = torch.where(sees_any, scores.softmax(-1), 0.0)
-    lse = torch.where(sees_any.squeeze(-1), scores.logsumexp(-1), -torch.inf)
+    weights, lse = products.softmax(scores)
 
     if settings.dropout_p > 0.0:
         assert seed is not None
         keep = dropout_keep(
             seed, settings.dropout_p, *_indices(batch, heads, query_length, query.device), 0, key_length
         )
-        weights = weights * keep / ((1.0 - settings.dropout_p) or 1.0)  # nothing is kept where this is 0
+        weights = torch.where(keep, weights, 0.0) / ((1.0 - settings.dropout_p) or 1.0)  # nothing is kept where this is 0
     weights = weights.to(dtype)
-    output = weights @ value
+    output = products.weighted(weights, value)
     if tensors.rel_v is not None:
         rows = settings.left + settings.right + 1
         by_row = weights.new_zeros((batch, heads, query_length, rows)).scatter_add(-1, row, weights)
-        output = output + torch.einsum("bhir,hrd->bhid", by_row, per_head(tensors.rel_v, 3))
+        output = output + by_table(products.weighted, by_row, tensors.rel_v)
     return with_layout(tensors.query, output), lse, weights
 
 

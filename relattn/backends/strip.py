@@ -102,3 +102,28 @@ def times_table(rows: Tensor, table: Tensor, out: Tensor | None = None) -> Tenso
     else:
         result = torch.bmm(merged, table, out=target)
     return result.view(*rows.shape[:3], -1) if out is None else out
+
+
+def only_seen(weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of weights @ rows in which a weight of 0 takes nothing of a row that is not finite, and any other makes it NaN.
+
+    rows (T, n, m) and weights (T, rows, n) or (P, Q, rows, n), which are changed in place.
+    """
+    spoilt = ~rows.isfinite().all(-1)
+    weights.masked_fill_((weights != 0.0) & (spoilt[:, None] if weights.dim() == 3 else spoilt[:, None, None]), torch.nan)
+    return weights, masked(rows, spoilt[..., None])
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """With 0 in place of what is not finite."""
+    return masked(tensor, ~tensor.isfinite())
+
+
+def masked(tensor: Tensor, hidden: Tensor) -> Tensor:
+    """With 0 where hidden, and strides and alignment as they were: the last bits of a product depend on these."""
+    single = tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())
+    once = tensor[single]  # what is repeated without memory of its own
+    span = 1 + sum((size - 1) * stride for size, stride in zip(once.shape, once.stride(), strict=True))
+    start = tensor.data_ptr() // tensor.element_size() % 16
+    copy = once.new_empty(span + start).as_strided(once.shape, once.stride(), start)
+    return copy.copy_(once).masked_fill_(hidden.expand(tensor.shape)[single], 0.0).expand(tensor.shape)

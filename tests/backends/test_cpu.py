@@ -22,6 +22,7 @@ from relattn import relative_attention
 from relattn.backends import cpu
 from tests.edges import edges
 from tests.fuzz import call_of, check, decoding_call, failed_once, native_variants, random_call, run
+from tests.hidden import check_hidden, hidden_call
 
 native = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no native library: {cpu.unavailable()}")
 
@@ -80,6 +81,13 @@ def test_calls_that_failed_once(variant: str) -> None:
 def test_random_calls_of_every_variant(variant: str, dtype: torch.dtype, count: int) -> None:
     for seed in range(count):
         check(random_call(7000 + 100 * VARIANTS.index(variant) + seed), "cpu", dtype)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_hidden_places_hold_anything(variant: str, dtype: torch.dtype) -> None:
+    for seed in range(30):
+        check_hidden(hidden_call(9000 + 100 * VARIANTS.index(variant) + seed, "cpu"), "cpu", dtype)
 
 
 @native
