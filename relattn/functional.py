@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from relattn import backends
+from relattn import backends, plans
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enabled, shape_text
 from relattn.backends import reference
 from relattn.operators import RelativeAttentionFunction, no_autocast
@@ -115,17 +115,32 @@ def relative_attention(
             backend=backend,
         )  # fmt: skip
         return (output, lse) if return_lse else output
-    call = validated(
+    signature = None
+    if not torch.compiler.is_compiling():
+        offset, offsets = (None, query_offset) if isinstance(query_offset, Tensor) else (query_offset, None)
+        given = (
+            query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, attn_mask, key_mask, key_lengths, offsets
+        )  # fmt: skip
+        numbers = (is_causal, offset, dropout_p, scale, enable_gqa, backend)
+        signature = plans.signature_of(given, (max_relative_position, window), numbers)
+        plan = None if signature is None else plans.find(signature)
+        if plan is not None:
+            output, lse = plan.attend([tensor for tensor in given if tensor is not None])
+            return (output, lse) if return_lse else output
+    tensors, settings = validated(
         query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, max_relative_position, attn_mask, key_mask,
         key_lengths, is_causal, window, query_offset, dropout_p, scale, enable_gqa,
     )  # fmt: skip
-    chosen = backends.select(*call, backend)
-    tensors, settings = call
+    chosen = backends.select(tensors, settings, backend)
     if chosen == "reference":
         output, lse, _ = _by_reference(tensors, settings)
+        return (output, lse) if return_lse else output
+    name = backends.automatic(chosen) if backend is None else chosen
+    if signature is not None and all(map(operator.is_, tensors, given)):
+        output, lse = plans.keep(signature, name, tensors, settings).attend([tensor for tensor in given if tensor is not None])
     else:
         attend = torch.ops.relattn.forward if torch.compiler.is_compiling() else RelativeAttentionFunction.apply
-        output, lse, _ = attend(backends.automatic(chosen) if backend is None else chosen, *tensors, *settings)
+        output, lse, _ = attend(name, *tensors, *settings)
     return (output, lse) if return_lse else output
 
 

@@ -60,7 +60,7 @@ def no_autocast(device_type: str):
     return contextlib.nullcontext()
 
 
-def _forward(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
+def run_forward(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
     tensors, settings = _split(call)
     device = tensors.query.device
     with no_autocast(device.type):
@@ -78,7 +78,7 @@ def _backward(backend: str, *call) -> list[Tensor]:
         return backends.implementation(backend).backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)
 
 
-library.impl("forward", _forward, "CompositeExplicitAutograd")
+library.impl("forward", run_forward, "CompositeExplicitAutograd")
 library.impl("backward", _backward, "CompositeExplicitAutograd")
 
 
@@ -104,7 +104,7 @@ _FORWARD_MODE = (
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _is_plain(tensors) -> bool:
+def is_plain(tensors) -> bool:
     """Whether the operator's code can be called at once: nobody listens (mode, transform, tracing, subclass), and tensors are what
     their memory holds (the dispatcher resolves negated views and zeros without memory).
 
@@ -128,8 +128,8 @@ class RelativeAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*call):
-        if _is_plain(call[1 : 1 + _TENSORS]):
-            return _forward(*call)
+        if is_plain(call[1 : 1 + _TENSORS]):
+            return run_forward(*call)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.relattn.forward.default(*call)
 
@@ -149,22 +149,27 @@ class RelativeAttentionFunction(torch.autograd.Function):
     def backward(ctx, grad_output, grad_lse, _):
         needs = list(ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)])
         nothing = (None,) * (1 + _TENSORS + len(ctx.settings))
-        for gradient in (grad_output, grad_lse):
-            if gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient):
-                raise RuntimeError(
-                    'relattn: batched gradients (is_grads_batched, vectorize) need torch.func.jacrev or vmap, or backend="reference"'
-                )
+        check_gradients(grad_output, grad_lse)
         if not any(needs) or (grad_output is None and grad_lse is None):
             return nothing
         saved = ctx.saved_tensors
         call = (ctx.backend, *saved[:_TENSORS], *ctx.settings, grad_output, grad_lse, *saved[_TENSORS:], needs)
-        if torch.is_grad_enabled():  # only with create_graph
-            gradients = _FirstDerivative.apply(*call)
-        else:
-            gradients = _FirstDerivative.forward(*call)
-        remaining = iter(gradients)
+        remaining = iter(first_derivative(*call))
         found = tuple(next(remaining) if needed else None for needed in needs)
         return None, *found, *nothing[1 + len(found) :]
+
+
+def check_gradients(*gradients: Tensor | None) -> None:
+    for gradient in gradients:
+        if gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient):
+            raise RuntimeError(
+                'relattn: batched gradients (is_grads_batched, vectorize) need torch.func.jacrev or vmap, or backend="reference"'
+            )
+
+
+def first_derivative(*call) -> tuple[Tensor, ...]:
+    """`relattn::backward`, which is not to be differentiated where that is asked for (create_graph)."""
+    return _FirstDerivative.apply(*call) if torch.is_grad_enabled() else _FirstDerivative.forward(*call)
 
 
 class _WithoutTransforms(torch.autograd.Function):
@@ -187,7 +192,7 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(*call):
-        if _is_plain(call[1 : 1 + _TENSORS]) and _is_plain(call[-6:-1]):
+        if is_plain(call[1 : 1 + _TENSORS]) and is_plain(call[-6:-1]):
             return tuple(_backward(*call))
         with torch._C._AutoDispatchBelowAutograd():
             return tuple(torch.ops.relattn.backward.default(*call))

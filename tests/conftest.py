@@ -9,6 +9,8 @@ from collections.abc import Generator
 import pytest
 import torch
 
+from relattn import plans
+
 try:
     from tests import draws
 except ModuleNotFoundError:  # without hypothesis, as on GPU machines with torch and pytest alone: they run what needs no more
@@ -19,6 +21,7 @@ except ModuleNotFoundError:  # without hypothesis, as on GPU machines with torch
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A hook, not a fixture: fixtures of a module or a session come before those of a test, and draw numbers too."""
     torch.manual_seed(0)
+    plans.forget()  # a test may have changed what they hold
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)

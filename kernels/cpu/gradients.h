@@ -47,6 +47,7 @@ struct Shared {
   const Keys* keys;
   Tables tables;
   Sums* sums;
+  bool needed[3];  // which tables' gradients are
 };
 
 // Where a visit adds to the gradients of the queries and of the two biases.
@@ -62,6 +63,7 @@ static void find_query_sums(const Problem& p, const Sums& own, const Visit& visi
 
 // The float32 kernel: backward.h.
 struct FloatKernel {
+  static constexpr bool kSumsTables = true;  // in Sums::tables
   const Problem& p;
   const Shared& shared;
   bool key_in_place, value_in_place;  // gradients are summed in their tensors
@@ -178,11 +180,26 @@ struct FloatKernel {
     if (visit.last) finish_block(p, head, block, out);
   }
 
-  void collect(int64_t) const {}  // they are in that form
+  // One row of a table's gradient: the sum over members, in their order, left at the first one's place.
+  float* table_row(TableName name, const Range& members, int64_t local, int64_t row, int64_t) const {
+    const int64_t padded = shared.tables[name].padded;
+    float* total = shared.sums[members.first].tables[name].of(local) + row * padded;
+    for (int64_t member = members.first + 1; member < members.last; ++member)
+      add_scaled(total, shared.sums[member].tables[name].of(local) + row * padded, 1.0f, padded);
+    return total;
+  }
+
+  // Of tables that differ by head.
+  void clear_tables(const Range& members) const {
+    for (int64_t member = members.first; member < members.last; ++member)
+      for (TableName name : kTables)
+        if (shared.tables[name].per_head && shared.needed[name])
+          fill(shared.sums[member].tables[name].data, 0.0f, p.ratio * p.call.rows * shared.tables[name].padded);
+  }
 };
 
 // The schedule, of any kernel: `begin` packs some of a unit's keys, `queries` makes a visit, `end` writes gradients of
-// keys and values, `collect` brings a member's sums into the form of Sums.
+// keys and values, `table_row` gives a row of a table's gradient.
 template <class Kernel>
 struct Backward {
   const Problem& p;
@@ -236,23 +253,19 @@ struct Backward {
 
   // Add members' sums of tables that differ by head for the heads of one key head, write them, and clear the sums for
   // the next.
-  void flush(int64_t key_head, int64_t first_member, int64_t members) const {
-    const int64_t rows = p.call.rows;
-    const Sums* of = shared.sums + first_member;
-    for (int64_t member = 0; member < members; ++member) kernel.collect(first_member + member);
+  void flush(int64_t key_head, int64_t first_member, int64_t members, int64_t thread) const {
     for (TableName name : kTables) {
-      if (!shared.tables[name].per_head || !of->tables[name].data) continue;
+      if (!shared.tables[name].per_head || !shared.needed[name]) continue;
       const int64_t padded = shared.tables[name].padded;
+      float* mixed = name == kRelK ? shared.sums[first_member].rel_k_shared : nullptr;
       for (int64_t local = 0; local < p.ratio; ++local)
-        for (int64_t row = 0; row < rows; ++row) {
-          auto place = [&](const Sums& sums) { return sums.tables[name].of(local) + row * padded; };
-          float* total = add_members(of, members, place, padded);
+        for (int64_t row = 0; row < p.call.rows; ++row) {
+          const float* total = kernel.table_row(name, {first_member, first_member + members}, local, row, thread);
           write_table_row(name, true, key_head * p.ratio + local, row, total);
-          if (name == kRelK && of->rel_k_shared) add_scaled(of->rel_k_shared + row * padded, total, 1.0f, padded);
+          if (mixed) add_scaled(mixed + row * padded, total, 1.0f, padded);
         }
-      for (int64_t member = 0; member < members; ++member)
-        fill(of[member].tables[name].data, 0.0f, p.ratio * rows * padded);
     }
+    if (p.per_head) kernel.clear_tables({first_member, first_member + members});
   }
 
   // The sum over members, in their order, left at the first one's place.
@@ -280,18 +293,17 @@ struct Backward {
   void finish(int64_t members) const {
     const Call& call = p.call;
     const Sums* all = shared.sums;
-    if (!p.per_head) parallel(team, members, [&](int64_t member, int64_t) { kernel.collect(member); });
     constexpr int64_t kRowsOfTask = 64;
-    parallel(team, (call.rows + kRowsOfTask - 1) / kRowsOfTask, [&](int64_t task, int64_t) {
+    parallel(team, (call.rows + kRowsOfTask - 1) / kRowsOfTask, [&](int64_t task, int64_t thread) {
       for (TableName name : kTables) {
         const bool mixed = name == kRelK && all->rel_k_shared;
-        if (!all->tables[name].data || (shared.tables[name].per_head && !mixed)) continue;
+        if (!shared.needed[name] || (shared.tables[name].per_head && !mixed)) continue;
         const int64_t padded = shared.tables[name].padded;
         for (int64_t row = task * kRowsOfTask; row < least((task + 1) * kRowsOfTask, call.rows); ++row) {
-          auto place = [&](const Sums& sums) {
-            return (mixed ? sums.rel_k_shared : sums.tables[name].data) + row * padded;
-          };
-          write_table_row(name, false, 0, row, add_members(all, members, place, padded));
+          auto place = [&](const Sums& sums) { return sums.rel_k_shared + row * padded; };
+          write_table_row(name, false, 0, row,
+                          mixed ? add_members(all, members, place, padded)
+                                : kernel.table_row(name, {0, members}, 0, row, thread));
         }
       }
     });
@@ -325,16 +337,18 @@ static int backward_with(const Problem& p, Kernel& kernel, Shared& shared, Memor
 
   kernel.take_memory(memory, unit_count, sum_count, teams > 0);
   shared.sums = memory.array<Sums>(sum_count);
-  const bool needed[] = {call.grad_rel_k.data || call.grad_rel_bias.data, call.grad_rel_q.data != nullptr,
-                         call.grad_rel_v.data != nullptr};
-  const bool mixed = needed[kRelK] && call.rel_k.data && call.rel_bias.data &&
+  shared.needed[kRelK] = call.grad_rel_k.data || call.grad_rel_bias.data;
+  shared.needed[kRelQ] = call.grad_rel_q.data != nullptr;
+  shared.needed[kRelV] = call.grad_rel_v.data != nullptr;
+  const bool mixed = shared.needed[kRelK] && call.rel_k.data && call.rel_bias.data &&
                      differs_by_head(call.rel_k) != differs_by_head(call.rel_bias);
   for (int64_t member = 0; memory.enough && member < sum_count; ++member) {
     Sums& sums = shared.sums[member];
     for (TableName name : kTables) {
       const int64_t floats = call.rows * shared.tables[name].padded;
       const bool differs = shared.tables[name].per_head;
-      sums.tables[name] = {memory.zeros(needed[name], (differs ? p.ratio : 1) * floats), differs ? floats : 0};
+      const bool here = shared.needed[name] && Kernel::kSumsTables;
+      sums.tables[name] = {memory.zeros(here, (differs ? p.ratio : 1) * floats), differs ? floats : 0};
     }
     sums.rel_k_shared = memory.zeros(mixed, call.rows * p.padded_depth);
     sums.pos_bias_u = memory.zeros(call.grad_pos_bias_u.data, call.heads * p.size);
@@ -348,7 +362,7 @@ static int backward_with(const Problem& p, Kernel& kernel, Shared& shared, Memor
     for (int64_t unit = taker; unit < alone; unit += takers) {
       if (per_head) {
         for (int64_t b = 0; b < call.batch; ++b) run.alone({b, unit, taker, taker, thread});
-        run.flush(unit, taker, 1);
+        run.flush(unit, taker, 1, thread);
       } else {
         run.alone({unit / call.key_heads, unit % call.key_heads, taker, taker, thread});
       }
@@ -357,7 +371,7 @@ static int backward_with(const Problem& p, Kernel& kernel, Shared& shared, Memor
   if (teams > 0) {
     run.together(alone, teams, members);
     if (per_head)
-      for (int64_t unit = 0; unit < teams; ++unit) run.flush(alone + unit, unit * members, members);
+      for (int64_t unit = 0; unit < teams; ++unit) run.flush(alone + unit, unit * members, members, 0);
   }
   run.finish(sum_count);
   return 0;

@@ -1,5 +1,6 @@
 // The bfloat16 kernel, backward_amx.h, behind the schedule of gradients.h.
 struct AmxKernel {
+  static constexpr bool kSumsTables = false;  // in AmxSums
   const AmxProblem& p;
   const Shared& shared;
   AmxBackward amx;
@@ -100,28 +101,31 @@ struct AmxKernel {
     if (visit.last) finish_block(p, operands.head, block, out);
   }
 
-  // The sums of other kernels have a factor of scale * log2(e) in their tables: theirs is the scaled query.
-  void collect(int64_t member) const {
+  // As FloatKernel's, whose sums have a factor of scale * log2(e) in them: theirs is the scaled query.
+  float* table_row(TableName, const Range& members, int64_t local, int64_t row, int64_t thread) const {
     const float factor = (float)(p.absolute_scale() * kLog2E);
-    const int64_t rows = p.call.rows;
-    for (int64_t local = 0; local < heads; ++local) {
+    float* total = workspaces[thread].forward.base.scores;  // for a moment
+    fill(total, 0.0f, p.padded_depth);
+    for (int64_t member = members.first; member < members.last; ++member) {
       const AmxSums& from = sums[member * heads + local];
-      float* to = shared.sums[member].tables[kRelK].of(local);
-      if (!to) return;
       if (from.table) {
-        for (int64_t d = 0; d < p.size; ++d)
-          for (int64_t row = 0; row < rows; ++row)
-            to[row * p.padded_depth + d] += factor * from.table[d * amx.table_columns + row];
-        add_scaled(to, from.edges.left, factor, p.size);
-        add_scaled(to + (rows - 1) * p.padded_depth, from.edges.right, factor, p.size);
-        fill(from.table, 0.0f, p.deep_size * amx.table_columns);
-        fill(from.edges.left, 0.0f, p.size);
-        fill(from.edges.right, 0.0f, p.size);
+        for (int64_t d = 0; d < p.size; ++d) total[d] += factor * from.table[d * amx.table_columns + row];
+        if (row == 0) add_scaled(total, from.edges.left, factor, p.size);
+        if (row == p.call.rows - 1) add_scaled(total, from.edges.right, factor, p.size);
       }
-      if (from.bias) {
-        for (int64_t row = 0; row < rows; ++row) to[row * p.padded_depth + p.depth - 1] += from.bias[row];
-        fill(from.bias, 0.0f, rows);
+      if (from.bias) total[p.depth - 1] += from.bias[row];
+    }
+    return total;
+  }
+
+  void clear_tables(const Range& members) const {
+    for (int64_t index = members.first * heads; index < members.last * heads; ++index) {
+      if (sums[index].table) {
+        fill(sums[index].table, 0.0f, p.deep_size * amx.table_columns);
+        fill(sums[index].edges.left, 0.0f, p.size);
+        fill(sums[index].edges.right, 0.0f, p.size);
       }
+      if (sums[index].bias) fill(sums[index].bias, 0.0f, p.call.rows);
     }
   }
 };

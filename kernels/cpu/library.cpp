@@ -265,7 +265,21 @@ int64_t cache_bytes() {
   return (int64_t)1 << 20;
 }
 
-int dispatch(const Call& call, int (*entry)(const Call&, const Team&)) {
+// The call of these numbers: the seed, threads, and the tile's two bounds; then addresses. What is handed over holds each
+// tensor's place among them in place of an address: the same for all calls of one signature.
+Call filled_in(const Call& described, const int64_t* numbers) {
+  Call call = described;
+  call.seed = numbers[0];
+  call.threads = numbers[1];
+  call.block_queries = numbers[2];
+  call.block_keys = numbers[3];
+  for (Tensor* tensor = &call.query; tensor <= &call.grad_pos_bias_v; ++tensor)
+    if (tensor->data) tensor->data = (char*)numbers[(intptr_t)tensor->data];
+  return call;
+}
+
+int dispatch(const Call& described, const int64_t* numbers, int (*entry)(const Call&, const Team&)) {
+  const Call call = filled_in(described, numbers);
   Arena arena;
   const int64_t threads = getpid() == loaded_in ? call.threads : 1;
   const Team team{threads < 1 ? 1 : threads, cache_bytes(), run, allocate, &arena};
@@ -278,7 +292,7 @@ int dispatch(const Call& call, int (*entry)(const Call&, const Team&)) {
 }  // namespace relattn
 
 // Changes whenever Call does: the Python side refuses a library of another version.
-EXPORT int64_t relattn_abi_version() { return 1; }
+EXPORT int64_t relattn_abi_version() { return 2; }
 EXPORT int64_t relattn_call_size() { return (int64_t)sizeof(relattn::Call); }
 
 EXPORT const char* relattn_variant() { return relattn::current()->name; }
@@ -294,9 +308,9 @@ EXPORT int relattn_use_variant(const char* name) {
 }
 
 // 0: done; 1: out of memory.
-EXPORT int relattn_forward(const relattn::Call* call) {
-  return relattn::dispatch(*call, relattn::current()->variant->forward);
+EXPORT int relattn_forward(const relattn::Call* call, const int64_t* numbers) {
+  return relattn::dispatch(*call, numbers, relattn::current()->variant->forward);
 }
-EXPORT int relattn_backward(const relattn::Call* call) {
-  return relattn::dispatch(*call, relattn::current()->variant->backward);
+EXPORT int relattn_backward(const relattn::Call* call, const int64_t* numbers) {
+  return relattn::dispatch(*call, numbers, relattn::current()->variant->backward);
 }

@@ -29,20 +29,22 @@ class Backend(NamedTuple):
     `unavailable()` says why this machine cannot run it, `unsupported(tensors, settings)` why it cannot take a call;
     None = it can. `forward(tensors, settings, seed)` returns (output, lse); `backward(grad_output, grad_lse, tensors,
     settings, output, lse, seed, needs)` the gradients of the differentiable tensors for which `needs` is True, in their
-    order (see `relattn.operators`).
+    order (see `relattn.operators`). `plan(tensors, settings)`, where there is one, prepares both for calls of the same
+    signature (see `relattn.plans`).
     """
 
     unavailable: Callable[[], str | None] = _never
     unsupported: Callable[[Tensors, Settings], str | None] = _never
     forward: Callable[[Tensors, Settings, Tensor], tuple[Tensor, Tensor]] = _absent
     backward: Callable[..., list[Tensor]] = _absent
+    plan: Callable[[Tensors, Settings], Any] | None = None
 
 
 # Fastest first: the order in which a call is offered to them. The reference takes everything but is only used when
 # asked for by name, since blocked, before it, takes everything too.
 BACKENDS: dict[str, Backend] = {
     "triton": Backend(triton.unavailable, triton.unsupported, triton.forward, triton.backward),
-    "cpu": Backend(cpu.unavailable, cpu.unsupported, cpu.forward, cpu.backward),
+    "cpu": Backend(cpu.unavailable, cpu.unsupported, cpu.forward, cpu.backward, cpu.Plan),
     "blocked": Backend(forward=blocked.forward, backward=blocked.backward),
     "reference": Backend(),  # plain differentiable PyTorch, outside the operators
 }

@@ -1,17 +1,19 @@
 """The native CPU backend: kernels/cpu, a C++ library without torch, loaded with ctypes.
 
-What it is handed is one block of numbers, laid out as kernels/cpu/call.h has it: sizes and settings, then for every tensor its address,
-dtype and strides.
+What it is handed is one block of numbers, laid out as kernels/cpu/call.h has it: sizes and settings, then for every tensor its place, dtype
+and strides. It is the same for all calls of one signature; a second block has what is not, the addresses.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import itertools
 import json
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,8 @@ from torch import Tensor
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout
 from relattn.backends import blocked
 
-_ABI_VERSION = 1  # as in library.cpp
+_ABI_VERSION = 2  # as in library.cpp
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}
-_ABSENT = (0,) * 6
 _TENSORS = 26  # in Call
 _CALL = struct.Struct(f"=19q2d{6 * _TENSORS}q")
 
@@ -111,101 +112,194 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
     return None
 
 
-def _describe(tensor: Tensor | None, dims: tuple[int, ...]) -> tuple[int, ...]:
-    """Address, dtype and the four strides of Call: dimension k of the tensor is Call's dims[k]; along the others the stride is 0."""
+# What the library is told of a tensor: its place among a call's addresses, its dtype, and four strides.
+_ABSENT = (0,) * 6
+_NUMBERS = 4  # stand before the addresses: seed, threads, and the tile's two bounds
+
+
+def _described(place: int, tensor: Tensor | None, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Dimension k of the tensor is Call's dims[k]; along the others the stride is 0."""
     if tensor is None:
         return _ABSENT
     strides = [0, 0, 0, 0]
     for dim, size, stride in zip(dims, tensor.shape, tensor.stride(), strict=True):
         strides[dim] = stride if size != 1 else 0
-    return (tensor.data_ptr(), _DTYPES[tensor.dtype], *strides)
+    return (place, _DTYPES[tensor.dtype], *strides)
 
 
-def _full(tensor: Tensor | None) -> tuple[int, ...]:
+def _full(place: int, tensor: Tensor | None) -> tuple[int, ...]:
     """(B, H, L, D)"""
-    if tensor is None:
-        return _ABSENT
-    pointer = tensor.data_ptr()
-    if pointer == 0:
-        raise ValueError(f"relattn: the native CPU kernel reads memory, and a tensor of shape {tuple(tensor.shape)} has none")
-    return (pointer, _DTYPES[tensor.dtype], *tensor.stride())
+    return _ABSENT if tensor is None else (place, _DTYPES[tensor.dtype], *tensor.stride())
 
 
-def _table(tensor: Tensor | None) -> tuple[int, ...]:
+def _table(place: int, tensor: Tensor | None) -> tuple[int, ...]:
     """(R, D) or (H, R, D)"""
     if tensor is None:
         return _ABSENT
     head = tensor.stride(0) if tensor.dim() == 3 else 0
-    return (tensor.data_ptr(), _DTYPES[tensor.dtype], 0, head, *tensor.stride()[-2:])
+    return (place, _DTYPES[tensor.dtype], 0, head, *tensor.stride()[-2:])
 
 
-def _bias_table(tensor: Tensor | None) -> tuple[int, ...]:
+def _bias_table(place: int, tensor: Tensor | None) -> tuple[int, ...]:
     """(R,) or (H, R)"""
     if tensor is None:
         return _ABSENT
     head = tensor.stride(0) if tensor.dim() == 2 else 0
-    return (tensor.data_ptr(), _DTYPES[tensor.dtype], 0, head, tensor.stride(-1), 0)
+    return (place, _DTYPES[tensor.dtype], 0, head, tensor.stride(-1), 0)
 
 
-def _differs_by_head(table: Tensor, name: str) -> bool:
-    """Whether a table has one gradient per head although its heads lie in the same memory."""
-    return table.dim() == (2 if name == "rel_bias" else 3) and table.shape[0] > 1 and table.stride(0) == 0
+def _differs_by_head(name: str, table: Tensor) -> bool:
+    """Whether it is a table with one gradient per head although its heads lie in the same memory."""
+    dims = {"rel_k": 3, "rel_q": 3, "rel_v": 3, "rel_bias": 2}.get(name)
+    return table.dim() == dims and table.shape[0] > 1 and table.stride(0) == 0
 
 
-def _pos_bias(tensor: Tensor | None) -> tuple[int, ...]:
+def _pos_bias(place: int, tensor: Tensor | None) -> tuple[int, ...]:
     """(H, D)"""
-    return _describe(tensor, (1, 3))
+    return _described(place, tensor, (1, 3))
 
 
-def _mask(tensor: Tensor | None) -> tuple[int, ...]:
+def _mask(place: int, tensor: Tensor | None) -> tuple[int, ...]:
     """Broadcastable to (B, H, L, L)"""
-    return _ABSENT if tensor is None else _describe(tensor, tuple(range(4 - tensor.dim(), 4)))
+    return _ABSENT if tensor is None else _described(place, tensor, tuple(range(4 - tensor.dim(), 4)))
 
 
-def _pack(tensors: Tensors, settings: Settings, seed: Tensor, output: Tensor, lse: Tensor, gradients: tuple) -> tuple[bytes, list]:
-    """The Call, and tensors that it points to and nobody else holds."""
-    query, key, value = tensors.query, tensors.key, tensors.value
-    batch, heads, queries, size = query.shape
-    window_right = 0 if settings.is_causal else settings.window_right
-    rows = settings.left + settings.right + 1
-    products = batch * heads * queries * key.shape[2] * size
-    threads = torch.get_num_threads() if products >= _ALONE else 1
-    integers = []
-    for tensor in (tensors.key_lengths, tensors.query_offsets):
-        integers.append(None if tensor is None else tensor.to(torch.int64))
-    described = (
-        _full(query), _full(key), _full(value), _full(output), (lse.data_ptr(), 0, *lse.stride(), 0),
-        _table(tensors.rel_k), _table(tensors.rel_q), _table(tensors.rel_v), _bias_table(tensors.rel_bias),
-        _pos_bias(tensors.pos_bias_u), _pos_bias(tensors.pos_bias_v), _mask(tensors.attn_mask), _describe(tensors.key_mask, (0, 2)),
-        _describe(integers[0], (0,)), _describe(integers[1], (0,)), *gradients,
-    )  # fmt: skip
-    return _CALL.pack(
-        batch, heads, key.shape[1], queries, key.shape[2], size, value.shape[3], rows, settings.left, settings.right,
-        settings.window_left is not None, settings.window_left or 0, window_right is not None, window_right or 0,
-        settings.query_offset, int(seed) if settings.dropout_p > 0.0 else 0, threads, *_TILE, settings.scale, settings.dropout_p,
-        *itertools.chain.from_iterable(described),
-    ), integers  # fmt: skip
+class Plan:
+    """What the library is told of calls of one signature (shapes, strides, dtypes, settings): everything but addresses and the seed.
+
+    `inputs`, here and below, are those of the call's `Tensors` that it has, in their order. None of them is kept.
+    """
+
+    def __init__(self, tensors: Tensors, settings: Settings) -> None:
+        query, value = tensors.query, tensors.value
+        shape = (*query.shape[:3], value.shape[3])
+        self.settings = settings
+        self.names = [name for name, tensor in zip(Tensors._fields, tensors, strict=True) if tensor is not None]
+        self.empty = query.numel() == 0 or value.numel() == 0
+        self.products = query.numel() * value.shape[2]
+        self.output = shape, empty_with_layout(query, shape).stride()
+        self.lse = shape[:3], (shape[1] * shape[2], shape[2], 1)
+        # Tables that are expanded over the heads have a gradient for each of them all the same.
+        self.expanded = [index for index, name in enumerate(self.names) if _differs_by_head(name, getattr(tensors, name))]
+        integers = [name for name in ("key_lengths", "query_offsets") if name in self.names]
+        self.converted = [self.names.index(name) for name in integers if getattr(tensors, name).dtype != torch.int64]
+        tensors = tensors._replace(**{name: getattr(tensors, name).to(torch.int64) for name in integers})
+        self.forward_call = None if self.empty else self._call(tensors, (_ABSENT,) * 11)
+        self.backward_calls: dict[tuple, tuple[bytes, list]] = {}
+
+    def _call(self, tensors: Tensors, gradients: tuple[tuple[int, ...], ...]) -> bytes:
+        """The Call; addresses come in the order of the inputs, output, lse, and what `gradients` describes."""
+        settings, (batch, heads, queries, size) = self.settings, tensors.query.shape
+        key, value = tensors.key, tensors.value
+        place = {name: _NUMBERS + index for index, name in enumerate((*self.names, "output", "lse"))}
+
+        def described(how, name: str, *dims) -> tuple[int, ...]:
+            return how(place.get(name, 0), getattr(tensors, name), *dims)
+
+        entries = (
+            described(_full, "query"), described(_full, "key"), described(_full, "value"),
+            (place["output"], _DTYPES[tensors.query.dtype], *self.output[1]), (place["lse"], 0, *self.lse[1], 0),
+            described(_table, "rel_k"), described(_table, "rel_q"), described(_table, "rel_v"), described(_bias_table, "rel_bias"),
+            described(_pos_bias, "pos_bias_u"), described(_pos_bias, "pos_bias_v"), described(_mask, "attn_mask"),
+            described(_described, "key_mask", (0, 2)), described(_described, "key_lengths", (0,)),
+            described(_described, "query_offsets", (0,)), *gradients,
+        )  # fmt: skip
+        window_right = 0 if settings.is_causal else settings.window_right
+        return _CALL.pack(
+            batch, heads, key.shape[1], queries, key.shape[2], size, value.shape[3], settings.left + settings.right + 1,
+            settings.left, settings.right,
+            settings.window_left is not None, settings.window_left or 0, window_right is not None, window_right or 0,
+            settings.query_offset, 0, 0, 0, 0, settings.scale, settings.dropout_p, *itertools.chain.from_iterable(entries),
+        )  # fmt: skip
+
+    def _convert(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Lengths and offsets as int64."""
+        if not self.converted:
+            return tensors
+        return [tensor.to(torch.int64) if index in self.converted else tensor for index, tensor in enumerate(tensors)]
+
+    def _run(self, function: Any, call: bytes, tensors: Sequence[Tensor], seed: Tensor | None) -> None:
+        tensors = self._convert(tensors)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if 0 in addresses:
+            tensors = [tensor.clone() if tensor._is_zerotensor() else tensor for tensor in tensors]  # autograd's, of zeros
+            addresses = [tensor.data_ptr() for tensor in tensors]
+        if 0 in addresses:
+            shape = tuple(tensors[addresses.index(0)].shape)
+            raise ValueError(f"relattn: the native CPU kernel reads memory, and a tensor of shape {shape} has none")
+        drawn = int(seed) if self.settings.dropout_p > 0.0 and seed is not None else 0
+        threads = torch.get_num_threads() if self.products >= _ALONE else 1
+        if function(call, _numbers(len(addresses)).pack(drawn, threads, *_TILE, *addresses)) != 0:
+            raise MemoryError("relattn: the native CPU kernel could not allocate its working memory")
+
+    def forward(self, inputs: Sequence[Tensor], seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        query = inputs[0]
+        output = query.new_empty_strided(*self.output)
+        lse = query.new_empty_strided(*self.lse, dtype=torch.float32)
+        if self.forward_call is None:
+            return output.zero_(), lse.fill_(-torch.inf)
+        self._run(_library.relattn_forward, self.forward_call, (*inputs, output, lse), seed)
+        return output, lse
+
+    def backward(
+        self, grad_output: Tensor, grad_lse: Tensor | None, inputs: Sequence[Tensor], output: Tensor, lse: Tensor, seed: Tensor | None,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:  # fmt: skip
+        """Gradients of those inputs that `needs` names, one for one, in their order."""
+        if self.empty:
+            return [empty_gradient(tensor).zero_() for tensor, need in zip(inputs, needs, strict=False) if need]
+        slopes = (grad_output,) if grad_lse is None else (grad_output, grad_lse)
+        # A table that is expanded over the heads has a gradient for each of them all the same.
+        if self.expanded:
+            inputs = [tensor.contiguous() if index in self.expanded else tensor for index, tensor in enumerate(inputs)]
+        signature = tuple(needs), *[(slope.stride(), slope.dtype) for slope in slopes]
+        found = self.backward_calls.get(signature)
+        if found is None:
+            found = self._backward_call(slopes, inputs, needs)
+            if len(self.backward_calls) < _MOST_BACKWARD:
+                self.backward_calls[signature] = found
+        call, wanted = found
+        gradients = [output.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in wanted]
+        self._run(_library.relattn_backward, call, (*inputs, output, lse, *slopes, *gradients), seed)
+        return gradients
+
+    def _backward_call(
+        self, slopes: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[bytes, list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]]:
+        """The Call, and shape, strides and dtype of each gradient."""
+        inputs = self._convert(inputs)
+        tensors = Tensors(**dict(zip(self.names, inputs, strict=True)))
+        place = itertools.count(_NUMBERS + len(inputs) + 2)
+        described = [_full(next(place), slopes[0])]
+        described.append((next(place), 0, *slopes[1].stride(), 0) if len(slopes) > 1 else _ABSENT)
+        needed = {name for name, need in zip(self.names, needs, strict=False) if need}
+        gradients = {name: empty_gradient(getattr(tensors, name)) for name in self.names if name in needed}
+        for name, how in _GRADIENTS.items():
+            described.append(how(next(place), gradients[name]) if name in needed else _ABSENT)
+        wanted = [(tuple(gradient.shape), gradient.stride(), gradient.dtype) for gradient in gradients.values()]
+        return self._call(tensors, tuple(described)), wanted
 
 
-_NO_GRADIENTS = (_ABSENT,) * 11
+# In the order of Call, which is that of Tensors.
+_GRADIENTS = {
+    "query": _full, "key": _full, "value": _full, "rel_k": _table, "rel_q": _table, "rel_v": _table, "rel_bias": _bias_table,
+    "pos_bias_u": _pos_bias, "pos_bias_v": _pos_bias,
+}  # fmt: skip
+_MOST_BACKWARD = 16  # calls that a plan keeps: which gradients are needed, and how the output's lies in memory, seldom differ
+
+
+@functools.cache
+def _numbers(addresses: int) -> struct.Struct:
+    return struct.Struct(f"={_NUMBERS + addresses}q")
+
+
+def _present(tensors: Tensors) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq)."""
-    query = tensors.query
-    batch, heads, length, _ = query.shape
-    output = empty_with_layout(query, (batch, heads, length, tensors.value.shape[3]))
-    lse = query.new_empty((batch, heads, length), dtype=torch.float32)
-    if output.numel() == 0 or tensors.key.numel() == 0:
-        return output.zero_(), lse.fill_(-torch.inf)
-    call, _keep = _pack(tensors, settings, seed, output, lse, _NO_GRADIENTS)
-    _check(_library.relattn_forward(call))
-    return output, lse
-
-
-def _check(status: int) -> None:
-    if status != 0:
-        raise MemoryError("relattn: the native CPU kernel could not allocate its working memory")
+    return Plan(tensors, settings).forward(_present(tensors), seed)
 
 
 def backward(
@@ -221,21 +315,5 @@ def backward(
     """Gradients of the differentiable tensors for which `needs` is True, in the order of `DIFFERENTIABLE`."""
     if needs[DIFFERENTIABLE.index("attn_mask")]:  # not through `unsupported`, but the operator can be called by itself
         return blocked.backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)
-    differentiable = zip(DIFFERENTIABLE, tensors, needs, strict=False)
-    gradients = {name: empty_gradient(tensor) for name, tensor, need in differentiable if need and tensor is not None}
-    if output.numel() == 0 or tensors.key.numel() == 0:
-        return [gradient.zero_() for gradient in gradients.values()]
-    # A table that is expanded over the heads has a gradient for each of them all the same.
-    tables = {name: getattr(tensors, name) for name in ("rel_k", "rel_q", "rel_v", "rel_bias")}
-    expanded = {name: table.contiguous() for name, table in tables.items() if table is not None and _differs_by_head(table, name)}
-    tensors = tensors._replace(**expanded)
-    grad = gradients.get
-    described = (
-        _full(grad_output), _ABSENT if grad_lse is None else (grad_lse.data_ptr(), 0, *grad_lse.stride(), 0),
-        _full(grad("query")), _full(grad("key")), _full(grad("value")),
-        _table(grad("rel_k")), _table(grad("rel_q")), _table(grad("rel_v")), _bias_table(grad("rel_bias")),
-        _pos_bias(grad("pos_bias_u")), _pos_bias(grad("pos_bias_v")),
-    )  # fmt: skip
-    call, _keep = _pack(tensors, settings, seed, output, lse, described)
-    _check(_library.relattn_backward(call))
-    return list(gradients.values())
+    needed = [need for tensor, need in zip(tensors, needs, strict=False) if tensor is not None]
+    return Plan(tensors, settings).backward(grad_output, grad_lse, _present(tensors), output, lse, seed, needed)

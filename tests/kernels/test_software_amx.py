@@ -11,6 +11,7 @@ import pytest
 
 from relattn.backends import cpu
 from relattn.kernels.cpu import build
+from tests.backends.test_cpu import extra_memory, memory_bound
 from tests.fuzz import native_variants
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,3 +54,11 @@ def test_calls(library: Path, calls: str) -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of resident memory cannot be reset")
+def test_memory_of_training_with_few_heads(library: Path) -> None:
+    """Sums of the table's gradient are what it is made of: they are held once for each thread."""
+    environment = {"RELATTN_CPU_LIBRARY": str(library), "RELATTN_CPU_VARIANT": "amx"}
+    extra = extra_memory(1, 8192, "bfloat16", False, True, 2, window="(64, 64)", **environment)
+    assert extra < memory_bound(1, 8192, "bfloat16", 2), f"{extra / 2**20:.1f} MiB"
