@@ -105,7 +105,7 @@ class Plan:
         *inputs, output, lse, seed = saved
         # Hooks on saved tensors may bring them back with other strides, and gradients may be a transform's.
         as_planned = [_layout(tensor) for tensor in saved[:-1]] == self.layouts and operators.is_plain((grad_output, grad_lse))
-        if as_planned and not torch.is_grad_enabled():
+        if self.prepared is not None and as_planned and not torch.is_grad_enabled():
             if grad_output is None:
                 grad_output = torch.zeros_like(output)
             return self.prepared.backward(grad_output, grad_lse, inputs, output, lse, seed, needs)

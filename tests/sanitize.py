@@ -1,4 +1,5 @@
-"""Random calls, those at the edges and those whose hidden places hold anything, by the native CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Random calls, those at the edges and those whose hidden places hold anything, by the native CPU kernels under two sanitizers, for
+addresses and for undefined behaviour.
 
     python -m tests.sanitize --count 300
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
@@ -118,7 +119,8 @@ def test_saved_tensors_that_come_back_otherwise() -> None:
     """A hook may pack what is saved for the backward pass, and unpack it with other strides."""
     tensors = [tensor.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in inputs()[:3]]
     expected = torch.autograd.grad(relative_attention(*tensors).square().sum(), tensors)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(memory_format=torch.contiguous_format), lambda packed: packed):
+    pack = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
         output = relative_attention(*tensors)
     found = torch.autograd.grad(output.square().sum(), tensors)
     for one, two in zip(found, expected, strict=True):

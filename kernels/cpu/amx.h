@@ -107,8 +107,8 @@ INLINE bool all_finite(const Half* row, int64_t count) {  // the same
   const __m256i exponent = _mm256_set1_epi16(0x7F80);
   __mmask16 found = 0;
   for (int64_t column = 0; column < count; column += kPanel)
-    found |= _mm256_cmpeq_epi16_mask(
-        _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(row + column)), exponent), exponent);
+    found |= _mm256_cmpeq_epi16_mask(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)(row + column)), exponent),
+                                     exponent);
   return found == 0;
 }
 

@@ -323,7 +323,8 @@ static void backward_keys(const Problem& p, const Head& head, const Block& block
     if (out.value.data) add_over_rows(part, tile, scores, upstream, p.padded_value_size, out.value);
     if (out.key.data) add_over_rows(part, tile, gradient, content, p.padded_size, out.key);
     if (call.rel_q.data) {
-      if (some_nonfinite(head, tile.keys)) drop_nonfinite(w.key_rows, (tile.keys.last - tile.keys.first) * p.padded_size);
+      if (some_nonfinite(head, tile.keys))
+        drop_nonfinite(w.key_rows, (tile.keys.last - tile.keys.first) * p.padded_size);
       key_score_gradients(p, head, part, tile, w, gradient, out);
     }
     if (out.rel_v)

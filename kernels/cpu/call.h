@@ -6,8 +6,8 @@ namespace relattn {
 
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kBool = 3, kInt64 = 4 };
 
-// A tensor: strides in elements, 0 for a broadcast dimension. data is null where the call has no such tensor; Python hands
-// over its place among the addresses (see filled_in in library.cpp).
+// A tensor: strides in elements, 0 for a broadcast dimension. data is null where the call has no such tensor; Python
+// hands over its place among the addresses (see filled_in in library.cpp).
 struct Tensor {
   char* data;
   int64_t dtype;

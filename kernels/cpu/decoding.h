@@ -104,8 +104,8 @@ static void weighted_of(const Matrix& m, Range rows, Left weights, int64_t size,
         for (int step = 0; step < vectors; ++step) sum[v][step] = Vec{};
         for (int64_t row = rows.first; row < rows.last; ++row)
           for (int step = 0; step < vectors && of_rows[row - rows.first] != 0.0f; ++step)
-            sum[v][step] += load_as<kType>(m.data, m.first + row * m.row + column + step * kWidth) *
-                            of_rows[row - rows.first];
+            sum[v][step] +=
+                load_as<kType>(m.data, m.first + row * m.row + column + step * kWidth) * of_rows[row - rows.first];
       }
       for (int step = 0; step < vectors; ++step) {
         float* to = result.data + v * result.row + column + step * kWidth;

@@ -97,8 +97,7 @@ static void add_nonfinite_values(const Problem& p, const Head& head, const Tile&
   const Matrix values = p.value_source(head.batch, head.head / p.ratio).matrix;
   for (int64_t key = tile.keys.first; key < tile.keys.last; ++key)
     for (int64_t d = 0; d < p.value_size; ++d) {
-      const float value =
-          read_element(values.data, values.dtype, values.first + key * values.row + d * values.column);
+      const float value = read_element(values.data, values.dtype, values.first + key * values.row + d * values.column);
       if (value * 0.0f == 0.0f) continue;
       for (int64_t row = rows.first; row < rows.last; ++row) {
         const float share = weight(row, key - tile.first_key);
@@ -132,8 +131,8 @@ static void add_nonfinite_distances(const Problem& p, const Head& head, const Bl
   }
 }
 
-// The block's result, maximum and sum. `apart`: numbers of the values that are not finite are added by themselves, where
-// they have weight: a product would multiply them by the zeros of those who do not see them.
+// The block's result, maximum and sum. `apart`: numbers of the values that are not finite are added by themselves,
+// where they have weight: a product would multiply them by the zeros of those who do not see them.
 static void attend(const Problem& p, Head head, const Block& block, bool apart, Workspace& w) {
   const Call& call = p.call;
   fill(w.result, 0.0f, block.rows * p.padded_value_size);

@@ -126,8 +126,8 @@ struct FloatKernel {
     pack_keys(p, job.batch, job.key_head, unit.pack, task, workspaces[job.thread].scratch);
     const Result key = key_sum(job), value = value_sum(job);
     const Range keys = keys_of_task(p, task);
-    unit.nonfinite[task] = !all_finite(unit.pack.key_panels + keys.first * p.size,
-                                       round_up(keys.last - keys.first, kPanel) * p.size);
+    unit.nonfinite[task] =
+        !all_finite(unit.pack.key_panels + keys.first * p.size, round_up(keys.last - keys.first, kPanel) * p.size);
     for (int64_t row = keys.first; row < keys.last; ++row) {
       if (key.data) fill(key.data + row * key.row, 0.0f, p.padded_size);
       if (value.data) fill(value.data + row * value.row, 0.0f, p.padded_value_size);
@@ -301,9 +301,9 @@ struct Backward {
         const int64_t padded = shared.tables[name].padded;
         for (int64_t row = task * kRowsOfTask; row < least((task + 1) * kRowsOfTask, call.rows); ++row) {
           auto place = [&](const Sums& sums) { return sums.rel_k_shared + row * padded; };
-          write_table_row(name, false, 0, row,
-                          mixed ? add_members(all, members, place, padded)
-                                : kernel.table_row(name, {0, members}, 0, row, thread));
+          write_table_row(
+              name, false, 0, row,
+              mixed ? add_members(all, members, place, padded) : kernel.table_row(name, {0, members}, 0, row, thread));
         }
       }
     });

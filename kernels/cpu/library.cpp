@@ -265,8 +265,8 @@ int64_t cache_bytes() {
   return (int64_t)1 << 20;
 }
 
-// The call of these numbers: the seed, threads, and the tile's two bounds; then addresses. What is handed over holds each
-// tensor's place among them in place of an address: the same for all calls of one signature.
+// The call of these numbers: the seed, threads, and the tile's two bounds; then addresses. What is handed over holds
+// each tensor's place among them in place of an address: the same for all calls of one signature.
 Call filled_in(const Call& described, const int64_t* numbers) {
   Call call = described;
   call.seed = numbers[0];

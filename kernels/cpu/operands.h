@@ -145,7 +145,8 @@ static void pack_tables(const Problem& p, const Team& team, const Keys* keys, co
       finite = rows_finite(source.matrix, first_row, last_row, source.size);
     } else if (packed.natural.data) {
       pack_natural(source, first_row, last_row, packed.padded, packed.natural.of(head));
-      finite = drop_nonfinite_rows(packed.natural.of(head) + first_row * packed.padded, last_row - first_row, packed.padded);
+      finite =
+          drop_nonfinite_rows(packed.natural.of(head) + first_row * packed.padded, last_row - first_row, packed.padded);
     }
     if (!finite) __atomic_store_n(packed.nonfinite, true, __ATOMIC_RELAXED);
   });
@@ -156,8 +157,7 @@ static void pack_tables(const Problem& p, const Team& team, const Keys* keys, co
                         const Workspace* workspaces) {
   pack_tables(p, team, keys, tables, workspaces, false);
   bool again = false;
-  for (TableName name : kTables)
-    again |= tables[name].used && tables[name].natural_in_place && *tables[name].nonfinite;
+  for (TableName name : kTables) again |= tables[name].used && tables[name].natural_in_place && *tables[name].nonfinite;
   if (again) pack_tables(p, team, keys, tables, workspaces, true);
 }
 
@@ -187,7 +187,8 @@ static void pack_keys(const Problem& p, int64_t batch, int64_t key_head, const K
 
 // Whether some of these keys are not finite; they are a tile's, and so of two tasks at most.
 INLINE bool some_nonfinite(const Head& head, const Range& keys) {
-  return head.nonfinite[keys.first / kPanel / kPanelsOfTask] || head.nonfinite[(keys.last - 1) / kPanel / kPanelsOfTask];
+  return head.nonfinite[keys.first / kPanel / kPanelsOfTask] ||
+         head.nonfinite[(keys.last - 1) / kPanel / kPanelsOfTask];
 }
 
 // How products over the keys read a head's rows: where they are, or packed.

@@ -59,7 +59,8 @@ static void pack_half_panel(const HalfSource& source, int64_t index, Half* to, c
     transpose((const float*)(rows + 2 * pair), stride / 2, (float*)to + pair * kPanel, kPanel);
 }
 
-// These rows (the first even), of which `origin` is the first of `to`. Returns whether source.finite left something out.
+// These rows (the first even), of which `origin` is the first of `to`. Returns whether source.finite left something
+// out.
 static bool pack_half_pairs(const HalfSource& source, const Range& rows, int64_t origin, const HalfPairs& to,
                             const HalfScratch& scratch) {
   const int64_t padded = source.padded;

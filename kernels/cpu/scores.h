@@ -99,8 +99,8 @@ struct Workspace {
   // Forward: a tile's keys in panels and rows of values, where each is used only once. Where a tile holds numbers that
   // are not finite: its values, or backward its rows of keys, without these.
   float *keys, *values;
-  float* result;              // forward: the block's output, not yet divided
-  float *highest, *total;     // per row
+  float* result;           // forward: the block's output, not yet divided
+  float *highest, *total;  // per row
   // backward
   float* weights_gradient;  // a block's tile
   float* upstream;          // gradients of the block's output, rows padded

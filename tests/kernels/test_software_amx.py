@@ -1,4 +1,4 @@
-"""The native kernels' code for AMX on processors without it: compiled with the tile instructions in software, slow and otherwise the same."""
+"""The native kernels' code for AMX, on processors without: compiled with the tile instructions in software, slow and otherwise the same."""
 
 from __future__ import annotations
 
