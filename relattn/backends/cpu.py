@@ -28,8 +28,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3,
 _TENSORS = 26  # in Call
 _CALL = struct.Struct(f"=19q2d{6 * _TENSORS}q")
 
-# Calls of fewer multiplications than this run on one thread: about 25 microseconds, less than waking another takes.
-_ALONE = 1e6
+# Calls of fewer multiplications than this run on one thread: 50 microseconds, of which waking another would save nothing.
+_ALONE = 3e5
 # Upper bounds of a tile of scores, (queries, keys); 0 = the kernel's own. Tests cut finer.
 _TILE = (0, 0)
 
