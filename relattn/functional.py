@@ -95,7 +95,7 @@ def relative_attention(
 
         What is not seen has no influence, whatever it holds (padding of NaN, infinities, the largest numbers): outputs and gradients
         are the same to the last bit, and gradients at keys and values that nobody sees are 0. Likewise for queries whose output gets
-        no gradient: they owe none to anything.
+        no gradient: they owe none to anything (backend "triton": in calls that hide something).
 
     Raises:
         ValueError: a shape, size or setting does not fit; or the backend named cannot take the call. The message names the argument.
