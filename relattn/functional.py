@@ -121,11 +121,11 @@ def relative_attention(
         given = (
             query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, attn_mask, key_mask, key_lengths, offsets
         )  # fmt: skip
-        numbers = (is_causal, offset, dropout_p, scale, enable_gqa, backend)
-        signature = plans.signature_of(given, (max_relative_position, window), numbers)
+        numbers = (is_causal, dropout_p, scale, enable_gqa, backend)
+        signature = plans.signature_of(given, offset, (max_relative_position, window), numbers)
         plan = None if signature is None else plans.find(signature)
         if plan is not None:
-            output, lse = plan.attend([tensor for tensor in given if tensor is not None])
+            output, lse = plan.attend([tensor for tensor in given if tensor is not None], offset or 0)
             return (output, lse) if return_lse else output
     tensors, settings = validated(
         query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, max_relative_position, attn_mask, key_mask,
@@ -137,7 +137,8 @@ def relative_attention(
         return (output, lse) if return_lse else output
     name = backends.automatic(chosen) if backend is None else chosen
     if signature is not None and all(map(operator.is_, tensors, given)):
-        output, lse = plans.keep(signature, name, tensors, settings).attend([tensor for tensor in given if tensor is not None])
+        plan = plans.keep(signature, name, tensors, settings)
+        output, lse = plan.attend([tensor for tensor in given if tensor is not None], settings.query_offset)
     else:
         attend = torch.ops.relattn.forward if torch.compiler.is_compiling() else RelativeAttentionFunction.apply
         output, lse, _ = attend(name, *tensors, *settings)

@@ -98,6 +98,45 @@ def test_settings_have_plans_of_their_own() -> None:
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
+def test_decoding_takes_one_plan() -> None:
+    """The number of keys, how they lie, and the offset are no part of a signature; and the gradients are right."""
+    rel_k = torch.randn(41, 8, requires_grad=True)
+    cache = torch.randn(2, 3, 64, 8)
+    for length in range(1, 40):
+        query = torch.randn(2, 3, 1, 8, requires_grad=True)
+        keys = cache[:, :, :length] if length % 2 else torch.randn(2, length, 3, 8).transpose(1, 2)
+        keys = keys.detach().requires_grad_()
+        mask = torch.rand(2, length + 1)[:, 1:] > 0.3 if length % 3 else torch.rand(length, 2).T > 0.3
+        arguments = dict(max_relative_position=20, is_causal=True, query_offset=length - 1, key_mask=mask)
+        wanted = (query, keys, rel_k)
+        found, expected = (
+            torch.autograd.grad(relative_attention(query, keys, keys * 2, rel_k, **arguments, backend=backend).square().sum(), wanted)
+            for backend in (None, "reference")
+        )
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, atol=2e-5, rtol=2e-5)
+    assert len(plans._PLANS) == 1
+
+
+@pytest.mark.parametrize(
+    ("valid", "invalid"),
+    [
+        ({"key_mask": torch.ones(2, 9, dtype=torch.bool)}, {"key_mask": torch.ones(2, 8, dtype=torch.bool)}),
+        ({"attn_mask": torch.ones(9, 9, dtype=torch.bool)}, {"attn_mask": torch.ones(9, 8, dtype=torch.bool)}),
+        ({"query_offset": 3}, {"query_offset": 2**62 + 1}),
+        ({}, {"value": torch.zeros(2, 3, 8, 8)}),
+        ({"is_causal": True}, {"is_causal": True, "key": torch.zeros(2, 3, 12, 8), "value": torch.zeros(2, 3, 12, 8)}),
+        ({}, {"key": torch.zeros(2, 3, 12, 7), "value": torch.zeros(2, 3, 12, 8)}),
+    ],
+)
+def test_numbers_of_keys_are_checked(valid: dict, invalid: dict) -> None:
+    query, key, value, rel_k = inputs()
+    tensors = dict(query=query, key=key, value=value, rel_k=rel_k)
+    relative_attention(**(tensors | valid))
+    with pytest.raises(ValueError):
+        relative_attention(**(tensors | invalid))
+
+
 def test_no_tensor_is_kept() -> None:
     tensors = inputs(requires_grad=True)
     relative_attention(*tensors).sum().backward()
@@ -112,7 +151,7 @@ def test_the_oldest_plan_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "_MOST", 3)
     for length in range(1, 8):
         relative_attention(*inputs(length))
-    assert [signature[0][2] for signature in plans._PLANS] == [5, 6, 7]
+    assert [signature[2][2] for signature in plans._PLANS] == [5, 6, 7]
 
 
 def test_saved_tensors_that_come_back_otherwise() -> None:

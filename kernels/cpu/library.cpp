@@ -265,14 +265,24 @@ int64_t cache_bytes() {
   return (int64_t)1 << 20;
 }
 
-// The call of these numbers: the seed, threads, and the tile's two bounds; then addresses. What is handed over holds
-// each tensor's place among them in place of an address: the same for all calls of one signature.
+// The call of these numbers: the seed, threads, the tile's two bounds; how many keys there are, the offset, and strides of
+// keys, values and their mask (of its batch elements and keys), which differ from step to step in decoding; then
+// addresses. What is handed over is the same for all calls of one signature, and holds each tensor's place among the
+// numbers in place of an address.
 Call filled_in(const Call& described, const int64_t* numbers) {
   Call call = described;
   call.seed = numbers[0];
   call.threads = numbers[1];
   call.block_queries = numbers[2];
   call.block_keys = numbers[3];
+  call.keys = numbers[4];
+  call.query_offset = numbers[5];
+  for (int dim = 0; dim < 4; ++dim) {
+    call.key.stride[dim] = numbers[6 + dim];
+    call.value.stride[dim] = numbers[10 + dim];
+  }
+  call.key_mask.stride[0] = numbers[14];
+  call.key_mask.stride[2] = numbers[15];
   for (Tensor* tensor = &call.query; tensor <= &call.grad_pos_bias_v; ++tensor)
     if (tensor->data) tensor->data = (char*)numbers[(intptr_t)tensor->data];
   return call;
@@ -292,7 +302,7 @@ int dispatch(const Call& described, const int64_t* numbers, int (*entry)(const C
 }  // namespace relattn
 
 // Changes whenever Call does: the Python side refuses a library of another version.
-EXPORT int64_t relattn_abi_version() { return 2; }
+EXPORT int64_t relattn_abi_version() { return 3; }
 EXPORT int64_t relattn_call_size() { return (int64_t)sizeof(relattn::Call); }
 
 EXPORT const char* relattn_variant() { return relattn::current()->name; }

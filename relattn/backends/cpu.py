@@ -23,7 +23,7 @@ from torch import Tensor
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout
 from relattn.backends import blocked
 
-_ABI_VERSION = 2  # as in library.cpp
+_ABI_VERSION = 3  # as in library.cpp
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}
 _TENSORS = 26  # in Call
 _CALL = struct.Struct(f"=19q2d{6 * _TENSORS}q")
@@ -114,7 +114,8 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
 
 # What the library is told of a tensor: its place among a call's addresses, its dtype, and four strides.
 _ABSENT = (0,) * 6
-_NUMBERS = 4  # stand before the addresses: seed, threads, and the tile's two bounds
+# Before the addresses stand: seed, threads, the tile's two bounds; the number of keys, query_offset; strides of keys, values, key_mask.
+_NUMBERS = 4 + 2 + 4 + 4 + 2
 
 
 def _described(place: int, tensor: Tensor | None, dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -165,7 +166,8 @@ def _mask(place: int, tensor: Tensor | None) -> tuple[int, ...]:
 
 
 class Plan:
-    """What the library is told of calls of one signature (shapes, strides, dtypes, settings): everything but addresses and the seed.
+    """What the library is told of calls of one signature (shapes, strides, dtypes, settings): everything but addresses and the seed, and how
+    many keys there are, how they lie and where queries stand.
 
     `inputs`, here and below, are those of the call's `Tensors` that it has, in their order. None of them is kept.
     """
@@ -176,7 +178,7 @@ class Plan:
         self.settings = settings
         self.names = [name for name, tensor in zip(Tensors._fields, tensors, strict=True) if tensor is not None]
         self.empty = query.numel() == 0 or value.numel() == 0
-        self.products = query.numel() * value.shape[2]
+        self.key_mask = self.names.index("key_mask") if "key_mask" in self.names else None
         self.output = shape, empty_with_layout(query, shape).stride()
         self.lse = shape[:3], (shape[1] * shape[2], shape[2], 1)
         # Tables that are expanded over the heads have a gradient for each of them all the same.
@@ -206,10 +208,10 @@ class Plan:
         )  # fmt: skip
         window_right = 0 if settings.is_causal else settings.window_right
         return _CALL.pack(
-            batch, heads, key.shape[1], queries, key.shape[2], size, value.shape[3], settings.left + settings.right + 1,
+            batch, heads, key.shape[1], queries, 0, size, value.shape[3], settings.left + settings.right + 1,
             settings.left, settings.right,
             settings.window_left is not None, settings.window_left or 0, window_right is not None, window_right or 0,
-            settings.query_offset, 0, 0, 0, 0, settings.scale, settings.dropout_p, *itertools.chain.from_iterable(entries),
+            0, 0, 0, 0, 0, settings.scale, settings.dropout_p, *itertools.chain.from_iterable(entries),
         )  # fmt: skip
 
     def _convert(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -218,7 +220,7 @@ class Plan:
             return tensors
         return [tensor.to(torch.int64) if index in self.converted else tensor for index, tensor in enumerate(tensors)]
 
-    def _run(self, function: Any, call: bytes, tensors: Sequence[Tensor], seed: Tensor | None) -> None:
+    def _run(self, function: Any, call: bytes, tensors: Sequence[Tensor], offset: int, seed: Tensor | None) -> None:
         tensors = self._convert(tensors)
         addresses = [tensor.data_ptr() for tensor in tensors]
         if 0 in addresses:
@@ -228,22 +230,27 @@ class Plan:
             shape = tuple(tensors[addresses.index(0)].shape)
             raise ValueError(f"relattn: the native CPU kernel reads memory, and a tensor of shape {shape} has none")
         drawn = int(seed) if self.settings.dropout_p > 0.0 and seed is not None else 0
-        threads = torch.get_num_threads() if self.products >= _ALONE else 1
-        if function(call, _numbers(len(addresses)).pack(drawn, threads, *_TILE, *addresses)) != 0:
+        query, key, value = tensors[:3]
+        keys, mask = value.shape[2], (0, 0) if self.key_mask is None else tensors[self.key_mask].stride()
+        threads = torch.get_num_threads() if query.numel() * keys >= _ALONE else 1
+        numbers = _numbers(len(addresses)).pack(
+            drawn, threads, *_TILE, keys, offset, *key.stride(), *value.stride(), *mask, *addresses
+        )  # fmt: skip
+        if function(call, numbers) != 0:
             raise MemoryError("relattn: the native CPU kernel could not allocate its working memory")
 
-    def forward(self, inputs: Sequence[Tensor], seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Sequence[Tensor], offset: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
         query = inputs[0]
         output = query.new_empty_strided(*self.output)
         lse = query.new_empty_strided(*self.lse, dtype=torch.float32)
         if self.forward_call is None:
             return output.zero_(), lse.fill_(-torch.inf)
-        self._run(_library.relattn_forward, self.forward_call, (*inputs, output, lse), seed)
+        self._run(_library.relattn_forward, self.forward_call, (*inputs, output, lse), offset, seed)
         return output, lse
 
     def backward(
-        self, grad_output: Tensor, grad_lse: Tensor | None, inputs: Sequence[Tensor], output: Tensor, lse: Tensor, seed: Tensor | None,
-        needs: Sequence[bool],
+        self, grad_output: Tensor, grad_lse: Tensor | None, inputs: Sequence[Tensor], offset: int, output: Tensor, lse: Tensor,
+        seed: Tensor | None, needs: Sequence[bool],
     ) -> list[Tensor]:  # fmt: skip
         """Gradients of those inputs that `needs` names, one for one, in their order."""
         if self.empty:
@@ -252,15 +259,17 @@ class Plan:
         # A table that is expanded over the heads has a gradient for each of them all the same.
         if self.expanded:
             inputs = [tensor.contiguous() if index in self.expanded else tensor for index, tensor in enumerate(inputs)]
-        signature = tuple(needs), *[(slope.stride(), slope.dtype) for slope in slopes]
+        keys = [(tensor.shape, tensor.stride()) for tensor in inputs[1:3]]  # of which the gradients are
+        signature = tuple(needs), *keys, *[(slope.stride(), slope.dtype) for slope in slopes]
         found = self.backward_calls.get(signature)
         if found is None:
             found = self._backward_call(slopes, inputs, needs)
-            if len(self.backward_calls) < _MOST_BACKWARD:
-                self.backward_calls[signature] = found
+            while len(self.backward_calls) >= _MOST_BACKWARD:
+                self.backward_calls.pop(next(iter(self.backward_calls)), None)
+            self.backward_calls[signature] = found
         call, wanted = found
         gradients = [output.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in wanted]
-        self._run(_library.relattn_backward, call, (*inputs, output, lse, *slopes, *gradients), seed)
+        self._run(_library.relattn_backward, call, (*inputs, output, lse, *slopes, *gradients), offset, seed)
         return gradients
 
     def _backward_call(
@@ -285,7 +294,7 @@ _GRADIENTS = {
     "query": _full, "key": _full, "value": _full, "rel_k": _table, "rel_q": _table, "rel_v": _table, "rel_bias": _bias_table,
     "pos_bias_u": _pos_bias, "pos_bias_v": _pos_bias,
 }  # fmt: skip
-_MOST_BACKWARD = 16  # calls that a plan keeps: which gradients are needed, and how the output's lies in memory, seldom differ
+_MOST_BACKWARD = 64  # calls that a plan keeps: by numbers of keys, the gradients that are needed, and how the output's lies in memory
 
 
 @functools.cache
@@ -299,7 +308,7 @@ def _present(tensors: Tensors) -> list[Tensor]:
 
 def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq)."""
-    return Plan(tensors, settings).forward(_present(tensors), seed)
+    return Plan(tensors, settings).forward(_present(tensors), settings.query_offset, seed)
 
 
 def backward(
@@ -316,4 +325,6 @@ def backward(
     if needs[DIFFERENTIABLE.index("attn_mask")]:  # not through `unsupported`, but the operator can be called by itself
         return blocked.backward(grad_output, grad_lse, tensors, settings, output, lse, seed, needs)
     needed = [need for tensor, need in zip(tensors, needs, strict=False) if tensor is not None]
-    return Plan(tensors, settings).backward(grad_output, grad_lse, _present(tensors), output, lse, seed, needed)
+    return Plan(tensors, settings).backward(
+        grad_output, grad_lse, _present(tensors), settings.query_offset, output, lse, seed, needed
+    )  # fmt: skip
