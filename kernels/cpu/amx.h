@@ -8,6 +8,7 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileDepth = 32;    // k steps of one instruction
 constexpr int64_t kTileHalves = 512;  // of an A or B tile
 constexpr int64_t kGroupRows = 32;    // rows of a group: two tiles
+constexpr int64_t kWideSlack = 64;    // elements, zero, on both sides of what is read skewed in steps of 32
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

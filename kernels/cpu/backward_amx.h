@@ -8,8 +8,6 @@
 //   dQ   (rows, D)   += dS x keys
 //   dQ'  (rows, D)   += dS, each row read one element further right, x table
 
-constexpr int64_t kWideSlack = 64;  // elements, zero, on both sides of what is read skewed in steps of 32
-
 // One key head's keys and values, and the sums of their gradients.
 struct AmxUnit {
   AmxKeys keys;

@@ -112,22 +112,22 @@ static bool values_in_place(const Problem& p) {
   return readable_in_place(matrix(p.call.value, 0, 0), p.call.keys, p.value_size);
 }
 
-// What rel_v's natural form leaves out comes to the rows that give it weight. result, scores: of the block's rows.
+// What rel_v's natural form leaves out comes to those rows of a group that give it weight. weight(row, column): of a tile.
+template <class Weight>
 static void add_nonfinite_distances(const Problem& p, const Head& head, const Block& block, const Tile& tile,
-                                    const Result& scores, const Workspace& w) {
+                                    const Group& group, const Weight& weight, const Workspace& w) {
   const Matrix table = p.table_source(kRelV, head.head).matrix;
   const int64_t shift = lay_over(head.rel_v, block.rows, block.position, tile.first_key).shift;
   for (int64_t table_row = 0; table_row < p.call.rows; ++table_row) {
     read_row(table, table_row, p.value_size, w.scratch);
     if (all_finite(w.scratch, p.value_size)) continue;
-    for (int g = 0; g < tile.count; ++g)
-      for (int64_t row = tile.groups[g].row; row < tile.groups[g].row + tile.groups[g].rows; ++row)
-        for (int64_t column = tile.groups[g].seen.first; column < tile.groups[g].seen.last; ++column) {
-          const float weight = scores.data[row * scores.row + column];
-          if (weight == 0.0f || clamp<int64_t>(column - row - shift, 0, p.call.rows - 1) != table_row) continue;
-          for (int64_t d = 0; d < p.value_size; ++d)
-            if (w.scratch[d] * 0.0f != 0.0f) w.result[row * p.padded_value_size + d] += weight * w.scratch[d];
-        }
+    for (int64_t row = group.row; row < group.row + group.rows; ++row)
+      for (int64_t column = group.seen.first; column < group.seen.last; ++column) {
+        const float share = weight(row, column);
+        if (share == 0.0f || clamp<int64_t>(column - row - shift, 0, p.call.rows - 1) != table_row) continue;
+        for (int64_t d = 0; d < p.value_size; ++d)
+          if (w.scratch[d] * 0.0f != 0.0f) w.result[row * p.padded_value_size + d] += share * w.scratch[d];
+      }
   }
 }
 
@@ -164,16 +164,15 @@ static void attend(const Problem& p, Head head, const Block& block, bool apart, 
     const Result result = {w.result, p.padded_value_size};
     add_over_columns(tile, scores, head.value.from(first_key - head.first_value), p.padded_value_size, result);
     if (call.rel_v.data) add_over_distances(block, tile, scores, head.rel_v, p.padded_value_size, result);
-    if (head.rel_v.nonfinite) add_nonfinite_distances(p, head, block, tile, scores, w);
-    if (dropped)
-      for (int g = 0; g < tile.count; ++g) {
-        const Group& group = tile.groups[g];
-        auto weight = [&](int64_t row, int64_t column) {
-          const bool computed = column >= group.columns.first && column < group.columns.last;
-          return computed ? scores.data[row * scores.row + column] : 0.0f;
-        };
-        add_nonfinite_values(p, head, tile, {group.row, group.row + group.rows}, weight, w);
-      }
+    for (int g = 0; g < tile.count && (dropped || head.rel_v.nonfinite); ++g) {
+      const Group& group = tile.groups[g];
+      auto weight = [&](int64_t row, int64_t column) {
+        const bool computed = column >= group.columns.first && column < group.columns.last;
+        return computed ? scores.data[row * scores.row + column] : 0.0f;
+      };
+      if (dropped) add_nonfinite_values(p, head, tile, {group.row, group.row + group.rows}, weight, w);
+      if (head.rel_v.nonfinite) add_nonfinite_distances(p, head, block, tile, group, weight, w);
+    }
   }
 }
 

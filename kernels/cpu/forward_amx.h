@@ -1,5 +1,5 @@
 // The forward pass in bfloat16 on AMX: forward.h's algorithm with tiles of 32 rows, which hold raw products; scale and
-// units of ln 2 come with the softmax. rel_q and rel_v have no such form: their calls take the float32 kernel.
+// units of ln 2 come with the softmax.
 
 constexpr int64_t kBlockKeysAmx = 256;
 
@@ -7,14 +7,13 @@ struct AmxWorkspace {
   Workspace base;
   AmxKeys keys;  // a tile's, where each is used only once
   Half *content, *position;
-  Half* weights;  // a group's, rows `weights_row` apart
+  Half* weights;  // a group's, rows `weights_row` apart, with kWideSlack on both sides
   int64_t weights_row;
   HalfScratch scratch;
+  Half* key_rows;  // rel_q: a tile's
 };
 
-static bool takes_amx(const Call& call) {
-  return call.query.dtype == kBFloat16 && !call.rel_q.data && !call.rel_v.data;
-}
+static bool takes_amx(const Call& call) { return call.query.dtype == kBFloat16; }
 
 // (q + bias) of a block's rows times the sign of the scale, in bfloat16.
 static void read_queries(const AmxProblem& p, const Head& head, const Block& block, const Tensor& bias, Half* to,
@@ -76,6 +75,66 @@ static void add_bias(const Skew& skew, int64_t m, const Range& columns, const fl
   if (!within.empty())
     add_scaled(to + within.first, bias + within.first - m - skew.shift, 1.0f, within.last - within.first);
   for (int64_t column = within.last; column < columns.last; ++column) to[column] += bias[skew.table.rows - 1];
+}
+
+// As key_scores: raw products.
+static void key_scores_amx(const AmxProblem& p, const AmxHead& operands, const Block& block, const Tile& tile,
+                           const AmxWorkspace& w) {
+  const Head& head = operands.head;
+  const Workspace& base = w.base;
+  const int64_t columns = round_up(block.rows, kPanel), leading = columns + 2 * kSlack,
+                count = tile.keys.last - tile.keys.first, panel = kPanel * p.deep_size;
+  const HalfSource source = p.keys(head.batch, head.head / p.ratio, p.deep_size);
+  for (int64_t key = 0; key < count; ++key)
+    read_halves(source, tile.keys.first + key, w.key_rows + key * p.deep_size, w.scratch.row);
+  zero_halves(w.key_rows + count * p.deep_size, (round_up(count, kGroupRows) - count) * p.deep_size);
+  const Matrix table = p.source(kRelQ, head.head).first_to_last();
+  const Skew whole = lay_over(head.rel_q, count, tile.keys.first, block.position);
+  if (whole.beyond_left({0, columns}))
+    half_edge_products(p, table, 0, count, w.key_rows, base.key_edges.left, base.scratch);
+  if (whole.beyond_right({0, columns}))
+    half_edge_products(p, table, p.call.rows - 1, count, w.key_rows, base.key_edges.right, base.scratch);
+  float* by_key = base.by_key + kSlack;
+  for (int64_t key = 0; key < count; key += kGroupRows) {
+    const Skew skew = lay_over(head.rel_q, least(kGroupRows, count - key), tile.keys.first + key, block.position);
+    const Range panels = skew.panels({0, columns});
+    const Result scores = {by_key + key * leading, leading};
+    amx_multiply<false>((int)skew.rows, panels.last - panels.first, {w.key_rows + key * p.deep_size, p.deep_size},
+                        {operands.query_panels + panels.first * panel, panel}, p.deep_size / kTileDepth,
+                        {scores.data + panels.first * kPanel + skew.shift, leading + 1});
+    relative_edges(skew, {0, columns}, panels, base.key_edges.from(key), scores);
+  }
+  for (int64_t key = 0; key < count; key += kPanel)
+    for (int64_t column = 0; column < columns; column += kWidth)
+      transpose(by_key + key * leading + column, leading,
+                base.by_query + column * p.leading + tile.keys.first - tile.first_key + key, p.leading);
+}
+
+// The weights of a group's rows, in bfloat16, times rel_v's rows of their distances.
+static void add_distances_amx(const AmxProblem& p, const AmxHead& operands, const Block& block, const Tile& tile,
+                              const Group& group, const AmxWorkspace& w) {
+  const Skew skew = lay_over(operands.head.rel_v, block, tile, group);
+  const Range touched = skew.touched(group.seen);
+  const int64_t lowest = touched.first / 2 * 2;  // whole pairs
+  float* result = w.base.result + group.row * p.padded_value_size;
+  if (lowest < touched.last)
+    amx_multiply<true>(group.rows, p.padded_value_size / kPanel,
+                       {w.weights + lowest + skew.shift, w.weights_row + 1}, operands.value_table.from(lowest),
+                       (touched.last - 1 - lowest) / kTileDepth + 1, {result, p.padded_value_size});
+  const Matrix table = p.source(kRelV, operands.head.head).matrix;
+  auto add_edge = [&](int64_t table_row, int64_t row, int64_t first, int64_t last) {
+    float share = 0.0f;
+    for (int64_t column = first; column < last; ++column)
+      share += from_bfloat16(w.weights[row * w.weights_row + column]);
+    if (share == 0.0f) return;
+    read_row(table, table_row, p.value_size, w.base.scratch);
+    add_scaled(result + row * p.padded_value_size, w.base.scratch, share, p.value_size);
+  };
+  for (int64_t row = 0; row < group.rows; ++row) {
+    const Range within = skew.within(row, group.seen);
+    add_edge(0, row, group.seen.first, within.first);
+    add_edge(p.call.rows - 1, row, within.last, group.seen.last);
+  }
 }
 
 // The raw products of a group of rows with its columns of a tile: scores[row of the group][column].
@@ -151,6 +210,7 @@ static void attend_amx(const AmxProblem& p, AmxHead operands, const Block& block
   const float unit = (float)(p.absolute_scale() * kLog2E);
   // (unit == 0: hidden scores are -inf, not to be multiplied by it.)
   const bool adjusted = operands.bias || call.attn_mask.data || unit == 0.0f;
+  const float sign = call.scale < 0 ? -1.0f : 1.0f;  // which is that of the queries here
   const Result scores = {base.scores + kSlack, p.leading};
   Tile tile;
   TileRegisters registers;
@@ -161,6 +221,7 @@ static void attend_amx(const AmxProblem& p, AmxHead operands, const Block& block
     if (w.keys.key_panels) pack_tile_keys_amx(p, tile, operands, w);
     bool dropped = false;
     if (apart || w.keys.key_panels) dropped = pack_tile_values_amx(p, tile, apart, operands, w);
+    if (call.rel_q.data) key_scores_amx(p, operands, block, tile, w);
     for (int g = 0; g < tile.count; ++g) {
       const Group& group = tile.groups[g];
       const Range& columns = group.columns;
@@ -168,10 +229,15 @@ static void attend_amx(const AmxProblem& p, AmxHead operands, const Block& block
       group_products(p, operands, block, tile, group, w, scores);
       const int64_t first_depth = columns.first / kTileDepth * kTileDepth,
                     last_depth = round_up(columns.last, kTileDepth);
+      // rel_v's product reads around them, too.
+      const int64_t first_zero = call.rel_v.data ? -kWideSlack : first_depth,
+                    last_zero = call.rel_v.data ? p.block_keys + kWideSlack : last_depth;
       for (int r = 0; r < group.rows; ++r) {
         const int64_t row = group.row + r, count = columns.last - columns.first;
         float *of_row = scores.data + r * scores.row, *keep = p.dropout.used() ? base.keep : nullptr;
         Half* weights = w.weights + r * w.weights_row;
+        if (call.rel_q.data)
+          add_scaled(of_row + columns.first, base.by_query + row * p.leading + columns.first, sign, count);
         if (adjusted) scale_row(of_row + columns.first, unit, count);
         if (operands.bias) add_bias(skew, r, columns, operands.bias, of_row);
         hide(p, head, block, tile, row, columns, base, of_row);
@@ -182,21 +248,23 @@ static void attend_amx(const AmxProblem& p, AmxHead operands, const Block& block
             of_row + columns.first, count, adjusted ? 1.0f : unit, keep,
             {base.highest[row], base.total[row], base.result + row * p.padded_value_size, p.padded_value_size},
             weights + columns.first);
-        zero_halves(weights + first_depth, columns.first - first_depth);
-        zero_halves(weights + columns.last, last_depth - columns.last);
+        zero_halves(weights + first_zero, columns.first - first_zero);
+        zero_halves(weights + columns.last, last_zero - columns.last);
       }
       for (int64_t row = group.rows; row < kGroupRows; ++row)
-        zero_halves(w.weights + row * w.weights_row + first_depth, last_depth - first_depth);
+        zero_halves(w.weights + row * w.weights_row + first_zero, last_zero - first_zero);
       amx_multiply<true>(group.rows, p.padded_value_size / kPanel, {w.weights + first_depth, w.weights_row},
                          operands.keys.value_pairs.from(first_key - operands.first_value + first_depth),
                          (last_depth - first_depth) / kTileDepth,
                          {base.result + group.row * p.padded_value_size, p.padded_value_size});
-      if (!dropped) continue;
+      if (call.rel_v.data) add_distances_amx(p, operands, block, tile, group, w);
+      if (!dropped && !head.rel_v.nonfinite) continue;
       auto weight = [&](int64_t row, int64_t column) {
-        const bool computed = column >= first_depth && column < last_depth;
+        const bool computed = column >= columns.first && column < columns.last;
         return computed ? from_bfloat16(w.weights[(row - group.row) * w.weights_row + column]) : 0.0f;
       };
-      add_nonfinite_values(p, head, tile, {group.row, group.row + group.rows}, weight, base);
+      if (dropped) add_nonfinite_values(p, head, tile, {group.row, group.row + group.rows}, weight, base);
+      if (head.rel_v.nonfinite) add_nonfinite_distances(p, head, block, tile, group, weight, base);
     }
   }
 }
@@ -219,13 +287,13 @@ static int64_t carve_amx(const AmxProblem& p, bool once, char* memory, AmxWorksp
   const int64_t rows = round_up(p.block_rows, kGroupRows);
   w.content = carver.halves(rows * p.deep_size);
   w.position = p.position_is_content() ? w.content : carver.halves(rows * p.deep_size);
-  w.weights_row = p.block_keys + 2 * kTileDepth;
-  w.weights = carver.halves(kGroupRows * w.weights_row);
+  w.weights_row = p.block_keys + 2 * kWideSlack;
+  w.weights = carver.halves(kGroupRows * (w.weights_row + 1)) + kWideSlack;
   if (once) w.keys.key_panels = carver.halves(p.block_keys * p.deep_size);
   w.keys.value_pairs = {carver.halves(p.block_keys * p.padded_value_size), p.block_keys};
   const int64_t widest = most(p.deep_size, p.deep_value_size);
   w.scratch = {carver.halves(kPanel * widest), carver.floats(widest)};
-  w.base.scratch = carver.floats(2 * p.padded_size);
+  w.base.scratch = carver.floats(most(2 * p.padded_size, p.padded_value_size));
   w.base.edges = {carver.floats(rows), carver.floats(rows)};
   w.base.row = p.call.attn_mask.data ? carver.floats(p.block_keys) : nullptr;
   w.base.keep = p.dropout.used() ? carver.floats(p.block_keys + kKeepBefore + kKeepAfter) + kKeepBefore : nullptr;
@@ -233,6 +301,13 @@ static int64_t carve_amx(const AmxProblem& p, bool once, char* memory, AmxWorksp
   w.base.result = carver.floats(rows * p.padded_value_size);
   w.base.highest = carver.floats(rows);
   w.base.total = carver.floats(rows);
+  if (p.call.rel_q.data) {
+    const int64_t keys = round_up(p.block_keys, kGroupRows) + kGroupRows, columns = round_up(p.block_rows, kPanel);
+    w.key_rows = carver.halves(keys * p.deep_size);
+    w.base.key_edges = {carver.floats(keys), carver.floats(keys)};
+    w.base.by_key = carver.floats(keys * (columns + 2 * kSlack + 1));
+    w.base.by_query = carver.floats(columns * p.leading);
+  }
   return carver.used;
 }
 
@@ -246,7 +321,10 @@ static int forward_amx(const Call& call, const Team& team) {
       carve_for_threads<AmxWorkspace>(memory, [&](char* base, AmxWorkspace& w) { return carve_amx(p, once, base, w); });
   const Keys* keys = find_keys(call, memory);
   AmxTables tables = {};
-  tables.plan(p, memory, kPanelsForm);
+  tables.plan(p, memory, kRelK, kPanelsForm);
+  tables.plan(p, memory, kRelQ, kPanelsForm);
+  tables.plan(p, memory, kRelV, kNaturalForm);
+  tables.plan_bias(p, memory);
   const int64_t panel_halves = panels_of(call.keys) * kPanel * p.deep_size,
                 pair_halves = p.deep_keys * p.padded_value_size;
   const int64_t unit_floats = once ? 0 : (panel_halves + pair_halves) / 2, chunk = units_of_chunk(call, unit_floats);

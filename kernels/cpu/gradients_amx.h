@@ -37,7 +37,8 @@ struct AmxKernel {
       sums[index].edges = {memory.zeros(call.grad_rel_k.data, p.size), memory.zeros(call.grad_rel_k.data, p.size)};
       sums[index].bias = memory.zeros(call.grad_rel_bias.data, call.rows);
     }
-    tables.plan(p, memory, kPanelsForm | kNaturalForm);
+    tables.plan(p, memory, kRelK, kPanelsForm | kNaturalForm);
+    tables.plan_bias(p, memory);
   }
 
   void prepare_tables(const Team& team) const {

@@ -8,6 +8,16 @@ struct HalfSource {
   int64_t rows, size, padded;
   bool repeat_last = false;  // beyond the last row of panels come copies of it, instead of zeros
   bool finite = false;       // of pairs: zeros for what is not
+  bool reversed = false;     // the last row first
+
+  Matrix first_to_last() const {
+    Matrix m = matrix;
+    if (reversed) {
+      m.first += (rows - 1) * m.row;
+      m.row = -m.row;
+    }
+    return m;
+  }
 };
 
 // 16 rows, of which pairs and panels are made, and one as floats.
@@ -25,7 +35,7 @@ struct HalfPairs {
 };
 
 static void read_halves(const HalfSource& source, int64_t row, Half* to, float* scratch) {
-  const Matrix& m = source.matrix;
+  const Matrix m = source.first_to_last();
   if (m.dtype == kBFloat16 && m.column == 1) {
     __builtin_memcpy(to, (const Half*)m.data + m.first + row * m.row, (size_t)source.size * 2);
   } else {
@@ -37,7 +47,7 @@ static void read_halves(const HalfSource& source, int64_t row, Half* to, float* 
 
 // Panel `index` of the rows, as B of products over their elements: (padded / 2, 16) pairs of elements.
 static void pack_half_panel(const HalfSource& source, int64_t index, Half* to, const HalfScratch& scratch) {
-  const Matrix& m = source.matrix;
+  const Matrix m = source.first_to_last();
   const int64_t first = index * kPanel, padded = source.padded;
   const Half* rows = scratch.rows;
   int64_t stride = padded;
@@ -107,26 +117,46 @@ struct AmxProblem : Problem {
   HalfSource values(int64_t batch, int64_t key_head, int64_t padded) const {
     return {matrix(call.value, batch, key_head), call.keys, value_size, padded};
   }
+  HalfSource source(TableName name, int64_t head) const {  // as table_source
+    HalfSource result = {matrix(table(name), 0, head), call.rows, size, deep_size, true};
+    if (name == kRelV) {
+      result.size = value_size;
+      result.padded = deep_value_size;
+    }
+    result.reversed = name == kRelQ;
+    return result;
+  }
 };
 
-// rel_k in the forms that the passes read, for each head or for all that share it; rel_bias in units of ln 2.
+// The tables in the forms that the passes read, for each head or for all that share one; rel_bias in units of ln 2.
 struct AmxTables {
-  PerHead<Half> panels, pairs;  // panels: for scores. pairs: for gradients of queries
+  PerHead<Half> panels[3], pairs[3];  // panels: of products over the head size. pairs: of products over the rows
   PerHead<float> bias;
   int64_t pair_rows;
+  bool* nonfinite;  // whether rel_v's pairs have zeros for some numbers that are not
 
-  // The memory for the forms (panels, natural) that are needed.
-  void plan(const AmxProblem& p, Memory& memory, int forms) {
-    const Call& call = p.call;
-    const bool tables = call.rel_k.data, per_head = differs_by_head(call.rel_k),
-               bias_per_head = differs_by_head(call.rel_bias);
-    const int64_t heads = per_head ? call.heads : 1, panel_halves = panels_of(call.rows) * kPanel * p.deep_size;
-    pair_rows = round_up(call.rows, kTileDepth) + kTileDepth;  // products begin at any even row
-    panels = {memory.halves(tables && (forms & kPanelsForm), heads * panel_halves), per_head ? panel_halves : 0};
-    pairs = {memory.halves(tables && (forms & kNaturalForm), heads * pair_rows * p.padded_size),
-             per_head ? pair_rows * p.padded_size : 0};
-    bias = {memory.floats(call.rel_bias.data, (bias_per_head ? call.heads : 1) * call.rows),
-            bias_per_head ? call.rows : 0};
+  static int64_t panel_halves(const AmxProblem& p, TableName name) {
+    return panels_of(p.call.rows) * kPanel * p.source(name, 0).padded;
+  }
+  int64_t pair_halves(const AmxProblem& p, TableName name) const {
+    return pair_rows * (name == kRelV ? p.padded_value_size : p.padded_size);
+  }
+
+  // The memory for the forms (panels, natural) of a table that are needed.
+  void plan(const AmxProblem& p, Memory& memory, TableName name, int forms) {
+    const Tensor& table = p.table(name);
+    const bool per_head = differs_by_head(table);
+    const int64_t heads = per_head ? p.call.heads : 1;
+    pair_rows = round_up(p.call.rows, kTileDepth) + kTileDepth;  // products begin at any even row
+    const int64_t panel = panel_halves(p, name), pair = pair_halves(p, name);
+    panels[name] = {memory.halves(table.data && (forms & kPanelsForm), heads * panel), per_head ? panel : 0};
+    pairs[name] = {memory.halves(table.data && (forms & kNaturalForm), heads * pair), per_head ? pair : 0};
+  }
+  void plan_bias(const AmxProblem& p, Memory& memory) {
+    nonfinite = memory.array<bool>(1);
+    if (nonfinite) *nonfinite = false;
+    const bool per_head = differs_by_head(p.call.rel_bias);
+    bias = {memory.floats(p.call.rel_bias.data, (per_head ? p.call.heads : 1) * p.call.rows), per_head ? p.call.rows : 0};
   }
 
   // In parallel; scratch(thread) is a thread's HalfScratch.
@@ -138,20 +168,24 @@ struct AmxTables {
       read_row(from.data, from.dtype, head * from.stride[1], from.stride[2], call.rows, bias.of(head));
       scale_row(bias.of(head), (float)kLog2E, call.rows);
     }
-    if (!panels.data) return;
     const int64_t tasks = tasks_of(pair_rows / kPanel);
-    parallel(team, (panels.stride ? call.heads : 1) * tasks, [&](int64_t index, int64_t thread) {
-      const int64_t head = index / tasks, first = index % tasks * kPanelsOfTask,
-                    last = least(first + kPanelsOfTask, pair_rows / kPanel);
-      // As in Problem::table_source.
-      HalfSource source = {matrix(call.rel_k, 0, head), call.rows, p.size, p.deep_size, true};
-      for (int64_t panel = first; panel < least(last, panels_of(call.rows)); ++panel)
-        pack_half_panel(source, panel, panels.of(head) + panel * kPanel * p.deep_size, scratch(thread));
-      source.padded = p.padded_size;
-      source.finite = true;
-      if (pairs.data)
-        pack_half_pairs(source, {first * kPanel, last * kPanel}, 0, {pairs.of(head), pair_rows}, scratch(thread));
-    });
+    for (TableName name : kTables) {
+      if (!panels[name].data && !pairs[name].data) continue;
+      const int64_t heads = differs_by_head(p.table(name)) ? call.heads : 1;
+      parallel(team, heads * tasks, [&](int64_t index, int64_t thread) {
+        const int64_t head = index / tasks, first = index % tasks * kPanelsOfTask,
+                      last = least(first + kPanelsOfTask, pair_rows / kPanel);
+        HalfSource source = p.source(name, head);
+        for (int64_t panel = first; panels[name].data && panel < least(last, panels_of(call.rows)); ++panel)
+          pack_half_panel(source, panel, panels[name].of(head) + panel * kPanel * source.padded, scratch(thread));
+        source.padded = name == kRelV ? p.padded_value_size : p.padded_size;
+        source.finite = true;
+        const HalfPairs to = {pairs[name].of(head), pair_rows};
+        if (to.data && pack_half_pairs(source, {first * kPanel, last * kPanel}, 0, to, scratch(thread)) &&
+            name == kRelV)
+          __atomic_store_n(nonfinite, true, __ATOMIC_RELAXED);
+      });
+    }
   }
 };
 
@@ -189,9 +223,9 @@ struct AmxHead {
   Head head;  // of its tables only where their rows lie
   AmxKeys keys;
   int64_t first_key, first_value;  // where the keys and the values begin
-  const Half* table_panels;
-  HalfPairs table_pairs;
-  const float* bias;  // null: none
+  const Half *table_panels, *query_panels;  // of rel_k, and of rel_q
+  HalfPairs table_pairs, value_table;         // of rel_k, and of rel_v
+  const float* bias;                          // null: none
 };
 
 static AmxHead amx_head(const AmxProblem& p, const AmxTables& tables, const AmxKeys& keys, int64_t batch, int64_t index,
@@ -200,11 +234,17 @@ static AmxHead amx_head(const AmxProblem& p, const AmxTables& tables, const AmxK
   result.head.batch = batch;
   result.head.head = index;
   result.head.keys = visible;
-  result.head.rel_k.rows = p.call.rows;
-  result.head.rel_k.left = p.call.left;
+  Table& table = result.head.rel_k;
+  table.rows = p.call.rows;
+  table.left = p.call.left;
+  result.head.rel_q = result.head.rel_v = table;
+  result.head.rel_q.left = p.call.right;  // it is packed reversed
   result.keys = keys;
-  result.table_panels = tables.panels.of(index);
-  result.table_pairs = {tables.pairs.of(index), tables.pair_rows};
+  result.table_panels = tables.panels[kRelK].of(index);
+  result.query_panels = tables.panels[kRelQ].of(index);
+  result.table_pairs = {tables.pairs[kRelK].of(index), tables.pair_rows};
+  result.value_table = {tables.pairs[kRelV].of(index), tables.pair_rows};
   result.bias = tables.bias.of(index);
+  result.head.rel_v.nonfinite = *tables.nonfinite;
   return result;
 }
