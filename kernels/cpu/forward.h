@@ -112,7 +112,8 @@ static bool values_in_place(const Problem& p) {
   return readable_in_place(matrix(p.call.value, 0, 0), p.call.keys, p.value_size);
 }
 
-// What rel_v's natural form leaves out comes to those rows of a group that give it weight. weight(row, column): of a tile.
+// What rel_v's natural form leaves out comes to those rows of a group that give it weight. weight(row, column): of a
+// tile.
 template <class Weight>
 static void add_nonfinite_distances(const Problem& p, const Head& head, const Block& block, const Tile& tile,
                                     const Group& group, const Weight& weight, const Workspace& w) {

@@ -118,9 +118,9 @@ static void add_distances_amx(const AmxProblem& p, const AmxHead& operands, cons
   const int64_t lowest = touched.first / 2 * 2;  // whole pairs
   float* result = w.base.result + group.row * p.padded_value_size;
   if (lowest < touched.last)
-    amx_multiply<true>(group.rows, p.padded_value_size / kPanel,
-                       {w.weights + lowest + skew.shift, w.weights_row + 1}, operands.value_table.from(lowest),
-                       (touched.last - 1 - lowest) / kTileDepth + 1, {result, p.padded_value_size});
+    amx_multiply<true>(group.rows, p.padded_value_size / kPanel, {w.weights + lowest + skew.shift, w.weights_row + 1},
+                       operands.value_table.from(lowest), (touched.last - 1 - lowest) / kTileDepth + 1,
+                       {result, p.padded_value_size});
   const Matrix table = p.source(kRelV, operands.head.head).matrix;
   auto add_edge = [&](int64_t table_row, int64_t row, int64_t first, int64_t last) {
     float share = 0.0f;

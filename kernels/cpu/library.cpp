@@ -265,8 +265,8 @@ int64_t cache_bytes() {
   return (int64_t)1 << 20;
 }
 
-// The call of these numbers: the seed, threads, the tile's two bounds; how many keys there are, the offset, and strides of
-// keys, values and their mask (of its batch elements and keys), which differ from step to step in decoding; then
+// The call of these numbers: the seed, threads, the tile's two bounds; how many keys there are, the offset, and strides
+// of keys, values and their mask (of its batch elements and keys), which differ from step to step in decoding; then
 // addresses. What is handed over is the same for all calls of one signature, and holds each tensor's place among the
 // numbers in place of an address.
 Call filled_in(const Call& described, const int64_t* numbers) {

@@ -156,7 +156,8 @@ struct AmxTables {
     nonfinite = memory.array<bool>(1);
     if (nonfinite) *nonfinite = false;
     const bool per_head = differs_by_head(p.call.rel_bias);
-    bias = {memory.floats(p.call.rel_bias.data, (per_head ? p.call.heads : 1) * p.call.rows), per_head ? p.call.rows : 0};
+    bias = {memory.floats(p.call.rel_bias.data, (per_head ? p.call.heads : 1) * p.call.rows),
+            per_head ? p.call.rows : 0};
   }
 
   // In parallel; scratch(thread) is a thread's HalfScratch.
@@ -222,10 +223,10 @@ static void pack_keys_amx(const AmxProblem& p, int64_t batch, int64_t key_head, 
 struct AmxHead {
   Head head;  // of its tables only where their rows lie
   AmxKeys keys;
-  int64_t first_key, first_value;  // where the keys and the values begin
+  int64_t first_key, first_value;           // where the keys and the values begin
   const Half *table_panels, *query_panels;  // of rel_k, and of rel_q
-  HalfPairs table_pairs, value_table;         // of rel_k, and of rel_v
-  const float* bias;                          // null: none
+  HalfPairs table_pairs, value_table;       // of rel_k, and of rel_v
+  const float* bias;                        // null: none
 };
 
 static AmxHead amx_head(const AmxProblem& p, const AmxTables& tables, const AmxKeys& keys, int64_t batch, int64_t index,

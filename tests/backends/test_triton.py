@@ -65,7 +65,7 @@ def test_random_calls(seed):
 
 @needs_kernels
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
-@pytest.mark.parametrize("seed", [0, 1, 2, 9] if gpu.INTERPRETED else range(40))
+@pytest.mark.parametrize("seed", [1, 2, 9] if gpu.INTERPRETED else range(40))
 def test_what_is_hidden_may_hold_anything(seed):
     """A few; `TRITON_INTERPRET=1 python -m tests.hidden --backend triton` runs as many as wanted."""
     check_hidden(hidden_call(seed, "triton"), "triton", (torch.float32, torch.bfloat16, torch.float16)[seed % 3])

@@ -47,7 +47,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("calls", ["tests.fuzz", "tests.edges", "tests.hidden"])
 def test_calls(library: Path, calls: str) -> None:
     """Random ones, those at the edges, and those whose hidden places hold anything."""
-    count = [] if calls == "tests.edges" else ["--count", "30"]
+    count = [] if calls == "tests.edges" else ["--count", "20"]
     done = subprocess.run(
         [sys.executable, "-m", calls, "--backend", "cpu", "--dtype", "bfloat16", *count],
         env=os.environ | {"RELATTN_CPU_LIBRARY": str(library), "RELATTN_CPU_VARIANT": "amx"},
