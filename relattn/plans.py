@@ -53,7 +53,7 @@ def signature_of(
             return None
         shape, device = tensor.shape, tensor.device
         found += (tensor.dtype, device)
-        if place == _KEY or place == _VALUE:
+        if place in (_KEY, _VALUE):
             if len(shape) != 4 or (keys >= 0 and shape[2] != keys):
                 return None
             keys = shape[2]
