@@ -166,8 +166,8 @@ def _mask(place: int, tensor: Tensor | None) -> tuple[int, ...]:
 
 
 class Plan:
-    """What the library is told of calls of one signature (shapes, strides, dtypes, settings): everything but addresses and the seed, how many
-    keys there are, how they lie and where queries stand.
+    """What the library is told of calls of one signature (shapes, strides, dtypes, settings): everything but addresses and the seed,
+    how many keys there are, how they lie and where queries stand.
 
     `inputs`, here and below, are those of the call's `Tensors` that it has, in their order. None of them is kept.
     """
