@@ -168,8 +168,9 @@ class _PlannedAttention(torch.autograd.Function):
 
 def keep(signature: tuple, backend: str, tensors: Tensors, settings: Settings) -> Plan:
     """A new plan, for calls of this signature."""
-    while len(_PLANS) >= _MOST:
-        _PLANS.pop(next(iter(_PLANS)), None)
+    if len(_PLANS) >= _MOST:
+        for oldest in list(_PLANS)[: -_MOST + 1 or None]:  # a list, made at once: other threads add plans
+            _PLANS.pop(oldest, None)
     plan = _PLANS[signature] = Plan(backend, tensors, settings)
     return plan
 

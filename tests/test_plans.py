@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -209,3 +210,13 @@ def test_memory_that_is_gone() -> None:
 def test_explain_makes_no_plan() -> None:
     relattn.explain(*inputs())
     assert not plans._PLANS
+
+
+def test_threads_make_plans_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than are kept, so that they also drop each other's."""
+    monkeypatch.setattr(plans, "_MOST", 5)
+    calls = [inputs(length) for length in range(1, 30)]
+    expected = [relative_attention(*tensors) for tensors in calls]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda index: relative_attention(*calls[index % len(calls)]), range(600)))
+    assert all(torch.equal(result, expected[index % len(calls)]) for index, result in enumerate(found))

@@ -264,8 +264,8 @@ class Plan:
         found = self.backward_calls.get(signature)
         if found is None:
             found = self._backward_call(slopes, inputs, needs)
-            while len(self.backward_calls) >= _MOST_BACKWARD:
-                self.backward_calls.pop(next(iter(self.backward_calls)), None)
+            if len(self.backward_calls) >= _MOST_BACKWARD:
+                self.backward_calls.clear()
             self.backward_calls[signature] = found
         call, wanted = found
         gradients = [output.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in wanted]
