@@ -28,8 +28,9 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3,
 _TENSORS = 26  # in Call
 _CALL = struct.Struct(f"=19q2d{6 * _TENSORS}q")
 
-# Calls of fewer multiplications than this run on one thread: 50 microseconds, of which waking another would save nothing.
-_ALONE = 3e5
+# Calls of fewer multiplications than this run on one thread: about 20 microseconds of work. Waking another takes a few, and more where
+# threads have gone to sleep.
+_ALONE = 1e5
 # Upper bounds of a tile of scores, (queries, keys); 0 = the kernel's own. Tests cut finer.
 _TILE = (0, 0)
 
