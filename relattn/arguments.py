@@ -44,6 +44,9 @@ class Settings(NamedTuple):
     scale: float
 
 
+FARTHEST = 2**62  # an offset or a side of a window may be, so that distances fit 64-bit numbers
+
+
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the log-sum-exp and of accumulations: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

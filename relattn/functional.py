@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from relattn import backends, plans
-from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enabled, shape_text
+from relattn.arguments import DIFFERENTIABLE, FARTHEST, Settings, Tensors, autocast_enabled, shape_text
 from relattn.backends import reference
 from relattn.operators import RelativeAttentionFunction, no_autocast
 from relattn.philox import draw_seed
@@ -121,11 +121,12 @@ def relative_attention(
         given = (
             query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, attn_mask, key_mask, key_lengths, offsets
         )  # fmt: skip
+        present = [tensor for tensor in given if tensor is not None]
         numbers = (is_causal, dropout_p, scale, enable_gqa, backend)
         signature = plans.signature_of(given, offset, (max_relative_position, window), numbers)
         plan = None if signature is None else plans.find(signature)
         if plan is not None:
-            output, lse = plan.attend([tensor for tensor in given if tensor is not None], offset or 0)
+            output, lse = plan.attend(present, offset or 0)
             return (output, lse) if return_lse else output
     tensors, settings = validated(
         query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, max_relative_position, attn_mask, key_mask,
@@ -138,7 +139,7 @@ def relative_attention(
     name = backends.automatic(chosen) if backend is None else chosen
     if signature is not None and all(map(operator.is_, tensors, given)):
         plan = plans.keep(signature, name, tensors, settings)
-        output, lse = plan.attend([tensor for tensor in given if tensor is not None], settings.query_offset)
+        output, lse = plan.attend(present, settings.query_offset)
     else:
         attend = torch.ops.relattn.forward if torch.compiler.is_compiling() else RelativeAttentionFunction.apply
         output, lse, _ = attend(name, *tensors, *settings)
@@ -353,7 +354,7 @@ def _is_number(value) -> bool:
 
 
 def _too_large(value) -> bool:
-    return isinstance(value, int) and abs(value) > 2**62  # a SymInt is one of a tensor's sizes
+    return isinstance(value, int) and abs(value) > FARTHEST  # a SymInt is one of a tensor's sizes
 
 
 def _check_tensor(name: str, tensor) -> None:

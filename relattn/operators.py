@@ -101,7 +101,7 @@ _FORWARD_MODE = (
     "relattn: a forward-mode derivative (jvp, jacfwd, hessian, dual numbers) was asked for, which only the reference backend has; "
     'call relative_attention(..., backend="reference"), or make the layer with backend="reference"'
 )
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_plain(tensors) -> bool:
@@ -112,7 +112,7 @@ def is_plain(tensors) -> bool:
     """
     if _len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return False
-    return all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()) for tensor in tensors)
+    return all(tensor is None or (type(tensor) in PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()) for tensor in tensors)
 
 
 class RelativeAttentionFunction(torch.autograd.Function):

@@ -15,20 +15,16 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from relattn import backends, operators
-from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enabled
+from relattn.arguments import DIFFERENTIABLE, FARTHEST, Settings, Tensors, autocast_enabled
 from relattn.philox import draw_seed
 
-_ORDINARY_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _ORDINARY_NUMBERS = frozenset((type(None), int, float, bool, str))
 _MOST = 1024  # plans of a few kilobytes; the oldest goes
 _KEY, _VALUE, _ATTN_MASK, _KEY_MASK = map(Tensors._fields.index, ("key", "value", "attn_mask", "key_mask"))
 _OF_KEYS = (_KEY, _VALUE, _KEY_MASK)
-_FARTHEST = 2**62  # as relattn.functional checks it
 
 
-def signature_of(
-    tensors: Sequence[Any], offset: Any, pairs: Sequence[Any], numbers: Sequence[Any]
-) -> tuple | None:
+def signature_of(tensors: Sequence[Any], offset: Any, pairs: Sequence[Any], numbers: Sequence[Any]) -> tuple | None:
     """The call's signature; None where somebody listens (a trace, mode, transform, autocast) or something is not what it usually is.
 
     The number of keys and an offset that is a number are no part of it, nor where keys lie: decoding changes them with every call. But
@@ -49,7 +45,7 @@ def signature_of(
         if tensor is None:
             found.append(None)
             continue
-        if type(tensor) not in _ORDINARY_TENSORS or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_neg():
+        if type(tensor) not in operators.PLAIN or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_neg():
             return None
         shape, device = tensor.shape, tensor.device
         found += (tensor.dtype, device)
@@ -69,7 +65,7 @@ def signature_of(
     mask = tensors[_ATTN_MASK]
     if mask is not None:
         found.append(mask.requires_grad)  # not every backend takes it
-    if offset is not None and (type(offset) is not int or not -_FARTHEST <= offset <= _FARTHEST):
+    if offset is not None and (type(offset) is not int or not -FARTHEST <= offset <= FARTHEST):
         return None
     found += (offset is None, keys if mask is not None or offset is None else keys == 0)
     parts = [*numbers]

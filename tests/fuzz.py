@@ -353,19 +353,23 @@ def in_time(calls: Iterable[tuple[str, Callable[[], Call]]], seconds: float, tra
         yield name, make
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(
+    about: str | None, call: Callable[[int, str], Call], kind: str = "",
+    checked: Callable[[Call, str, torch.dtype], None] = check, count: int = 1000,
+) -> NoReturn:  # fmt: skip
+    """The command line of random calls, `call(seed, backend)`: `checked` for as many seeds as asked."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="blocked")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
-    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--count", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first call")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop before --count where that takes longer")
     parser.add_argument("--trace", action="store_true", help="name each call before it runs")
     options = parser.parse_args()
     seeds = range(options.seed, options.seed + options.count)
-    calls = ((f"seed {seed}", functools.partial(call_of, seed, options.backend)) for seed in seeds)
-    check_all(in_time(calls, options.seconds, options.trace), options.backend, options.dtype, f"from seed {options.seed}")
+    calls = in_time(((f"seed {seed}", functools.partial(call, seed, options.backend)) for seed in seeds), options.seconds, options.trace)
+    check_all(calls, options.backend, options.dtype, f"{kind}from seed {options.seed}", checked)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, call_of)

@@ -5,8 +5,6 @@ As a command it runs as many as wanted: `python -m tests.hidden --backend blocke
 
 from __future__ import annotations
 
-import argparse
-import functools
 import math
 import random
 from typing import Any
@@ -18,7 +16,7 @@ import relattn
 from relattn.arguments import Settings, Tensors
 from relattn.backends import reference
 from relattn.backends import triton as gpu
-from tests.fuzz import Call, call_of, check_all, cut, in_time
+from tests.fuzz import Call, call_of, command, cut
 
 
 class Hostile:
@@ -154,20 +152,5 @@ def hidden_call(seed: int, backend: str) -> Call:
     return call
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="blocked")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first call")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop before --count where that takes longer")
-    parser.add_argument("--trace", action="store_true", help="name each call before it runs")
-    options = parser.parse_args()
-    seeds = range(options.seed, options.seed + options.count)
-    calls = ((f"seed {seed}", functools.partial(hidden_call, seed, options.backend)) for seed in seeds)
-    calls = in_time(calls, options.seconds, options.trace)
-    check_all(calls, options.backend, options.dtype, f"with hostile places from seed {options.seed}", check_hidden)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, hidden_call, "with hostile places ", check_hidden, count=200)

@@ -257,7 +257,6 @@ class Plan:
         if self.empty:
             return [empty_gradient(tensor).zero_() for tensor, need in zip(inputs, needs, strict=False) if need]
         slopes = (grad_output,) if grad_lse is None else (grad_output, grad_lse)
-        # A table that is expanded over the heads has a gradient for each of them all the same.
         if self.expanded:
             inputs = [tensor.contiguous() if index in self.expanded else tensor for index, tensor in enumerate(inputs)]
         keys = [(tensor.shape, tensor.stride()) for tensor in inputs[1:3]]  # of which the gradients are
