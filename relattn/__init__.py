@@ -14,6 +14,7 @@ from relattn.cache import KeyValueCache
 from relattn.functional import Explanation, explain, relative_attention
 from relattn.module import RelativeMultiheadAttention
 from relattn.operators import RelativeAttentionFunction
+from relattn.varlen import relative_attention_varlen
 
 __all__ = [
     "Explanation",
@@ -24,6 +25,7 @@ __all__ = [
     "available_backends",
     "explain",
     "relative_attention",
+    "relative_attention_varlen",
     "shaw_relative_scores",
     "skew",
     "unskew",

@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 class Tensors(NamedTuple):
-    """Tensor arguments of a call. B batch, Hq / Hkv query / key heads, Lq / Lk lengths, D / Dv head sizes, R table rows."""
+    """Tensor arguments of a call. B batch, Hq / Hkv query / key heads, Lq / Lk lengths, D / Dv head sizes, R table rows.
+
+    In a packed call N sequences lie one after the other where others have lengths: query is (1, Hq, Tq, D), key and value (1, Hkv, Tk, D),
+    key_mask (1, Tk), and what is said of batch elements, (B,), is said of sequences, (N,). It has both cu_seqlens and no attn_mask.
+    """
 
     query: Tensor  # (B, Hq, Lq, D)
     key: Tensor  # (B, Hkv, Lk, D)
@@ -25,6 +29,8 @@ class Tensors(NamedTuple):
     key_mask: Tensor | None = None  # bool (B, Lk)
     key_lengths: Tensor | None = None  # int (B,)
     query_offsets: Tensor | None = None  # int (B,), added to Settings.query_offset
+    cu_seqlens_q: Tensor | None = None  # int (N + 1,): sequence n's queries are those from cu_seqlens_q[n] to cu_seqlens_q[n + 1]
+    cu_seqlens_k: Tensor | None = None  # int (N + 1,)
 
 
 # The first ten are floating point (attn_mask may be) and can require a gradient.
@@ -42,9 +48,52 @@ class Settings(NamedTuple):
     query_offset: int
     dropout_p: float
     scale: float
+    chunk_size: int | None = None  # None: no chunks
+    chunk_left: int | None = None  # how many chunks before its own a query sees; None: all
+    max_seqlen_q: int | None = None  # of a packed call: no sequence is longer; None: nobody said
+    max_seqlen_k: int | None = None
+
+    def chunk_start(self, position):
+        """The first key of those chunks that a query at `position`, an int or a tensor of them, sees; None: no bound."""
+        if self.chunk_size is None or self.chunk_left is None:
+            return None
+        return (position // self.chunk_size - self.chunk_left) * self.chunk_size
+
+    def chunk_stop(self, position):
+        """The first key behind its chunk; None: no bound."""
+        return None if self.chunk_size is None else (position // self.chunk_size + 1) * self.chunk_size
 
 
 FARTHEST = 2**62  # an offset or a side of a window may be, so that distances fit 64-bit numbers
+LARGEST_CHUNK = 2**30  # a chunk and a number of chunks may be, likewise
+
+
+def check_cu_seqlens(tensors: Tensors, settings: Settings) -> None:
+    """Whether a packed call's sequences fill it. On a GPU the check joins the stream, and a failure shows there as a device-side assertion.
+
+    Raises:
+        ValueError: cu_seqlens descend, do not begin at 0 or end at the number of tokens, or a sequence is longer than was said.
+    """
+    checks = (
+        ("cu_seqlens_q", tensors.cu_seqlens_q, tensors.query.shape[2], settings.max_seqlen_q),
+        ("cu_seqlens_k", tensors.cu_seqlens_k, tensors.key.shape[2], settings.max_seqlen_k),
+    )
+    for name, ends, total, longest in checks:
+        if ends is None or (name == "cu_seqlens_k" and ends is tensors.cu_seqlens_q and total == tensors.query.shape[2]):
+            continue
+        lengths = ends.diff()
+        if ends.device.type != "cpu":
+            fits = (ends[0] == 0) & (ends[-1] == total) & (lengths >= 0).all()
+            fits = fits if longest is None else fits & (lengths <= longest).all()
+            torch._assert_async(fits, f"relattn: {name} descends, does not begin at 0 or end at {total}, or exceeds max_seqlen")
+            continue
+        if ends[0] != 0 or ends[-1] != total:
+            found = f"{int(ends[0])} and {int(ends[-1])}"
+            raise ValueError(f"{name}: expected to begin at 0 and end at {total}, the number of tokens, got {found}")
+        if (lengths < 0).any():
+            raise ValueError(f"{name}: expected numbers that do not descend, got {int(lengths.min())} from one to the next")
+        if longest is not None and (lengths > longest).any():
+            raise ValueError(f"max_seqlen{name[-2:]}: a sequence has {int(lengths.max())} tokens, more than the {longest} given")
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from relattn import backends, plans
-from relattn.arguments import DIFFERENTIABLE, FARTHEST, Settings, Tensors, autocast_enabled, shape_text
+from relattn.arguments import (
+    DIFFERENTIABLE,
+    FARTHEST,
+    LARGEST_CHUNK,
+    Settings,
+    Tensors,
+    autocast_enabled,
+    check_cu_seqlens,
+    shape_text,
+)
 from relattn.backends import reference
 from relattn.operators import RelativeAttentionFunction, no_autocast
 from relattn.philox import draw_seed
@@ -39,6 +48,7 @@ def relative_attention(
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
+    chunk: tuple[int, int | None] | None = None,
     query_offset: int | Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
@@ -79,8 +89,12 @@ def relative_attention(
         key_lengths: integer (B,): keys from there on are not seen.
         is_causal: keys with d > 0 are not seen.
         window: (left, right): only keys with -left <= d <= right are seen; None on a side = unbounded.
+        chunk: (size, left_chunks): a query sees the keys of its own chunk and of so many before it, None = of all before it. Chunks are of
+            `size` positions, the first from key 0 on: key j is seen if c(i) - left_chunks <= c(j) <= c(i), with c(j) = j // size and
+            c(i) = (i + query_offset) // size. wenet's and ESPnet's ``chunk_size`` and ``num_left_chunks`` (there -1 = all); NeMo's
+            ``chunked_limited`` with ``att_context_size`` [left, right] is (right + 1, left // (right + 1)).
         query_offset: position of query 0 relative to key 0, an int or an integer tensor (B,) (or of shape ()), of magnitude at most
-            2**62. None = 0, but an error if `is_causal` and Lq != Lk, where the two customary meanings differ.
+            2**62. None = 0, but an error if Lq != Lk and `is_causal` or `chunk`, where the two customary meanings differ.
         dropout_p: probability of dropping a weight. The mask is a function of a seed drawn from torch's generator, the same in all
             backends.
         scale: None = 1 / sqrt(D).
@@ -105,45 +119,54 @@ def relative_attention(
     Under autocast all floating tensors but float64 ones are cast to autocast's dtype, as torch's own attention does. Outside it tables
     and biases may be float32 beside half-precision query, key and value.
 
-    Packed sequences (``cu_seqlens``) and two-dimensional positions (SAM, Swin) are not supported.
+    Packed sequences: `relative_attention_varlen`. Two-dimensional positions (SAM, Swin) are not supported.
     """
     if not torch.compiler.is_compiling() and is_tracing():
         output, lse, _ = traced(
             query, key, value, rel_k=rel_k, rel_q=rel_q, rel_v=rel_v, rel_bias=rel_bias, pos_bias_u=pos_bias_u, pos_bias_v=pos_bias_v,
             max_relative_position=max_relative_position, attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths,
-            is_causal=is_causal, window=window, query_offset=query_offset, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa,
-            backend=backend,
+            is_causal=is_causal, window=window, chunk=chunk, query_offset=query_offset, dropout_p=dropout_p, scale=scale,
+            enable_gqa=enable_gqa, backend=backend,
         )  # fmt: skip
         return (output, lse) if return_lse else output
     signature = None
     if not torch.compiler.is_compiling():
         offset, offsets = (None, query_offset) if isinstance(query_offset, Tensor) else (query_offset, None)
         given = (
-            query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, attn_mask, key_mask, key_lengths, offsets
+            query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, attn_mask, key_mask, key_lengths, offsets, None, None
         )  # fmt: skip
         present = [tensor for tensor in given if tensor is not None]
         numbers = (is_causal, dropout_p, scale, enable_gqa, backend)
-        signature = plans.signature_of(given, offset, (max_relative_position, window), numbers)
+        signature = plans.signature_of(given, offset, (max_relative_position, window, chunk), numbers)
         plan = None if signature is None else plans.find(signature)
         if plan is not None:
             output, lse = plan.attend(present, offset or 0)
             return (output, lse) if return_lse else output
     tensors, settings = validated(
         query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, max_relative_position, attn_mask, key_mask,
-        key_lengths, is_causal, window, query_offset, dropout_p, scale, enable_gqa,
+        key_lengths, is_causal, window, chunk, query_offset, dropout_p, scale, enable_gqa,
     )  # fmt: skip
-    chosen = backends.select(tensors, settings, backend)
-    if chosen == "reference":
-        output, lse, _ = _by_reference(tensors, settings)
-        return (output, lse) if return_lse else output
-    name = backends.automatic(chosen) if backend is None else chosen
-    if signature is not None and all(map(operator.is_, tensors, given)):
+    name = implementation(tensors, settings, backend)
+    if signature is not None and name != "reference" and all(map(operator.is_, tensors, given)):
         plan = plans.keep(signature, name, tensors, settings)
         output, lse = plan.attend(present, settings.query_offset)
     else:
-        attend = torch.ops.relattn.forward if torch.compiler.is_compiling() else RelativeAttentionFunction.apply
-        output, lse, _ = attend(name, *tensors, *settings)
+        output, lse = attend(name, tensors, settings)
     return (output, lse) if return_lse else output
+
+
+def implementation(tensors: Tensors, settings: Settings, backend: str | None) -> str:
+    """Of the backend that is asked for (None: the fastest that takes the call)."""
+    chosen = backends.select(tensors, settings, backend)
+    return backends.automatic(chosen) if backend is None else chosen
+
+
+def attend(name: str, tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a call that has been checked."""
+    if name == "reference":
+        return _by_reference(tensors, settings)[:2]
+    run = torch.ops.relattn.forward if torch.compiler.is_compiling() else RelativeAttentionFunction.apply
+    return run(name, *tensors, *settings)[:2]
 
 
 def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,11 +177,14 @@ def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **argument
     arguments = _DEFAULTS | arguments
     if not torch.compiler.is_compiling() and is_tracing():
         return traced(query, key, value, weights=True, **arguments)
-    return _by_reference(*validated(query, key, value, **arguments))
+    output, lse, weights = _by_reference(*validated(query, key, value, **arguments))
+    assert weights is not None
+    return output, lse, weights
 
 
-def _by_reference(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+def _by_reference(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
     device = tensors.query.device
+    check_cu_seqlens(tensors, settings)
     with no_autocast(device.type):
         seed = draw_seed(device) if settings.dropout_p > 0.0 else None
         return reference.attention(tensors, settings, seed)
@@ -204,9 +230,10 @@ def explain(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor | None = No
 
 def validated(
     query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, max_relative_position, attn_mask, key_mask,
-    key_lengths, is_causal, window, query_offset, dropout_p, scale, enable_gqa,
+    key_lengths, is_causal, window, chunk, query_offset, dropout_p, scale, enable_gqa, cu_seqlens_q=None, cu_seqlens_k=None,
+    max_seqlen_q=None, max_seqlen_k=None,
 ) -> tuple[Tensors, Settings]:  # fmt: skip
-    """Check every argument, cast under autocast, and return what backends work on."""
+    """Check every argument, cast under autocast, and return what backends work on. A packed call is one as `Tensors` has it."""
     _check_inputs(query, key, value, enable_gqa)
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal: expected a bool, got {type(is_causal).__name__}")
@@ -216,16 +243,25 @@ def validated(
     left, right = _clip(max_relative_position, _check_tables(tables, rel_bias, heads))
     for name, bias in (("pos_bias_u", pos_bias_u), ("pos_bias_v", pos_bias_v)):
         if bias is not None:
-            _check_tensor(name, bias)
+            check_tensor(name, bias)
             if bias.shape != (heads, head_size):
                 raise ValueError(f"{name}: expected ({heads}, {head_size}), got {shape_text(bias)}")
-    _check_masks((batch, heads, query_length, key_length), attn_mask, key_mask, key_lengths)
-    query_offset, query_offsets = _offsets(query_offset, batch, query_length, key_length, is_causal)
+    _check_masks((batch, heads, query_length, key_length), attn_mask, key_mask)
+    sequences = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    if key_lengths is not None:
+        _check_integers("key_lengths", key_lengths, sequences)
+    same = query_length == key_length if cu_seqlens_q is None else cu_seqlens_q is cu_seqlens_k
+    query_offset, query_offsets = _offsets(query_offset, sequences)
+    chunk_size, chunk_left = chunk_sides(chunk)
+    if query_offset is None:
+        if (is_causal or chunk is not None) and not same:
+            raise ValueError(_ambiguous("is_causal" if is_causal else "chunk", query_length, key_length, cu_seqlens_q is not None))
+        query_offset = 0
     window_left, window_right = window_sides(window, is_causal)
     _check_numbers(dropout_p, scale)
     tensors = Tensors(
         query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, attn_mask, key_mask, key_lengths,
-        query_offsets,
+        query_offsets, cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
     if autocast_enabled(query.device.type):
         tensors = _autocast(tensors)
@@ -234,14 +270,14 @@ def validated(
         raise ValueError("pos_bias_v: it stands in rel_k's product only, and rel_k is None")
     settings = Settings(
         left, right, is_causal, window_left, window_right, query_offset, float(dropout_p),
-        head_size**-0.5 if scale is None else float(scale),
+        head_size**-0.5 if scale is None else float(scale), chunk_size, chunk_left, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
     return tensors, settings
 
 
 def _check_inputs(query, key, value, enable_gqa) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         if tensor.dim() != 4:
             expected = "4 dimensions (batch, heads, length, head size)"
             raise ValueError(f"{name}: expected {expected}, got shape {shape_text(tensor)}")
@@ -269,56 +305,58 @@ def _check_tables(tables, rel_bias, heads) -> int | None:
     rows = None
     for name, table, size in tables:
         if table is not None:
-            _check_tensor(name, table)
+            check_tensor(name, table)
             fits = table.dim() in (2, 3) and table.shape[-1] == size and (table.dim() == 2 or table.shape[0] == heads)
             if not fits:
                 raise ValueError(f"{name}: expected (R, {size}) or ({heads}, R, {size}), got {shape_text(table)}")
             rows = _check_rows(name, table.shape[-2], rows)
     if rel_bias is not None:
-        _check_tensor("rel_bias", rel_bias)
+        check_tensor("rel_bias", rel_bias)
         if not (rel_bias.dim() == 1 or (rel_bias.dim() == 2 and rel_bias.shape[0] == heads)):
             raise ValueError(f"rel_bias: expected (R,) or ({heads}, R), got {shape_text(rel_bias)}")
         rows = _check_rows("rel_bias", rel_bias.shape[-1], rows)
     return rows
 
 
-def _check_masks(scores, attn_mask, key_mask, key_lengths) -> None:
+def _check_masks(scores, attn_mask, key_mask) -> None:
     """`scores`: their shape (B, Hq, Lq, Lk)."""
     batch, _, _, key_length = scores
     if attn_mask is not None:
-        _check_tensor("attn_mask", attn_mask)
+        check_tensor("attn_mask", attn_mask)
         sizes = tuple(attn_mask.shape)
         pairs = zip(sizes[::-1], scores[::-1], strict=False)
         if len(sizes) > 4 or any(size not in (1, full) for size, full in pairs):
             raise ValueError(f"attn_mask: expected a shape broadcastable to {scores}, got {shape_text(attn_mask)}")
     if key_mask is not None:
-        _check_tensor("key_mask", key_mask)
+        check_tensor("key_mask", key_mask)
         if key_mask.dtype != torch.bool:
             raise TypeError(f"key_mask: expected torch.bool, got {key_mask.dtype}")
         if key_mask.shape != (batch, key_length):
             raise ValueError(f"key_mask: expected ({batch}, {key_length}), got {shape_text(key_mask)}")
-    if key_lengths is not None:
-        _check_integers("key_lengths", key_lengths, batch)
 
 
-def _offsets(query_offset, batch, query_length, key_length, is_causal):
-    """The offset of all sequences, and the tensor (B,) that is added to it, if one was given."""
+def _ambiguous(name: str, queries, keys, packed: bool) -> str:
+    """What is said of a query_offset that is None where it must not be."""
+    found = "queries and keys of different cu_seqlens" if packed else f"{queries} queries and {keys} keys"
+    given = "cu_seqlens_k.diff() - cu_seqlens_q.diff()" if packed else keys - queries
+    return (
+        f"query_offset: {name} with {found} needs it; "
+        f"give {given} if the last query stands at the last key, 0 if the first stands at the first"
+    )
+
+
+def _offsets(query_offset, batch):
+    """The offset of all sequences (None if none was given), and the tensor (B,) that is added to it, if one was given."""
     if query_offset is None:
-        if is_causal and query_length != key_length:
-            raise ValueError(
-                f"query_offset: is_causal with {query_length} queries and {key_length} keys needs it; "
-                f"give {key_length - query_length} if the last query stands at the last key, "
-                "0 if the first stands at the first"
-            )
-        return 0, None
+        return None, None
     if isinstance(query_offset, Tensor):
         if query_offset.dim() == 0:
             query_offset = query_offset.expand(batch)
         _check_integers("query_offset", query_offset, batch)
         return 0, query_offset
-    if not _is_integer(query_offset):
+    if not is_integer(query_offset):
         raise TypeError(f"query_offset: expected an int or an integer tensor, got {type(query_offset).__name__}")
-    query_offset = _plain(query_offset)
+    query_offset = plain(query_offset)
     if _too_large(query_offset):
         raise ValueError(
             f"query_offset: expected at most 2**62, so that distances fit 64-bit numbers, got {query_offset}"
@@ -338,14 +376,14 @@ def _check_numbers(dropout_p, scale) -> None:
         raise ValueError(f"scale: expected a finite number, got {scale if isinstance(scale, float) else 'a larger one'}")
 
 
-def _is_integer(value) -> bool:
+def is_integer(value) -> bool:
     """An int, one of torch.compile's, or one of numpy's."""
     if isinstance(value, (int, torch.SymInt)):
         return not isinstance(value, bool)
     return type(value).__module__ == "numpy" and hasattr(value, "__index__")
 
 
-def _plain(integer):
+def plain(integer):
     return integer if isinstance(integer, (int, torch.SymInt)) else operator.index(integer)
 
 
@@ -357,7 +395,7 @@ def _too_large(value) -> bool:
     return isinstance(value, int) and abs(value) > FARTHEST  # a SymInt is one of a tensor's sizes
 
 
-def _check_tensor(name: str, tensor) -> None:
+def check_tensor(name: str, tensor) -> None:
     if not isinstance(tensor, Tensor):
         remedy = "; torch.fx.wrap('relative_attention') makes it one node of the graph" if isinstance(tensor, torch.fx.Proxy) else ""
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}{remedy}")
@@ -368,7 +406,7 @@ def _check_tensor(name: str, tensor) -> None:
 
 
 def _check_integers(name: str, tensor, batch: int) -> None:
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
     if tensor.shape != (batch,):
@@ -406,11 +444,11 @@ def _clip(max_relative_position, rows: int | None) -> tuple[int, int]:
 def clip_sides(max_relative_position) -> tuple[int, int]:
     """(left, right) of a `max_relative_position`, checked: k means (k, k)."""
     sides = max_relative_position
-    if _is_integer(sides):
+    if is_integer(sides):
         sides = (sides, sides)
-    if not (isinstance(sides, (tuple, list)) and len(sides) == 2 and all(_is_integer(side) for side in sides)):
+    if not (isinstance(sides, (tuple, list)) and len(sides) == 2 and all(is_integer(side) for side in sides)):
         raise TypeError(f"max_relative_position: expected an int or (left, right), got {max_relative_position!r}")
-    sides = (_plain(sides[0]), _plain(sides[1]))
+    sides = (plain(sides[0]), plain(sides[1]))
     if min(sides) < 0:
         raise ValueError(f"max_relative_position: expected numbers of at least 0, got {max_relative_position!r}")
     return sides
@@ -423,16 +461,30 @@ def window_sides(window, is_causal: bool) -> tuple[int | None, int | None]:
     if not (isinstance(window, (tuple, list)) and len(window) == 2):
         raise TypeError(f"window: expected (left, right), each a number or None, got {window!r}")
     for side in window:
-        if side is not None and not _is_integer(side):
+        if side is not None and not is_integer(side):
             raise TypeError(f"window: expected (left, right), each a number or None, got {window!r}")
         if side is not None and side < 0:
             raise ValueError(f"window: expected numbers of at least 0, got {window!r}")
         if _too_large(side):
             raise ValueError(f"window: expected at most 2**62 (None is unbounded), so that distances fit 64-bit numbers, got {window!r}")
-    left, right = (None if side is None else _plain(side) for side in window)
+    left, right = (None if side is None else plain(side) for side in window)
     if is_causal and right is not None and right > 0:
         raise ValueError(f"window: {window!r} looks ahead of the query, which is_causal=True forbids; give (left, 0) or (left, None)")
     return left, right
+
+
+def chunk_sides(chunk) -> tuple[int | None, int | None]:
+    """(size, left_chunks) of a `chunk`, checked."""
+    if chunk is None:
+        return None, None
+    if not (isinstance(chunk, (tuple, list)) and len(chunk) == 2 and is_integer(chunk[0]) and (chunk[1] is None or is_integer(chunk[1]))):
+        raise TypeError(f"chunk: expected (size, left_chunks), numbers, the second one or None, got {chunk!r}")
+    size, left = plain(chunk[0]), None if chunk[1] is None else plain(chunk[1])
+    if size < 1 or (left is not None and left < 0):
+        raise ValueError(f"chunk: expected a size of at least 1 and at least 0 chunks to the left (None: all), got {chunk!r}")
+    if any(isinstance(side, int) and side > LARGEST_CHUNK for side in (size, left or 0)):
+        raise ValueError(f"chunk: expected numbers of at most 2**30, got {chunk!r}")
+    return size, left
 
 
 def _autocast(tensors: Tensors) -> Tensors:

@@ -23,6 +23,7 @@ from relattn.arguments import (
     Settings,
     Tensors,
     autocast_enabled,
+    check_cu_seqlens,
     empty_gradient,
     empty_with_layout,
     lse_dtype,
@@ -32,8 +33,9 @@ from relattn.philox import draw_seed
 _CALL = (
     "str backend, Tensor query, Tensor key, Tensor value, Tensor? rel_k, Tensor? rel_q, Tensor? rel_v, Tensor? rel_bias, "
     "Tensor? pos_bias_u, Tensor? pos_bias_v, Tensor? attn_mask, Tensor? key_mask, Tensor? key_lengths, Tensor? query_offsets, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt left, SymInt right, bool is_causal, SymInt? window_left, SymInt? window_right, SymInt query_offset, "
-    "float dropout_p, float scale"
+    "float dropout_p, float scale, SymInt? chunk_size, SymInt? chunk_left, SymInt? max_seqlen_q, SymInt? max_seqlen_k"
 )
 _TENSORS = len(Tensors._fields)
 
@@ -63,6 +65,7 @@ def no_autocast(device_type: str):
 def run_forward(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
     tensors, settings = _split(call)
     device = tensors.query.device
+    check_cu_seqlens(tensors, settings)
     with no_autocast(device.type):
         # Without dropout it is empty, which takes no kernel.
         seed = draw_seed(device) if settings.dropout_p > 0.0 else torch.empty((0,), dtype=torch.int64, device=device)
@@ -84,11 +87,11 @@ library.impl("backward", _backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("relattn::forward", lib=library)
 def _forward_fake(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
-    query, value = call[0], call[2]
+    (query, _, value, *_), settings = _split(call)
     batch, heads, length, _ = query.shape
     output = empty_with_layout(query, (batch, heads, length, value.shape[3]))
     lse = query.new_empty((batch, heads, length), dtype=lse_dtype(query.dtype))
-    return output, lse, query.new_empty(() if call[-2] > 0.0 else (0,), dtype=torch.int64)
+    return output, lse, query.new_empty(() if settings.dropout_p > 0.0 else (0,), dtype=torch.int64)
 
 
 @torch.library.register_fake("relattn::backward", lib=library)
@@ -219,7 +222,7 @@ library.impl("backward", lambda *call: list(_FirstDerivative.apply(*call)), "Aut
 
 @torch.library.register_vmap("relattn::forward", lib=library)
 def _forward_vmap(info, in_dims, *call):
-    return _vmap(torch.ops.relattn.forward, info, in_dims, call, dropout_p=call[-2])
+    return _vmap(torch.ops.relattn.forward, info, in_dims, call, dropout_p=_split(call[1:])[1].dropout_p)
 
 
 @torch.library.register_vmap("relattn::backward", lib=library)

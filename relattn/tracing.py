@@ -19,7 +19,8 @@ _INTEGERS = ("left", "right", "window_left", "window_right", "query_offset")
 library.define(
     "traced(Tensor query, Tensor key, Tensor value, *, "
     + ", ".join(f"Tensor? {name}" for name in (*_TENSORS, *_INTEGERS, "scale"))
-    + ", bool is_causal, float dropout_p, bool enable_gqa, bool weights, str? backend) -> (Tensor output, Tensor lse, Tensor weights)",
+    + ", int[]? chunk, bool is_causal, float dropout_p, bool enable_gqa, bool weights, str? backend)"
+    + " -> (Tensor output, Tensor lse, Tensor weights)",
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 
@@ -30,11 +31,11 @@ def is_tracing() -> bool:
 
 
 def traced(
-    query: Tensor, key: Tensor, value: Tensor, *, max_relative_position: Any = None, window: Any = None, query_offset: Any = None,
-    scale: Any = None, weights: bool = False, backend: str | None = None, **others: Any,
+    query: Tensor, key: Tensor, value: Tensor, *, max_relative_position: Any = None, window: Any = None, chunk: Any = None,
+    query_offset: Any = None, scale: Any = None, weights: bool = False, backend: str | None = None, **others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, log-sum-exp and (if asked for, else empty) weights; the arguments are `relative_attention`'s."""
-    from relattn.functional import clip_sides, window_sides
+    from relattn.functional import chunk_sides, clip_sides, window_sides
 
     if isinstance(max_relative_position, Tensor):  # made of sizes
         max_relative_position = (max_relative_position, max_relative_position)
@@ -46,7 +47,8 @@ def traced(
     numbers = dict(zip(_INTEGERS, (*(sides or (None, None)), *reach, query_offset), strict=True))
     return torch.ops.relattn.traced(
         query, key, value, **others, **{name: _as_tensor(number) for name, number in numbers.items()},
-        scale=_as_tensor(scale), weights=weights, backend=backend,
+        chunk=None if chunk is None else [side for side in chunk_sides(chunk) if side is not None], scale=_as_tensor(scale),
+        weights=weights, backend=backend,
     )  # fmt: skip
 
 
@@ -67,13 +69,15 @@ def _plain(number: Any) -> Any:
 
 def _traced(
     query: Tensor, key: Tensor, value: Tensor, *, left: Tensor | None, right: Tensor | None, window_left: Tensor | None,
-    window_right: Tensor | None, query_offset: Tensor | None, scale: Tensor | None, weights: bool, backend: str | None, **others: Any,
+    window_right: Tensor | None, chunk: list[int] | None, query_offset: Tensor | None, scale: Tensor | None, weights: bool,
+    backend: str | None, **others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from relattn.functional import attention_with_weights, relative_attention
 
     call = others | dict(
         max_relative_position=None if left is None else (_plain(left), _plain(right)),
         window=(_plain(window_left), _plain(window_right)),
+        chunk=None if chunk is None else (*chunk, None)[:2],
         query_offset=_plain(query_offset),
         scale=_plain(scale),
     )

@@ -134,6 +134,46 @@ def random_call(seed: int) -> Call:
         arguments["scale"] = rng.choice((0.1, 1.0))
     if chance(0.3):
         arguments["dropout_p"] = rng.choice((0.1, 0.5, 1.0))
+    if chance(0.15):
+        arguments["chunk"] = (rng.choice((1, 3, 16, 50)), rng.choice((None, 0, 1, 4)))
+        arguments.setdefault("query_offset", keys - queries)
+    return Call(seed, tensors, arguments)
+
+
+def packed_call(seed: int) -> Call:
+    """Sequences of some of a random call's batch elements, also none and empty ones, one after the other."""
+    call, rng = random_call(seed), random.Random(seed + 1)
+    padded, arguments = call.tensors, call.arguments
+    order = [rng.randrange(padded["query"].shape[0]) for _ in range(rng.choice((0, 1, 2, 3, 7)))]
+    longest_q, longest_k = (padded[name].shape[2] for name in ("query", "key"))
+    lengths_q, lengths_k = ([rng.choice((0, 1, rng.randint(0, n), n)) for _ in order] for n in (longest_q, longest_k))
+    same = longest_q == longest_k and rng.random() < 0.5
+    if same:
+        lengths_k = lengths_q
+
+    def packed(tensor: Tensor, lengths: list[int]) -> Tensor:
+        """(B, H, L, D) as (T, H, D), alone in memory or as a projection's part."""
+        parts = [tensor[batch, :, :length].transpose(0, 1) for batch, length in zip(order, lengths, strict=True)]
+        joined = torch.cat([tensor.new_zeros(0, tensor.shape[1], tensor.shape[3]), *parts])
+        return joined if rng.random() < 0.5 else torch.cat((joined, joined), dim=2)[..., : joined.shape[2]]
+
+    tensors = {name: tensor for name, tensor in padded.items() if name not in ("query", "key", "value", "attn_mask")}
+    tensors |= {name: packed(padded[name], lengths_q if name == "query" else lengths_k) for name in ("query", "key", "value")}
+    arguments.pop("attn_mask", None)
+    for name, lengths in (("cu_seqlens_q", lengths_q), ("cu_seqlens_k", lengths_k)):
+        if name == "cu_seqlens_q" or not same:
+            ends = torch.tensor([0, *lengths]).cumsum(0)
+            arguments[name] = ends.to(rng.choice((torch.int32, torch.int32, torch.int64)))
+            if rng.random() < 0.3:
+                arguments[name.replace("cu_seqlens", "max_seqlen")] = max(lengths, default=0)
+    if not same:
+        arguments.setdefault("query_offset", 0)
+    if "key_mask" in arguments:
+        rows = [arguments["key_mask"][batch, :length] for batch, length in zip(order, lengths_k, strict=True)]
+        arguments["key_mask"] = torch.cat([torch.zeros(0, dtype=torch.bool), *rows])
+    for name in ("key_lengths", "query_offset"):
+        if isinstance(arguments.get(name), Tensor):
+            arguments[name] = arguments[name][torch.tensor(order, dtype=torch.int64)]
     return Call(seed, tensors, arguments)
 
 
@@ -176,6 +216,8 @@ def decoding_call(seed: int) -> Call:
 
 
 def call_of(seed: int, backend: str) -> Call:
+    if seed % 5 == 1:
+        return packed_call(seed)
     return decoding_call(seed) if backend == "cpu" and seed % 5 == 0 else random_call(seed)
 
 
@@ -192,7 +234,8 @@ def run(call: Call, backend: str, dtype: torch.dtype, rounded_to: torch.dtype | 
         tensors["attn_mask"].requires_grad_(False)
     torch.manual_seed(call.seed)  # dropout's seed is drawn from torch's generator
     given: dict[str, Any] = tensors | arguments
-    output, lse = relattn.relative_attention(**given, return_lse=True, backend=backend)
+    attention = relattn.relative_attention_varlen if "cu_seqlens_q" in given else relattn.relative_attention
+    output, lse = attention(**given, return_lse=True, backend=backend)
     generator = torch.Generator().manual_seed(call.seed)
     loss = (output * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(rounded_to or dtype).to(DEVICE, dtype)).sum()
     if call.seed % 2:
@@ -273,8 +316,8 @@ def errors(
         actual = run(call, backend, dtype)
     plain = exact if dtype == torch.float64 else run(call, "reference", dtype)
     precision = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    keys, size = call.tensors["key"].shape[2], max(call.tensors["key"].shape[3], call.tensors["value"].shape[3])
-    scores = exact["lse"].numel() * keys
+    size = max(call.tensors["key"].shape[-1], call.tensors["value"].shape[-1])
+    scores = exact["lse"].numel() * max((keys for _, keys, _ in lengths(call)), default=0)
     finite = exact["lse"][exact["lse"].isfinite()].abs()
     spacing = precision * (1 + finite.max().item() / 16 if finite.numel() else 1)  # of the scores, where a mask makes them large
     # FlashAttention's backward pass, which the GPU kernels follow, takes sum_j w_j dw_j from the output as it was rounded.
@@ -282,7 +325,7 @@ def errors(
     if backend == "triton" and dtype in (torch.bfloat16, torch.float16) and exact["output"].numel():
         inputs = (tensor for name, tensor in rounded.tensors.items() if name not in ("attn_mask", "rel_bias") and tensor.numel())
         largest_input = max(tensor.abs().max().item() for tensor in inputs)
-        scale = call.arguments.get("scale") or call.tensors["query"].shape[3] ** -0.5
+        scale = call.arguments.get("scale") or call.tensors["query"].shape[-1] ** -0.5
         rounding = torch.finfo(dtype).eps * exact["output"].norm(dim=-1).max().item() * abs(scale) * largest_input
     result = {}
     for name, expected in exact.items():
@@ -309,17 +352,27 @@ def errors(
     return result
 
 
+def lengths(call: Call) -> list[tuple[int, int, int]]:
+    """Queries, keys and offset of every sequence."""
+    query, key, offsets = call.tensors["query"], call.tensors["key"], call.arguments.get("query_offset")
+    if "cu_seqlens_q" in call.arguments:
+        ends = call.arguments["cu_seqlens_q"]
+        queries, keys = (end.diff().tolist() for end in (ends, call.arguments.get("cu_seqlens_k", ends)))
+    else:
+        queries, keys = [query.shape[2]] * query.shape[0], [key.shape[2]] * query.shape[0]
+    starts = offsets.tolist() if isinstance(offsets, Tensor) else [offsets or 0] * len(keys)
+    return list(zip(queries, keys, starts, strict=True))
+
+
 def fullest_row(call: Call, name: str) -> int:
     """The most scores that one row of a table belongs to, of all heads that share it: clamping gathers most of them in the edge rows."""
-    table, (batch, heads, queries, _) = call.tensors[name], call.tensors["query"].shape
+    table, heads = call.tensors[name], call.tensors["query"].shape[1]
     rows = table.shape[-1] if name == "rel_bias" else table.shape[-2]
     sides = call.arguments.get("max_relative_position")
     left = rows // 2 if sides is None else sides if isinstance(sides, int) else sides[0]
-    offsets = call.arguments.get("query_offset")
     counts = torch.zeros(rows, dtype=torch.int64)
-    for element in range(batch):
-        offset = int(offsets[element]) if isinstance(offsets, Tensor) else int(offsets or 0)
-        distance = torch.arange(call.tensors["key"].shape[2]) - (torch.arange(queries) + offset)[:, None]
+    for queries, keys, offset in lengths(call):
+        distance = torch.arange(keys) - (torch.arange(queries) + offset)[:, None]
         counts += torch.bincount((distance.clamp(-left, rows - 1 - left) + left).flatten(), minlength=rows)
     per_head = table.dim() == (2 if name == "rel_bias" else 3)
     return max(1, int(counts.max())) * (1 if per_head else heads)

@@ -31,6 +31,7 @@ from relattn.arguments import (
     hidden_from,
     lse_dtype,
 )
+from relattn.backends.sequences import Sequence, sequences
 from relattn.backends.strip import (
     Strip,
     clear_gaps,
@@ -66,13 +67,16 @@ def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor,
     batch, heads, length, _ = tensors.query.shape
     output = empty_with_layout(tensors.query, (batch, heads, length, tensors.value.shape[3]))
     lse = tensors.query.new_empty((batch, heads, length), dtype=lse_dtype(tensors.query.dtype))
-    if tensors.key.numel() == 0:
-        return output.zero_(), lse.fill_(-torch.inf)
 
     def attend(careful: bool) -> list[Tensor]:
-        for group in _groups(tensors, settings, seed, careful):
-            for strip in group.strips():
-                group.forward(strip, group.of_strip(output, strip), group.of_strip(lse, strip))
+        for part in sequences(tensors):
+            part_output, part_lse = part.of_queries(output), part.of_queries(lse)
+            if part.tensors.key.numel() == 0:
+                part_output.zero_()
+                part_lse.fill_(-torch.inf)
+            for group in _groups(part, settings, seed, careful):
+                for strip in group.strips():
+                    group.forward(strip, group.of_strip(part_output, strip), group.of_strip(part_lse, strip))
         return [output]
 
     _carefully(attend, output.device)
@@ -122,19 +126,23 @@ def _gradients(
             results[name] = empty_gradient(tensor)
         else:
             sums[name] = torch.zeros(tensor.shape, dtype=accumulate, device=tensor.device)
-    if tensors.query.numel() == 0 or tensors.key.numel() == 0:  # nothing attends to anything: no groups
-        for result in results.values():
-            result.zero_()
-    for group in _groups(tensors, settings, seed, careful):
-        group.backward(grad_output, grad_lse, output, lse, results | sums)
+    for part in sequences(tensors):
+        of_part = {name: part.of(name, total) for name, total in (results | sums).items()}
+        if part.tensors.query.numel() == 0 or part.tensors.key.numel() == 0:  # nothing attends to anything: no groups
+            for name in results:
+                of_part[name].zero_()
+        slope, lse_slope = part.of_queries(grad_output), None if grad_lse is None else part.of_queries(grad_lse)
+        for group in _groups(part, settings, seed, careful):
+            group.backward(slope, lse_slope, part.of_queries(output), part.of_queries(lse), of_part)
     for name, total in sums.items():
         same = total.dtype == needed[name].dtype and name not in ("key", "value")
         results[name] = total if same else empty_gradient(needed[name]).copy_(total)
     return [results[name] for name in needed]
 
 
-def _groups(tensors: Tensors, settings: Settings, seed: Tensor, careful: bool) -> Iterator[_Group]:
+def _groups(part: Sequence, settings: Settings, seed: Tensor, careful: bool) -> Iterator[_Group]:
     """Cut the heads and the batch into groups whose strips fit the budget."""
+    tensors = part.tensors
     batch, heads, length, _ = tensors.query.shape
     keys = tensors.key.shape[2]
     if tensors.query.numel() == 0 or tensors.key.numel() == 0:
@@ -148,6 +156,8 @@ def _groups(tensors: Tensors, settings: Settings, seed: Tensor, careful: bool) -
         starts = [(0, batch, settings.query_offset)]
     if settings.window_left is not None and (settings.is_causal or settings.window_right is not None):
         keys = min(keys, settings.window_left + _STRIP_ROWS + (0 if settings.is_causal else settings.window_right or 0))
+    if settings.chunk_size is not None and settings.chunk_left is not None:
+        keys = min(keys, (settings.chunk_left + 2) * settings.chunk_size + _STRIP_ROWS)
     budget = _STRIP_SCORES_CPU if tensors.query.device.type == "cpu" else _STRIP_SCORES
     size = max(1, budget // (min(length, _STRIP_ROWS) * keys))  # pairs of a head and a batch element
     # Heads before batch elements: the latter may have padding of their own, which their group then skips.
@@ -157,7 +167,7 @@ def _groups(tensors: Tensors, settings: Settings, seed: Tensor, careful: bool) -
         for start in range(first_batch, first_batch + count, batch_step):
             batch_range = slice(start, min(first_batch + count, start + batch_step))
             for head in range(0, heads, head_step):
-                yield _Group(tensors, settings, seed, careful, slice(head, min(heads, head + head_step)), batch_range)
+                yield _Group(part, settings, seed, careful, slice(head, min(heads, head + head_step)), batch_range)
 
 
 class _Group:
@@ -166,9 +176,10 @@ class _Group:
     G = P x Q = number of heads x batch elements. T = 1 where the heads share a table, else the number of heads.
     """
 
-    def __init__(self, tensors: Tensors, settings: Settings, seed: Tensor, careful: bool, heads: slice, batch: slice) -> None:
+    def __init__(self, part: Sequence, settings: Settings, seed: Tensor, careful: bool, heads: slice, batch: slice) -> None:
+        tensors = part.tensors
         self.tensors, self.settings, self.seed, self.heads, self.batch = tensors, settings, seed, heads, batch
-        self.careful = careful
+        self.first_batch, self.careful = part.number, careful
         self.dtype, self.device = lse_dtype(tensors.query.dtype), tensors.query.device
         self.rel_k, self.rel_q, self.rel_v = (self._table(table, 3) for table in (tensors.rel_k, tensors.rel_q, tensors.rel_v))
         self.rel_bias = self._table(tensors.rel_bias, 2)
@@ -187,7 +198,7 @@ class _Group:
                 self.hidden = None
         self.may_hide_all = (
             settings.is_causal or settings.window_left is not None or settings.window_right is not None
-            or tensors.attn_mask is not None or self.rel_bias is not None or self.hidden is not None
+            or settings.chunk_size is not None or tensors.attn_mask is not None or self.rel_bias is not None or self.hidden is not None
         )  # fmt: skip
         # A row whose scores share a large constant (a mask of -1e9) has an lse that no longer holds the logarithm of its sum.
         self.lse_is_exact = self.rel_bias is None and (tensors.attn_mask is None or tensors.attn_mask.dtype == torch.bool)
@@ -243,6 +254,9 @@ class _Group:
             lowest_position, highest_position = start + settings.query_offset, stop - 1 + settings.query_offset
             first = 0 if settings.window_left is None else max(0, lowest_position - settings.window_left)
             last = keys if ahead is None else min(keys, highest_position + ahead + 1)
+            if settings.chunk_size is not None:
+                first = max(first, settings.chunk_start(lowest_position) or 0)
+                last = min(last, settings.chunk_stop(highest_position))
             if first >= last:
                 yield Strip(start, stop, 0, 0, 0, 0, 0)
                 continue
@@ -595,7 +609,7 @@ class _Group:
             scores.view(*self.shape, rows, keys).masked_fill_(self.hidden[..., strip.first : strip.last], -torch.inf)
         # Only keys near an edge of what may be seen need the comparison: the others are seen by every query of the strip.
         ahead = 0 if settings.is_causal else settings.window_right
-        if ahead is None and settings.window_left is None:
+        if ahead is None and settings.window_left is None and settings.chunk_size is None:
             return
         query = torch.arange(strip.start, strip.stop, device=scores.device)[:, None] + settings.query_offset
         if ahead is not None:
@@ -606,6 +620,15 @@ class _Group:
             safe = min(max(strip.stop - 1 + settings.query_offset - settings.window_left, strip.first), strip.last)
             key = torch.arange(strip.first, safe, device=scores.device)
             scores[..., : safe - strip.first].masked_fill_(key - query < -settings.window_left, -torch.inf)
+        stop, start = settings.chunk_stop(strip.start + settings.query_offset), settings.chunk_start(strip.stop - 1 + settings.query_offset)
+        if stop is not None:
+            safe = min(max(stop, strip.first), strip.last)
+            key = torch.arange(safe, strip.last, device=scores.device)
+            scores[..., safe - strip.first :].masked_fill_(key >= settings.chunk_stop(query), -torch.inf)
+        if start is not None:
+            safe = min(max(start, strip.first), strip.last)
+            key = torch.arange(strip.first, safe, device=scores.device)
+            scores[..., : safe - strip.first].masked_fill_(key < settings.chunk_start(query), -torch.inf)
 
     def mask_strip(self, mask: Tensor, strip: Strip) -> Tensor:
         """The part of a mask broadcastable to (B, Hq, Lq, Lk), or of its gradient, as (P, Q, rows, keys) with its sizes of 1 kept."""
@@ -618,7 +641,7 @@ class _Group:
         """Which weights survive dropout, (G, rows, keys)."""
         device = self.device
         head = self._order(torch.arange(self.heads.start, self.heads.stop, device=device)[None, :, None])
-        batch = self._order(torch.arange(self.batch.start, self.batch.stop, device=device)[:, None, None])
+        batch = self._order((torch.arange(self.batch.start, self.batch.stop, device=device) + self.first_batch)[:, None, None])
         query = torch.arange(strip.start, strip.stop, device=device)
         seed = int(self.seed) if self.device.type == "cpu" else self.seed
         keep = dropout_keep(seed, self.settings.dropout_p, batch, head, query, strip.first, strip.last)

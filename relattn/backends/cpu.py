@@ -108,6 +108,8 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
         return f"it runs on CPU tensors, and these are on {query.device}"
     if query.dtype == torch.float64:
         return "it computes in float32, and these are torch.float64"
+    if tensors.cu_seqlens_q is not None or settings.chunk_size is not None:
+        return "packed sequences and chunks: not yet"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
     return None

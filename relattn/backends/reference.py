@@ -25,6 +25,7 @@ from torch import Tensor
 
 from relattn.arguments import Settings, Tensors, hidden_from, lse_dtype, with_layout
 from relattn.backends import products
+from relattn.backends.sequences import sequences
 from relattn.philox import dropout_keep
 
 
@@ -47,6 +48,10 @@ def visible(tensors: Tensors, settings: Settings, distance: Tensor) -> Tensor | 
         conditions.append(distance >= -settings.window_left)
     if settings.window_right is not None:
         conditions.append(distance <= settings.window_right)
+    if settings.chunk_size is not None:
+        key = torch.arange(tensors.key.shape[2], device=tensors.key.device)
+        start, stop = settings.chunk_start(key - distance), settings.chunk_stop(key - distance)
+        conditions.append(key < stop if start is None else (key >= start) & (key < stop))
     if tensors.key_mask is not None:
         conditions.append(tensors.key_mask[:, None, None, :])
     if tensors.key_lengths is not None:
@@ -63,11 +68,22 @@ def visible(tensors: Tensors, settings: Settings, distance: Tensor) -> Tensor | 
 
 def attention(
     tensors: Tensors, settings: Settings, seed: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output (B, Hq, Lq, Dv), its log-sum-exp (B, Hq, Lq) and the weights (B, Hq, Lq, Lk) after dropout.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The output (B, Hq, Lq, Dv), its log-sum-exp (B, Hq, Lq) and the weights (B, Hq, Lq, Lk) after dropout, None for a packed call.
 
     `seed` (int64, shape ()) is needed where `settings.dropout_p` > 0.
     """
+    if tensors.cu_seqlens_q is None:
+        return _attention(tensors, settings, seed, 0)
+    query, value = tensors.query, tensors.value
+    done = [_attention(part.tensors, settings, seed, part.number)[:2] for part in sequences(tensors)]
+    nothing = query[:, :, :0, :1].expand(-1, -1, -1, value.shape[3]), query[:, :, :0, 0].to(lse_dtype(query.dtype))
+    output, lse = (torch.cat(parts, dim=2) for parts in zip(nothing, *done, strict=True))
+    return with_layout(query, output), lse, None
+
+
+def _attention(tensors: Tensors, settings: Settings, seed: Tensor | None, first_batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a call that is not packed; dropout counts its batch elements from `first_batch` on."""
     query, key, value = tensors.query, tensors.key, tensors.value
     batch, heads, query_length, _ = query.shape
     key_length = key.shape[2]
@@ -113,7 +129,7 @@ def attention(
     if settings.dropout_p > 0.0:
         assert seed is not None
         keep = dropout_keep(
-            seed, settings.dropout_p, *_indices(batch, heads, query_length, query.device), 0, key_length
+            seed, settings.dropout_p, *_indices(first_batch, batch, heads, query_length, query.device), 0, key_length
         )
         weights = torch.where(keep, weights, 0.0) / ((1.0 - settings.dropout_p) or 1.0)  # nothing is kept where this is 0
     weights = weights.to(dtype)
@@ -125,8 +141,10 @@ def attention(
     return with_layout(tensors.query, output), lse, weights
 
 
-def _indices(batch: int, heads: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    batch_index = torch.arange(batch, device=device)[:, None, None]
+def _indices(
+    first_batch: int, batch: int, heads: int, length: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch_index = torch.arange(first_batch, first_batch + batch, device=device)[:, None, None]
     head_index = torch.arange(heads, device=device)[:, None]
     return batch_index, head_index, torch.arange(length, device=device)
 

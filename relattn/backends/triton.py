@@ -98,6 +98,8 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
         return "it computes in float32, and these are torch.float64"
     if max(query.shape[3], tensors.value.shape[3]) > 256:
         return f"head sizes go to 256, and these are {query.shape[3]} and {tensors.value.shape[3]}"
+    if tensors.cu_seqlens_q is not None or settings.chunk_size is not None:
+        return "packed sequences and chunks: not yet"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
     return _FAILED.get(_kind(tensors, settings)) if _FAILED else None
