@@ -24,7 +24,7 @@ from .forward import (
     walk_keys,
     window_start,
 )
-from .operands import SIZES, Dropout, Matrix, Queries, Saved, Span, Tables, Visible, at, past
+from .operands import SIZES, Dropout, Matrix, Queries, Saved, Span, Tables, Visible, at, chunk_queries, chunks_of, past
 from .tile import (
     add_counted,
     add_dot,
@@ -131,7 +131,8 @@ def prepare_kernel(
         norm = tl.full((TILE.BLOCK,), 1.0, tl.float32)
         if tl.max(tl.where(sees_none, 0.0, tl.abs(log_sum))) > 64.0:
             visible = Visible(
-                nearest, farthest, queries, key_stop, at(given.key_mask, batch, head), at(given.mask, batch, head), units.hidden_from
+                nearest, farthest, queries, key_stop, at(given.key_mask, batch, head), at(given.mask, batch, head), units.hidden_from,
+                chunks_of(given, batch),
             )
             _unused, highest, norm = walk_keys(
                 sums[:, None], tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32),
@@ -317,7 +318,8 @@ def query_gradient_kernel(
     to_query = at(grad_query, batch, head)
     nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
     visible = Visible(
-        nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
+        nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from,
+        chunks_of(inputs, batch),
     )
     tables = Tables(
         at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
@@ -441,6 +443,10 @@ def query_ranges(key_start, visible, tables, TILE: tl.constexpr):
     last_key = tl.minimum(key_start + BLOCK, visible.key_stop) - 1
     start = tl.minimum(tl.maximum(key_start - visible.last, 0), visible.queries)
     stop = tl.minimum(last_key - visible.first + 1, visible.queries)
+    if visible.chunks is not None:
+        begin, end = chunk_queries(key_start, last_key, visible.chunks)
+        start = tl.minimum(tl.maximum(start, begin), visible.queries)
+        stop = tl.minimum(stop, end)
     none = (stop <= start) | (last_key < key_start)
     start = (start // BLOCK * BLOCK).to(tl.int32)
     stop = tl.where(none, start, stop).to(tl.int32)
@@ -504,7 +510,8 @@ def _key_gradient(
         head = key_head * group + member
         rows = (batch * heads + head).to(tl.int64) * queries
         visible = Visible(
-            nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
+            nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from,
+            chunks_of(inputs, batch),
         )
         tables = Tables(
             at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),

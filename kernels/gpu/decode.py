@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .forward import edge_scores, key_ranges, offsets_of, steps_of
-from .operands import SIZES, Matrix, Tables, Visible, at
+from .operands import SIZES, Matrix, Tables, Visible, at, chunk_bounds, chunks_of
 from .tile import add_counted, add_dot, apply_mask, dot, is_whole, load_bias, load_rows, load_window, nothing_of
 
 ROWS = tl.constexpr(16)  # the fewest that matrix units take
@@ -140,8 +140,12 @@ def decode_kernel(
     head = key_head * group + tl.minimum(place, group - 1)  # rows beyond the group do its last head's work again
 
     nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
+    chunks = chunks_of(inputs, batch)
+    if chunks is not None:  # the one query's, whose index is 0
+        begin, end = chunk_bounds(0, chunks)
+        nearest, farthest = tl.maximum(nearest, begin), tl.minimum(farthest, end - 1)
     visible = Visible(
-        nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, key_head), at(inputs.mask, batch, head), units.hidden_from
+        nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, key_head), at(inputs.mask, batch, head), units.hidden_from, None
     )
     # One table serves all rows: that of the only head, or one with a stride of 0 from head to head. Biases have a pointer per row.
     tables = Tables(

@@ -12,7 +12,7 @@ Scores are kept in units of ln 2, so that weights are powers of two; with LATE t
 import triton
 import triton.language as tl
 
-from .operands import SIZES, Dropout, Matrix, Queries, Span, Steps, Tables, Visible, at
+from .operands import SIZES, Dropout, Matrix, Queries, Span, Steps, Tables, Visible, at, chunk_bounds, chunks_of
 from .tile import (
     add_counted,
     add_dot,
@@ -100,7 +100,13 @@ def key_ranges(query_start, visible, tables, TILE: tl.constexpr):
     BLOCK: tl.constexpr = TILE.BLOCK
     last_query = tl.minimum(query_start + BLOCK, visible.queries) - 1
     start = tl.minimum(tl.maximum(query_start + visible.first, 0), visible.key_stop)
-    stop = tl.maximum(tl.minimum(last_query + visible.last + 1, visible.key_stop), start)
+    stop = tl.minimum(last_query + visible.last + 1, visible.key_stop)
+    if visible.chunks is not None:
+        begin, _end = chunk_bounds(query_start, visible.chunks)
+        _begin, end = chunk_bounds(last_query, visible.chunks)
+        start = tl.minimum(tl.maximum(start, begin), visible.key_stop)
+        stop = tl.minimum(stop, end)
+    stop = tl.maximum(stop, start)
     start = (start // BLOCK * BLOCK).to(tl.int32)
     stop = stop.to(tl.int32)
     near, beyond = start, stop
@@ -260,9 +266,14 @@ def hides_strange(queries, value, query_start, begin, end, tables, visible, unit
     MASKED: tl.constexpr = visible.key_mask is not None or visible.mask is not None
     if not MASKED:
         # To the left the tiles whose first key the last query does not see, to the right those whose last key the first one does not.
-        left = tl.maximum(tl.minimum(query_start + TILE.BLOCK - 1 + visible.first, end), begin).to(tl.int32)
+        first_key, stop_key = query_start + TILE.BLOCK - 1 + visible.first, query_start + visible.last + 1
+        if visible.chunks is not None:
+            chunk_begin, _end = chunk_bounds(query_start + TILE.BLOCK - 1, visible.chunks)
+            _begin, chunk_end = chunk_bounds(query_start, visible.chunks)
+            first_key, stop_key = tl.maximum(first_key, chunk_begin), tl.minimum(stop_key, chunk_end)
+        left = tl.maximum(tl.minimum(first_key, end), begin).to(tl.int32)
         left = begin + (left - begin + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK
-        right = tl.minimum(tl.maximum(query_start + visible.last + 1 - TILE.BLOCK, left), end + TILE.BLOCK).to(tl.int32)
+        right = tl.minimum(tl.maximum(stop_key - TILE.BLOCK, left), end + TILE.BLOCK).to(tl.int32)
         right = begin + (right - begin + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK
         if tables.rel_v is not None:  # a window has a row more than its tile, of the next one
             right = tl.maximum(tl.minimum(right - TILE.BLOCK, (end - 1) // TILE.BLOCK * TILE.BLOCK), left)
@@ -327,7 +338,8 @@ def forward_kernel(
 
     nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
     visible = Visible(
-        nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
+        nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from,
+        chunks_of(inputs, batch),
     )
     tables = Tables(
         at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),

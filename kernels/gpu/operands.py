@@ -57,6 +57,25 @@ class Inputs(NamedTuple):
     key_lengths: Any  # pointers: (B,)
     offsets: Any  # (B,), on top of what table_start, first and last hold
     seed: Any
+    chunk: Any = None  # Chunk
+
+
+class Chunk(NamedTuple):
+    """Chunks of `size` positions: a query at i + offset sees its own and `left` before it, or if that is negative all before it."""
+
+    size: Any
+    left: Any
+    offset: Any
+
+
+class Chunks(NamedTuple):
+    """Chunks of one batch element: of query i the first key is lower + t, and the first that is hidden behind it upper + t, where t is
+    (i + shift) rounded down to a multiple of `size`. 64-bit, but for size and shift, which is less than size."""
+
+    size: Any
+    shift: Any
+    lower: Any
+    upper: Any
 
 
 class Units(NamedTuple):
@@ -110,7 +129,7 @@ class Tables(NamedTuple):
 
 class Visible(NamedTuple):
     """What queries of one batch element and head see: distances first ... last (key index minus query index) of keys before key_stop, but
-    for what the masks (Matrix or None) hide."""
+    for what the masks (Matrix or None) and the chunks hide."""
 
     first: Any
     last: Any
@@ -119,6 +138,7 @@ class Visible(NamedTuple):
     key_mask: Any
     mask: Any
     hidden_from: Any
+    chunks: Any  # Chunks or None: hidden is too what lies in other chunks
 
 
 class Dropout(NamedTuple):
@@ -163,6 +183,40 @@ def at(operand, batch, head):
     if operand is not None:
         base = operand.base + tl.cast(head, tl.int64) * operand.head + tl.cast(batch, tl.int64) * operand.batch
         return Matrix(base, operand.row, operand.column)
+
+
+@triton.jit
+def chunks_of(inputs, batch):
+    """The Chunks of one batch element, or None."""
+    if inputs.chunk is not None:
+        offset, size = tl.cast(inputs.chunk.offset, tl.int64), tl.cast(inputs.chunk.size, tl.int64)
+        if inputs.offsets is not None:
+            offset += tl.load(inputs.offsets + batch).to(tl.int64)
+        rest = offset % size  # of the sign of `offset`
+        shift = tl.where(rest < 0, rest + size, rest)
+        left = tl.cast(inputs.chunk.left, tl.int64)
+        lower = tl.where(left < 0, -(1 << 62), offset - shift - left * size)
+        return Chunks(tl.cast(inputs.chunk.size, tl.int32), shift.to(tl.int32), lower, offset - shift + size)
+
+
+@triton.jit
+def chunk_bounds(query, chunks):
+    """Of queries, or of one: the first key that they see of their chunks, and the first behind. Cut to 2^30, 32-bit."""
+    turn = ((query + chunks.shift) // chunks.size * chunks.size).to(tl.int64)
+    low = tl.minimum(tl.maximum(turn + chunks.lower, -(1 << 30)), 1 << 30).to(tl.int32)
+    return low, tl.minimum(tl.maximum(turn + chunks.upper, -(1 << 30)), 1 << 30).to(tl.int32)
+
+
+@triton.jit
+def chunk_queries(first_key, last_key, chunks):
+    """Which queries some keys' chunks are seen from: the first one, and the first behind them."""
+    size, last = tl.cast(chunks.size, tl.int64), tl.maximum(last_key, 0)
+    # Of query i the chunk begins at i + shift - (upper - size), rounded down.
+    start = first_key // chunks.size * size - chunks.shift - (chunks.upper - size)
+    stop = last // chunks.size * size + size - chunks.shift - chunks.lower
+    stop = tl.where(chunks.lower <= -(1 << 62), 1 << 30, stop)
+    start = tl.minimum(tl.maximum(start, -(1 << 30)), 1 << 30).to(tl.int32)
+    return start, tl.minimum(tl.maximum(stop, -(1 << 30)), 1 << 30).to(tl.int32)
 
 
 @triton.jit

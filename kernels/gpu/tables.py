@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .backward import is_wild, transposed_tile
 from .forward import drawn_seed, load_queries, offsets_of
-from .operands import SIZES, Dropout, Matrix, Queries, Saved, Tables, Visible, at, past
+from .operands import SIZES, Dropout, Matrix, Queries, Saved, Tables, Visible, at, chunks_of, past
 from .tile import add_counted, in_low, load_rows, load_window, store_rows, unskew
 
 
@@ -112,7 +112,8 @@ def table_gradient_kernel(
                 shift = tl.load(given.offsets + element).to(tl.int64)
             rows = (tl.cast(element, tl.int64) * heads + head) * queries
             visible = Visible(
-                nearest, farthest, queries, key_stop, at(given.key_mask, element, head), at(given.mask, element, head), units.hidden_from
+                nearest, farthest, queries, key_stop, at(given.key_mask, element, head), at(given.mask, element, head), units.hidden_from,
+                chunks_of(given, element),
             )
             rel_k = at(given.rel_k, element, head)
             tables = Tables(

@@ -98,8 +98,8 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
         return "it computes in float32, and these are torch.float64"
     if max(query.shape[3], tensors.value.shape[3]) > 256:
         return f"head sizes go to 256, and these are {query.shape[3]} and {tensors.value.shape[3]}"
-    if tensors.cu_seqlens_q is not None or settings.chunk_size is not None:
-        return "packed sequences and chunks: not yet"
+    if tensors.cu_seqlens_q is not None:
+        return "packed sequences: not yet"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
     return _FAILED.get(_kind(tensors, settings)) if _FAILED else None
@@ -258,6 +258,11 @@ class Call:
         right = 0 if settings.is_causal else settings.window_right
         if right is not None:
             self.last = min(settings.query_offset + right, _UNBOUNDED - 1)
+        if settings.chunk_size is not None:  # the distances that chunks allow; the kernels bound each query's keys beside
+            size, left = settings.chunk_size, settings.chunk_left
+            self.last = min(self.last, settings.query_offset + size - 1, _UNBOUNDED - 1)
+            if left is not None:
+                self.first = max(self.first, settings.query_offset - left * size - (size - 1), 1 - _UNBOUNDED)
         self.table_start = settings.query_offset - settings.left  # the tables' first row, as key index minus query index
         # Only a mask or a bias that is added makes scores so large that the log-sum-exp does not hold what it should.
         mask = named.get("mask")
@@ -277,6 +282,7 @@ class Call:
             *(self._operand(name, "hrc") for name in ("rel_k", "rel_q", "rel_v")),
             self._operand("rel_bias", "hr"), self._operand("key_mask", "bc"), self._operand("mask", "bhrc"),
             *(Slot(name) if name in names else None for name in ("key_lengths", "offsets", "seed")),
+            chunk=self._chunk(),
         )  # fmt: skip
         threshold = min(round(settings.dropout_p * 2**32), 2**32 - 1)  # at p = 1 what is kept all the same is multiplied by 0
         return dict(
@@ -286,6 +292,10 @@ class Call:
             table_rows=self.table_rows, table_start=self.table_start, first=self.first, last=self.last,
             threshold=threshold - 2**32 if threshold >= 2**31 else threshold,
         )  # fmt: skip
+
+    def _chunk(self) -> Any:
+        size, left = self.settings.chunk_size, self.settings.chunk_left
+        return None if size is None else _kernels().operands.Chunk(size, -1 if left is None else left, self.settings.query_offset)
 
     def _operand(self, name: str | None, dims: str = "bhrc") -> Any:
         """An Operand of some of the dimensions batch, head, row and column, with stride 0 where a tensor broadcasts. Of none it is None."""
