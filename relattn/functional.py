@@ -196,6 +196,7 @@ _DEFAULTS = {
     for name, parameter in inspect.signature(relative_attention).parameters.items()
     if parameter.default is not parameter.empty and name not in ("return_lse", "backend")
 }
+_PACKING = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
 class Explanation(NamedTuple):
@@ -212,6 +213,8 @@ class Explanation(NamedTuple):
 def explain(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor | None = None, **arguments) -> Explanation:
     """Which backend `relative_attention` would use for these arguments (the same as it takes), and why not the others.
 
+    With `cu_seqlens_q` they are those of `relative_attention_varlen`.
+
     Returns:
         `Explanation(backend, reasons)`; print it for a readable answer. Nothing is computed.
 
@@ -220,10 +223,19 @@ def explain(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor | None = No
     """
     backend = arguments.pop("backend", None)
     arguments.pop("return_lse", None)
-    unknown = arguments.keys() - _DEFAULTS.keys()
+    packed, defaults = "cu_seqlens_q" in arguments, dict(_DEFAULTS)
+    if packed:
+        defaults.pop("attn_mask")
+    unknown = arguments.keys() - defaults.keys() - (set(_PACKING) if packed else set())
     if unknown:
         raise TypeError(f"explain() got unexpected arguments: {', '.join(sorted(unknown))}")
-    call = validated(query, key, value, **(_DEFAULTS | arguments | {"rel_k": rel_k}))
+    arguments = defaults | arguments | {"rel_k": rel_k}
+    if packed:
+        from relattn.varlen import packed_call  # it needs what is defined here
+
+        call = packed_call(query, key, value, **arguments)
+    else:
+        call = validated(query, key, value, **arguments)
     chosen = backends.select(*call, backend)
     return Explanation(chosen, {name: reason for name, reason in backends.reasons(*call).items() if reason is not None})
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from relattn import functional
-from relattn.arguments import shape_text
+from relattn.arguments import Settings, Tensors, shape_text
 
 
 def relative_attention_varlen(
@@ -66,6 +68,22 @@ def relative_attention_varlen(
             of tokens, or a sequence is longer than max_seqlen. (On a GPU this last kind of check, of what tensors there hold, is made
             there without a synchronisation, and fails as an assertion does.)
     """
+    tensors, settings = packed_call(
+        query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        rel_k=rel_k, rel_q=rel_q, rel_v=rel_v, rel_bias=rel_bias, pos_bias_u=pos_bias_u, pos_bias_v=pos_bias_v,
+        max_relative_position=max_relative_position, key_mask=key_mask, key_lengths=key_lengths, is_causal=is_causal, window=window,
+        chunk=chunk, query_offset=query_offset, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa,
+    )  # fmt: skip
+    output, lse = functional.attend(functional.implementation(tensors, settings, backend), tensors, settings)
+    output = output[0].transpose(0, 1)
+    return (output, lse[0]) if return_lse else output
+
+
+def packed_call(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None, key_mask: Tensor | None = None, **others: Any,
+) -> tuple[Tensors, Settings]:  # fmt: skip
+    """`functional.validated` of the arguments of `relative_attention_varlen`."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         functional.check_tensor(name, tensor)
         if tensor.dim() != 3:
@@ -73,7 +91,7 @@ def relative_attention_varlen(
     _check_ends("cu_seqlens_q", cu_seqlens_q)
     if cu_seqlens_k is None:
         if query.shape[0] != key.shape[0]:
-            raise ValueError(f"cu_seqlens_k: {key.shape[0]} keys beside {query.shape[0]} queries need it")
+            raise ValueError(f"cu_seqlens_k: {key.shape[0]} keys beside {query.shape[0]} queries need it, got None")
         cu_seqlens_k = cu_seqlens_q
     _check_ends("cu_seqlens_k", cu_seqlens_k)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
@@ -83,16 +101,14 @@ def relative_attention_varlen(
         if key_mask.shape != key.shape[:1]:
             raise ValueError(f"key_mask: expected ({key.shape[0]},), got {shape_text(key_mask)}")
         key_mask = key_mask[None]
-    if max_seqlen_k is None and cu_seqlens_k is cu_seqlens_q:
-        max_seqlen_k = max_seqlen_q
-    tensors, settings = functional.validated(
-        query.transpose(0, 1)[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None], rel_k, rel_q, rel_v, rel_bias,
-        pos_bias_u, pos_bias_v, max_relative_position, None, key_mask, key_lengths, is_causal, window, chunk, query_offset, dropout_p,
-        scale, enable_gqa, cu_seqlens_q, cu_seqlens_k, _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k),
+    longest, longest_key = _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
+    if longest_key is None and cu_seqlens_k is cu_seqlens_q:
+        longest_key = longest
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    return functional.validated(
+        query=query, key=key, value=value, attn_mask=None, key_mask=key_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=longest, max_seqlen_k=longest_key, **others,
     )  # fmt: skip
-    output, lse = functional.attend(functional.implementation(tensors, settings, backend), tensors, settings)
-    output = output[0].transpose(0, 1)
-    return (output, lse[0]) if return_lse else output
 
 
 def _check_ends(name: str, ends: Tensor) -> None:
