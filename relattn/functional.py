@@ -91,7 +91,7 @@ def relative_attention(
         window: (left, right): only keys with -left <= d <= right are seen; None on a side = unbounded.
         chunk: (size, left_chunks): a query sees the keys of its own chunk and of so many before it, None = of all before it. Chunks are of
             `size` positions, the first from key 0 on: key j is seen if c(i) - left_chunks <= c(j) <= c(i), with c(j) = j // size and
-            c(i) = (i + query_offset) // size. wenet's and ESPnet's ``chunk_size`` and ``num_left_chunks`` (there -1 = all); NeMo's
+            c(i) = (i + query_offset) // size. wenet's and ESPnet's ``num_left_chunks`` (there -1 = all) is `left_chunks`; NeMo's
             ``chunked_limited`` with ``att_context_size`` [left, right] is (right + 1, left // (right + 1)).
         query_offset: position of query 0 relative to key 0, an int or an integer tensor (B,) (or of shape ()), of magnitude at most
             2**62. None = 0, but an error if Lq != Lk and `is_causal` or `chunk`, where the two customary meanings differ.
