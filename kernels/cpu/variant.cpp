@@ -46,8 +46,7 @@ int forward_any(const Call& call, const Team& team) {
   return takes_few(call) ? forward_few(call, team) : takes_amx(call) ? forward_amx(call, team) : forward(call, team);
 }
 int backward_any(const Call& call, const Team& team) {
-  // rel_q and rel_v have no such form in the backward pass.
-  return takes_amx(call) && !call.rel_q.data && !call.rel_v.data ? backward_amx(call, team) : backward(call, team);
+  return takes_amx(call) ? backward_amx(call, team) : backward(call, team);
 }
 #else
 int forward_any(const Call& call, const Team& team) {
