@@ -110,7 +110,7 @@ def packed(seconds: float, largest: int, heads: int = 8, size: int = 64, clip: i
         outputs: list[Any] = [relattn.relative_attention(*part, rel_k, backend="cpu") for part in each]
         return torch.cat(outputs, 2)
 
-    together = functools.partial(relattn.relative_attention_varlen, cu_seqlens_q=ends, backend="cpu")
+    together: Any = functools.partial(relattn.relative_attention_varlen, cu_seqlens_q=ends, backend="cpu")
     tables = []
     for kind, passed in _PASSES.items():
         train = passed == "train"
@@ -130,10 +130,8 @@ def chunked(seconds: float, length: int, size: int = 64, chunk: tuple[int, int] 
     tables = []
     for kind, passed in _PASSES.items():
         calls: dict[str, Any] = {OWN: dict(chunk=chunk), "the same, all keys": {}}
-        whole = {
-            name: step(functools.partial(relattn.relative_attention, backend="cpu", **more), inputs, passed == "train")
-            for name, more in calls.items()
-        }
+        sides: dict[str, Any] = {name: functools.partial(relattn.relative_attention, backend="cpu", **more) for name, more in calls.items()}
+        whole = {name: step(side, inputs, passed == "train") for name, side in sides.items()}
         title = f"{kind}, L = {length}, D = {size}, chunks of {chunk[0]} with {chunk[1]} before"
         goal = {"the same, all keys": 20.0} if length >= 8192 else None
         tables.append(speeds(title, OWN, interleave(whole, seconds), goal))

@@ -19,6 +19,7 @@ struct Call {
   int64_t batch, heads, key_heads, queries, keys, size, value_size, rows;
   int64_t left, right;  // table row 0 is distance -left, the last +right
   int64_t has_window_left, window_left, has_window_right, window_right;  // causal calls have window_right = 0
+  int64_t chunk_size, chunk_left;                                        // 0: no chunks; -1: all that are earlier
   int64_t query_offset;
   int64_t seed;
   int64_t threads;

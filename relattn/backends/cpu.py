@@ -23,10 +23,10 @@ from torch import Tensor
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout
 from relattn.backends import blocked
 
-_ABI_VERSION = 3  # as in library.cpp
+_ABI_VERSION = 4  # as in library.cpp
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}
 _TENSORS = 26  # in Call
-_CALL = struct.Struct(f"=19q2d{6 * _TENSORS}q")
+_CALL = struct.Struct(f"=21q2d{6 * _TENSORS}q")
 
 # Calls of fewer multiplications than this run on one thread: about 20 microseconds of work. Waking another takes a few, and more where
 # threads have gone to sleep.
@@ -108,8 +108,8 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
         return f"it runs on CPU tensors, and these are on {query.device}"
     if query.dtype == torch.float64:
         return "it computes in float32, and these are torch.float64"
-    if tensors.cu_seqlens_q is not None or settings.chunk_size is not None:
-        return "packed sequences and chunks: not yet"
+    if tensors.cu_seqlens_q is not None:
+        return "packed sequences: not yet"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
     return None
@@ -214,7 +214,7 @@ class Plan:
             batch, heads, key.shape[1], queries, 0, size, value.shape[3], settings.left + settings.right + 1,
             settings.left, settings.right,
             settings.window_left is not None, settings.window_left or 0, window_right is not None, window_right or 0,
-            0, 0, 0, 0, 0, settings.scale, settings.dropout_p, *itertools.chain.from_iterable(entries),
+            settings.chunk_size or 0, -1 if settings.chunk_left is None else settings.chunk_left, 0, 0, 0, 0, 0, settings.scale, settings.dropout_p, *itertools.chain.from_iterable(entries),
         )  # fmt: skip
 
     def _convert(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
