@@ -126,7 +126,7 @@ def packed(seconds: float, largest: int, heads: int = 8, size: int = 64, clip: i
 
 def chunked(seconds: float, length: int, size: int = 64, chunk: tuple[int, int] = (64, 4)) -> list[Table]:
     """A query sees its chunk and some before it, against all keys."""
-    inputs = Problem(length, head_dim=size, clip=chunk[0] * (chunk[1] + 1)).inputs()
+    inputs = Problem(length, "train", head_dim=size, clip=chunk[0] * (chunk[1] + 1)).inputs()
     tables = []
     for kind, passed in _PASSES.items():
         calls: dict[str, Any] = {OWN: dict(chunk=chunk), "the same, all keys": {}}
