@@ -101,14 +101,15 @@ def packed(seconds: float, largest: int, heads: int = 8, size: int = 64, clip: i
     padded_inputs = [whole.requires_grad_() for whole in padded] + [table]
 
     def as_padded(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Any:
-        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return relattn.relative_attention(*heads_first, rel_k, key_lengths=lengths, backend="cpu")
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        output: Any = relattn.relative_attention(query, key, value, rel_k, key_lengths=lengths, backend="cpu")
+        return output.transpose(1, 2)
 
     def one_by_one(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Any:
         parts = zip(*(tensor.split(lengths.tolist()) for tensor in (query, key, value)), strict=True)
         each = [[tensor.transpose(0, 1)[None] for tensor in part] for part in parts]
-        outputs: list[Any] = [relattn.relative_attention(*part, rel_k, backend="cpu") for part in each]
-        return torch.cat(outputs, 2)
+        outputs: list[Any] = [relattn.relative_attention(q, k, v, rel_k, backend="cpu") for q, k, v in each]
+        return torch.cat(outputs, 2)[0].transpose(0, 1)
 
     together: Any = functools.partial(relattn.relative_attention_varlen, cu_seqlens_q=ends, backend="cpu")
     tables = []
@@ -126,7 +127,7 @@ def packed(seconds: float, largest: int, heads: int = 8, size: int = 64, clip: i
 
 def chunked(seconds: float, length: int, size: int = 64, chunk: tuple[int, int] = (64, 4)) -> list[Table]:
     """A query sees its chunk and some before it, against all keys."""
-    inputs = Problem(length, "train", head_dim=size, clip=chunk[0] * (chunk[1] + 1)).inputs()
+    inputs = Problem(length, "train", head_dim=size).inputs()
     tables = []
     for kind, passed in _PASSES.items():
         calls: dict[str, Any] = {OWN: dict(chunk=chunk), "the same, all keys": {}}
