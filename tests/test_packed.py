@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import relattn
+from benchmarks.measure import extra_memory
 from relattn import RelativeMultiheadAttention, relative_attention, relative_attention_varlen
+from tests.fuzz import check, packed_call
 from tests.oracles import USABLE
 
 LENGTHS = (3, 0, 7, 1, 12, 0)
@@ -125,6 +128,72 @@ def test_the_mask_of_dropout_is_that_of_the_padded_call(backend: str) -> None:
     lengths = torch.tensor([9, 12])
     expected = relative_attention(**plain, rel_k=call["rel_k"], key_lengths=lengths, dropout_p=0.4, backend=backend).transpose(1, 2)
     torch.testing.assert_close(output, torch.cat((expected[0, :9], expected[1])))
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_random_calls(backend: str, dtype: torch.dtype) -> None:
+    for seed in range(100, 140):
+        check(packed_call(seed), backend, dtype)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_what_is_hidden_may_hold_anything(backend: str) -> None:
+    call = tensors((9, 0, 12))
+    hidden = torch.zeros(21, dtype=torch.bool)
+    hidden[[2, 3, 8, 20]] = True
+    results = []
+    for holds in (1.0, torch.nan, -torch.inf):
+        filled = {
+            name: tensor.detach().masked_fill(hidden[:, None, None], holds) if name in ("key", "value") else tensor.detach()
+            for name, tensor in call.items()
+        }
+        filled = {name: tensor.requires_grad_() for name, tensor in filled.items()}
+        output = relative_attention_varlen(**filled, cu_seqlens_q=ends((9, 0, 12)), key_mask=~hidden, backend=backend)
+        results.append((output, *torch.autograd.grad(output.square().sum(), list(filled.values()))))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+    assert results[0][2][hidden].abs().max() == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_of_the_native_kernel(threads: int) -> None:
+    """One long sequence, which they share, among short ones, which are one thread's each: the same results, twice the same bits."""
+    if "cpu" not in USABLE:
+        pytest.skip("no native kernel")
+    lengths = (7, 1, 400, 3, 60, 0, 2, 61)
+    call, kept = tensors(lengths, heads=2), torch.get_num_threads()
+    expected = one_at_a_time(call, lengths, backend="cpu")
+    weight = torch.randn_like(expected)
+    torch.set_num_threads(threads)
+    try:
+        outputs = [relative_attention_varlen(**call, cu_seqlens_q=ends(lengths), backend="cpu") for _ in range(2)]
+        gradients = [torch.autograd.grad((output * weight).sum(), list(call.values())) for output in outputs]
+    finally:
+        torch.set_num_threads(kept)
+    assert torch.equal(outputs[0], expected)
+    assert torch.equal(outputs[1], expected)
+    assert all(map(torch.equal, *gradients))
+    wanted = torch.autograd.grad((expected * weight).sum(), list(call.values()))
+    torch.testing.assert_close(gradients[0], wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of resident memory cannot be reset")
+def test_memory_goes_with_the_sum_of_the_lengths() -> None:
+    """One long sequence among many short ones: padded, they would be a hundred times as large."""
+    if "cpu" not in USABLE:
+        pytest.skip("no native kernel")
+    lengths = (3000, *[10] * 200)
+    call = tensors(lengths, heads=2, size=32)
+    relative_attention_varlen(**tensors((50,), heads=2, size=32), cu_seqlens_q=ends((50,)), backend="cpu")
+
+    def train() -> Tensor:
+        output = relative_attention_varlen(**call, cu_seqlens_q=ends(lengths), backend="cpu")
+        return torch.stack([gradient.sum() for gradient in torch.autograd.grad(output.sum(), list(call.values()))])
+
+    extra, _ = extra_memory(train)
+    packed = 4 * 5000 * 2 * 32
+    assert extra < 12 * packed + 8e6  # padded it would be 200 x 3000 tokens, 120 times the query alone
 
 
 def test_chunks_are_what_the_mask_of_nemo_says() -> None:
