@@ -261,7 +261,12 @@ void* allocate(const Team& team, int64_t bytes) {
 void* arena_of(const Team& team, int64_t thread) { return (Arena*)team.arena + 1 + thread; }
 
 void clear(const Team& team) {
-  for (MemoryBlock& block : ((Arena*)team.arena)->blocks) block.used = 0;
+  std::vector<MemoryBlock>& blocks = ((Arena*)team.arena)->blocks;
+#if defined(__SANITIZE_ADDRESS__)
+  for (MemoryBlock& block : blocks) free(block.data);  // with what was poisoned in it
+  blocks.clear();
+#endif
+  for (MemoryBlock& block : blocks) block.used = 0;
 }
 
 int64_t cache_bytes() {
