@@ -99,7 +99,7 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
     if max(query.shape[3], tensors.value.shape[3]) > 256:
         return f"head sizes go to 256, and these are {query.shape[3]} and {tensors.value.shape[3]}"
     if tensors.cu_seqlens_q is not None or settings.chunk_size is not None:
-        return "packed sequences and chunks: not yet"
+        return "its kernels take neither packed sequences nor chunks yet"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
     return _FAILED.get(_kind(tensors, settings)) if _FAILED else None
