@@ -30,42 +30,6 @@ struct AmxSums {
   float* bias;
 };
 
-// A tile's rows, `stride` elements apart with kWideSlack zeros on both sides, and pairs of them (null: not needed), the
-// second taken one column further right.
-struct SkewedRows {
-  Half* rows;
-  uint32_t* pairs;
-  int64_t stride;
-
-  static SkewedRows carve(Carver& carver, int64_t rows, int64_t columns, bool pairs) {
-    const int64_t stride = columns + 2 * kWideSlack;
-    return {carver.halves((rows + kGroupRows) * stride),
-            pairs ? (uint32_t*)carver.floats((rows / 2 + kTileRows) * stride) : nullptr, stride};
-  }
-  Half* row(int64_t index) const { return rows + index * stride + kWideSlack; }
-  uint32_t* pair(int64_t index) const { return pairs + index * stride + kWideSlack; }
-
-  // Columns [first, last) of a row, of a pair.
-  void zero_row(int64_t index, int64_t first, int64_t last) const { zero_halves(row(index) + first, last - first); }
-  void zero_pair(int64_t index, int64_t first, int64_t last) const {
-    zero_halves((Half*)(pair(index) + first), 2 * (last - first));
-  }
-
-  // A pair of rows that are zero outside of these columns.
-  void skew_pair(int64_t index, const Range& columns) const {
-    const Half *first_row = row(2 * index), *second_row = row(2 * index + 1);
-    // The second row's first column stands one column before the first row's.
-    const int64_t begin = columns.first - kPanel;
-    for (int64_t column = begin; column < columns.last; column += kPanel) {
-      const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(first_row + column)));
-      const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(second_row + column + 1)));
-      _mm512_storeu_si512(pair(index) + column, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
-    }
-    zero_pair(index, -kWideSlack, begin);
-    zero_pair(index, columns.last, stride - kWideSlack);
-  }
-};
-
 constexpr int kWeights = 2;  // place in by_row
 
 struct AmxBackwardWorkspace {
@@ -79,29 +43,6 @@ struct AmxBackwardWorkspace {
   float* weights_gradient;  // of a group
   // Beyond the tables' edges: sums of each row's gradients of scores, of its weights, and of each key's gradients.
   Edges beyond, weights_beyond, beyond_by_key;
-};
-
-INLINE void clear_edges(const Edges& edges, int64_t count) {
-  fill(edges.left, 0.0f, count);
-  fill(edges.right, 0.0f, count);
-}
-
-// What a table's gradient is a product of: rows transposed, `stride` apart, and tiles of `rows` whole groups, of which
-// there are as many as it takes to hold what they stand for.
-struct TableProduct {
-  const Half* rows_t;
-  int64_t stride, size;
-  const SkewedRows* tiles;
-  int count;
-  Range rows, columns;
-};
-
-// What adds to the edges' gradients: rows, of which each has a sum of what lies beyond.
-struct EdgeShare {
-  HalfLeft rows;
-  int64_t count;
-  Edges beyond;
-  Result own;  // the rows' own gradients (null: they have their share)
 };
 
 struct AmxBackward {
@@ -195,8 +136,8 @@ struct AmxBackward {
     if (!set_apart(head, block, w)) return false;
     find_edges_amx(p, head, block, w.forward);
     if (p.call.rel_v.data)
-      half_edges(lay_over(head.rel_v, block.rows, block.position, 0), block.keys, p.source(kRelV, head.head),
-                 {w.upstream, p.deep_value_size}, w.forward.base.value_edges, w.forward.scratch);
+      edge_products_amx(lay_over(head.rel_v, block.rows, block.position, 0), block.keys, p.source(kRelV, head.head),
+                        {w.upstream, p.deep_value_size}, w.forward.base.value_edges, w.forward.scratch);
     transpose_rows(w.upstream, block.rows, p.deep_value_size, w.upstream_t);
     transpose_rows(w.forward.content, block.rows, p.deep_size, w.content_t);
     if (w.position_t != w.content_t) transpose_rows(w.forward.position, block.rows, p.deep_size, w.position_t);
@@ -381,30 +322,6 @@ struct AmxBackward {
                          steps, {gradient + d * key_columns + tile.first_key + first * kPanel, key_columns});
   }
 
-  // The same over distances, in the skewed pairs: a table's gradient^T (size, rows).
-  void table_gradient(const Skew& skew, const TableProduct& of, float* gradient) const {
-    const int64_t shift = skew.shift;
-    const int64_t lowest = most<int64_t>(of.columns.first - shift - (of.rows.last - 1), 0),
-                  highest = least(of.columns.last - 1 - shift - of.rows.first, skew.table.rows - 1);
-    for (int64_t r = lowest / kPanel * kPanel; r <= highest; r += 2 * kPanel) {
-      // Groups of rows with some column in these two panels.
-      int64_t begin = of.rows.first, end = of.rows.last;
-      while (begin < end && r + 2 * kPanel - 1 + shift + begin + kGroupRows - 1 < of.columns.first) begin += kGroupRows;
-      while (begin < end && r + shift + end - kGroupRows >= of.columns.last) end -= kGroupRows;
-      if (begin == end) continue;
-      const int64_t panels = least<int64_t>(2, panels_of(highest + 1 - r));
-      for (int part = 0; part < of.count; ++part) {
-        const SkewedRows& tile = of.tiles[part];
-        const HalfRight right = {(const Half*)(tile.pair(begin / 2) + r + shift + begin), 2 * kPanel,
-                                 2 * (tile.stride + 2), 2 * kTileRows * (tile.stride + 2)};
-        for (int64_t d = 0; d < of.size; d += kGroupRows)
-          amx_multiply<true>((int)least(kGroupRows, of.size - d), panels,
-                             {of.rows_t + d * of.stride + begin, of.stride}, right, (end - begin) / kTileDepth,
-                             {gradient + d * table_columns + r, table_columns});
-      }
-    }
-  }
-
   // A group's share in the gradients of its queries.
   void query_gradient(const AmxHead& operands, const Block& block, const Tile& tile, const Group& group,
                       const AmxBackwardWorkspace& w, const Gradients& out) const {
@@ -451,15 +368,15 @@ struct AmxBackward {
       transpose_keys(operands, tile, product, w.keys_t);
       for (const SkewedRows& of : w.by_key)
         for (int64_t pair = 0; pair < product.rows.last / 2; ++pair) of.skew_pair(pair, {0, rows});
-      table_gradient(keys_from(0), product, sum.total);
+      table_gradient_amx(keys_from(0), product, {sum.total, table_columns});
     }
     const int64_t first = tile.keys.first - tile.first_key;
-    add_edges(p.source(kRelQ, operands.head.head),
-              {{w.forward.key_rows, p.deep_size},
-               keys.last - first,
-               w.beyond_by_key.from(first),
-               own.data ? own.from(tile.keys.first) : own},
-              sum, w.forward.base.scratch);
+    add_edges_amx(p.source(kRelQ, operands.head.head),
+                  {{w.forward.key_rows, p.deep_size},
+                   keys.last - first,
+                   w.beyond_by_key.from(first),
+                   own.data ? own.from(tile.keys.first) : own},
+                  sum.edges, w.forward.base.scratch);
   }
 
   // Everything that the block's rows and the keys in `keys` contribute. The block has been prepared.
@@ -499,10 +416,11 @@ struct AmxBackward {
       if (out.key.data) add_over_rows(tile, of, w.content_t, p.padded_size, w.gradient, unit.key_gradient);
       const Skew skew = lay_over(head.rel_k, block.rows, block.position, first_key);  // as rel_v's
       if (sums.tables[kRelK].total)
-        table_gradient(skew, {w.position_t, rows, p.padded_size, w.by_row, 2, of, columns}, sums.tables[kRelK].total);
+        table_gradient_amx(skew, {w.position_t, rows, p.padded_size, w.by_row, 2, of, columns},
+                           {sums.tables[kRelK].total, table_columns});
       if (sums.tables[kRelV].total)
-        table_gradient(skew, {w.upstream_t, rows, p.padded_value_size, w.by_row + kWeights, 1, of, columns},
-                       sums.tables[kRelV].total);
+        table_gradient_amx(skew, {w.upstream_t, rows, p.padded_value_size, w.by_row + kWeights, 1, of, columns},
+                           {sums.tables[kRelV].total, table_columns});
       if (takes_by_key()) key_gradients(operands, block, tile, by_key, unit, sums.tables[kRelQ], w);
     }
     add_row_edges(operands, block, sums, out, w);
@@ -524,29 +442,15 @@ struct AmxBackward {
       sums.bias[p.call.rows - 1] += w.beyond.right[row];
     }
     if (p.call.rel_k.data)
-      add_edges(p.source(kRelK, head),
-                {{w.forward.position, p.deep_size},
-                 block.rows,
-                 w.beyond,
-                 {out.content ? out.position : nullptr, p.padded_size}},
-                sums.tables[kRelK], w.forward.base.scratch);
+      add_edges_amx(p.source(kRelK, head),
+                    {{w.forward.position, p.deep_size},
+                     block.rows,
+                     w.beyond,
+                     {out.content ? out.position : nullptr, p.padded_size}},
+                    sums.tables[kRelK].edges, w.forward.base.scratch);
     if (p.call.grad_rel_v.data)
-      add_edges(p.source(kRelV, head), {{w.upstream, p.deep_value_size}, block.rows, w.weights_beyond, {nullptr, 0}},
-                sums.tables[kRelV], w.forward.base.scratch);
-  }
-
-  void add_edges(const HalfSource& table, const EdgeShare& of, const AmxTableSum& sum, float* edge) const {
-    for (int side = 0; side < 2; ++side) {
-      const float* beyond = side == 0 ? of.beyond.left : of.beyond.right;
-      float* gradient = side == 0 ? sum.edges.left : sum.edges.right;
-      read_row(table.first_to_last(), side == 0 ? 0 : table.rows - 1, table.size, edge);
-      for (int64_t row = 0; row < of.count; ++row) {
-        if (beyond[row] == 0.0f) continue;  // whatever it would be multiplied with
-        const Half* factors = of.rows.data + row * of.rows.row;
-        for (int64_t column = 0; gradient && column < table.size; ++column)
-          gradient[column] += beyond[row] * from_bfloat16(factors[column]);
-        if (of.own.data) add_scaled(of.own.data + row * of.own.row, edge, beyond[row], table.size);
-      }
-    }
+      add_edges_amx(p.source(kRelV, head),
+                    {{w.upstream, p.deep_value_size}, block.rows, w.weights_beyond, {nullptr, 0}},
+                    sums.tables[kRelV].edges, w.forward.base.scratch);
   }
 };

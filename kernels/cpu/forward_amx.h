@@ -36,23 +36,6 @@ static void read_queries(const AmxProblem& p, const Head& head, const Block& blo
   zero_halves(to + block.rows * p.deep_size, (round_up(block.rows, kGroupRows) - block.rows) * p.deep_size);
 }
 
-// Rows times a table's edge rows, where some distance of these columns lies beyond them.
-static void half_edges(const Skew& skew, const Range& columns, const HalfSource& table, const HalfLeft& rows,
-                       const Edges& edges, const HalfScratch& scratch) {
-  auto products = [&](int64_t table_row, float* edge) {
-    read_halves(table, table_row, scratch.rows, scratch.row);
-    for (int64_t row = 0; row < skew.rows; ++row) {
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t column = 0; column < table.padded; column += kTileDepth)
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(rows.data + row * rows.row + column),
-                               (__m512bh)_mm512_loadu_si512(scratch.rows + column));
-      edge[row] = sum_lanes((Vec)sum);
-    }
-  };
-  if (skew.beyond_left(columns)) products(0, edges.left);
-  if (skew.beyond_right(columns)) products(table.rows - 1, edges.right);
-}
-
 // One row's scores [0, columns) times `unit` become weights in bfloat16. `keep`: dropout's 1 or 0 for each, or null.
 INLINE void softmax_row_half(const float* scores, int64_t columns, float unit, const float* keep, RunningRow running,
                              Half* weights) {
@@ -93,8 +76,8 @@ static void key_scores_amx(const AmxProblem& p, const AmxHead& operands, const B
   for (int64_t key = 0; key < count; ++key)
     read_halves(source, tile.keys.first + key, w.key_rows + key * p.deep_size, w.scratch.row);
   zero_halves(w.key_rows + count * p.deep_size, (round_up(count, kGroupRows) - count) * p.deep_size);
-  half_edges(lay_over(head.rel_q, count, tile.keys.first, block.position), {0, columns}, p.source(kRelQ, head.head),
-             {w.key_rows, p.deep_size}, base.key_edges, w.scratch);
+  edge_products_amx(lay_over(head.rel_q, count, tile.keys.first, block.position), {0, columns},
+                    p.source(kRelQ, head.head), {w.key_rows, p.deep_size}, base.key_edges, w.scratch);
   float* by_key = base.by_key + kSlack;
   for (int64_t key = 0; key < count; key += kGroupRows) {
     const Skew skew = lay_over(head.rel_q, least(kGroupRows, count - key), tile.keys.first + key, block.position);
@@ -109,17 +92,6 @@ static void key_scores_amx(const AmxProblem& p, const AmxHead& operands, const B
     for (int64_t column = 0; column < columns; column += kWidth)
       transpose(by_key + key * leading + column, leading,
                 base.by_query + column * p.leading + tile.keys.first - tile.first_key + key, p.leading);
-}
-
-// result[row] += the tile's row in the columns that are seen, times the table's rows of their distances, where these
-// are not beyond its edges. The tile is zero beside what is seen.
-static void relative_values_amx(const Skew& skew, const Range& seen, const HalfLeft& tile, const HalfPairs& table,
-                                const Result& result) {
-  const Range touched = skew.touched(seen);
-  const int64_t lowest = touched.first / 2 * 2;  // whole pairs
-  if (lowest < touched.last)
-    amx_multiply<true>((int)skew.rows, result.row / kPanel, {tile.data + lowest + skew.shift, tile.row + 1},
-                       table.from(lowest), (touched.last - 1 - lowest) / kTileDepth + 1, result);
 }
 
 // The weights of a group's rows, in bfloat16, times rel_v's rows of their distances.
@@ -143,30 +115,6 @@ static void add_distances_amx(const AmxProblem& p, const AmxHead& operands, cons
     add_edge(0, row, group.seen.first, within.first);
     add_edge(p.call.rows - 1, row, within.last, group.seen.last);
   }
-}
-
-// What a group's rows are multiplied with: `content` with a tile's columns, from its first key on, and `position` with
-// the rows of a table (null: there is none); both in panels, `depth` elements deep.
-struct GroupFactors {
-  HalfLeft content, position;
-  const Half *columns, *table;
-  int64_t depth;
-  Edges edges;  // of the position product
-};
-
-// result[row of the group][column]
-static void group_products(const Skew& skew, const Range& columns, const GroupFactors& of, const Result& result) {
-  const int64_t steps = of.depth / kTileDepth, panel = kPanel * of.depth,
-                count = (columns.last - columns.first) / kPanel;
-  const HalfRight right = {of.columns + columns.first * of.depth, panel};
-  const Result target = {result.data + columns.first, result.row};
-  const int rows = (int)skew.rows;
-  if (!of.table) return amx_multiply<false>(rows, count, of.content, right, steps, target);
-  const Range panels = skew.panels(columns);
-  amx_multiply<false>(rows, panels.last - panels.first, of.position, {of.table + panels.first * panel, panel}, steps,
-                      {result.data + panels.first * kPanel + skew.shift, result.row + 1});
-  relative_edges(skew, columns, panels, of.edges, result);
-  amx_multiply<true>(rows, count, of.content, right, steps, target);
 }
 
 // A group's raw scores. rel_q's part comes from key_scores_amx.
@@ -196,8 +144,8 @@ static void read_block_amx(const AmxProblem& p, const Head& head, const Block& b
 // The block's products with the table's edges, where they are needed.
 static void find_edges_amx(const AmxProblem& p, const Head& head, const Block& block, const AmxWorkspace& w) {
   if (p.call.rel_k.data)
-    half_edges(lay_over(head.rel_k, block.rows, block.position, 0), block.keys, p.source(kRelK, head.head),
-               {w.position, p.deep_size}, w.base.edges, w.scratch);
+    edge_products_amx(lay_over(head.rel_k, block.rows, block.position, 0), block.keys, p.source(kRelK, head.head),
+                      {w.position, p.deep_size}, w.base.edges, w.scratch);
 }
 
 // Keys of a tile in whole steps of products over them.

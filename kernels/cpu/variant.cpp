@@ -39,6 +39,7 @@ namespace {
 #if defined(__AMX_BF16__)
 #include "amx.h"           // products of bfloat16 tiles
 #include "operands_amx.h"  // operands.h in bfloat16, and so on
+#include "relative_amx.h"
 #include "forward_amx.h"
 #include "backward_amx.h"
 #include "gradients_amx.h"
