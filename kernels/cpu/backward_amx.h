@@ -180,10 +180,10 @@ struct AmxBackward {
     fill(base.delta, 0.0f, block.rows);
     Tile tile;
     TileRegisters registers;
-    for (int64_t first_key = block.keys.first / kTileDepth * kTileDepth; first_key < block.keys.last;
+    for (int64_t first_key = block.keys.first / kPanel * kPanel; first_key < block.keys.last;
          first_key += p.block_keys) {
       cut_tile(p, head, block, first_key, kGroupRows, tile);
-      if (tile_hidden(p, head, block, tile.keys)) continue;
+      if (tile.count == 0 || tile_hidden(p, head, block, tile.keys)) continue;
       if (p.call.rel_q.data) key_scores_amx(p, operands, block, tile, w.forward);
       for (int g = 0; g < tile.count; ++g) {
         const Group& group = tile.groups[g];
