@@ -75,11 +75,77 @@ def attention(
     return tables
 
 
-def decoding(dtype: str, seconds: float, keys: int = 4096, size: int = 64) -> list[Table]:
-    """One and four new queries behind a cache of keys; torch's attention sees all keys, with neither mask nor relative term."""
+def short(seconds: float, goals: Sequence[tuple[Sequence[int], float]]) -> list[Table]:
+    """Batches of short sequences, what BERT-like models and chorales are made of. `goals`: (B, H, L, D), and so many times torch's time."""
+    tables = []
+    for (batch, heads, length, size), goal in goals:
+        for kind, passed in _PASSES.items():
+            steps = _steps(Problem(length, passed, batch, heads, size), [OWN, TORCH, SKEW])
+            title = f"{kind}, B = {batch}, H = {heads}, L = {length}, D = {size}"
+            tables.append(speeds(title, OWN, interleave(steps, seconds), {TORCH: round(1 / goal, 2)}))
+    return tables
+
+
+def packed(seconds: float, largest: int, heads: int = 8, size: int = 64, clip: int = 128) -> list[Table]:
+    """32 sequences of log-normal lengths up to `largest`: packed, padded with key_lengths, and one call each."""
+    torch.manual_seed(0)
+    lengths = (torch.randn(32) * 0.6).exp()
+    lengths = (lengths * (largest / lengths.max())).clamp(min=10).long()
+    ends, total = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.sum())
+    table = torch.randn(2 * clip + 1, size, requires_grad=True)
+    inputs = [torch.randn(total, heads, size, requires_grad=True) for _ in range(3)] + [table]
+    real = torch.arange(largest) < lengths[:, None]
+    padded = [torch.zeros(32, largest, heads, size) for _ in range(3)]
+    for whole, tensor in zip(padded, inputs, strict=False):
+        whole[real] = tensor.detach()
+    padded_inputs = [whole.requires_grad_() for whole in padded] + [table]
+
+    def as_padded(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Any:
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        output: Any = relattn.relative_attention(query, key, value, rel_k, key_lengths=lengths, backend="cpu")
+        return output.transpose(1, 2)
+
+    def one_by_one(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor) -> Any:
+        parts = zip(*(tensor.split(lengths.tolist()) for tensor in (query, key, value)), strict=True)
+        each = [[tensor.transpose(0, 1)[None] for tensor in part] for part in parts]
+        outputs: list[Any] = [relattn.relative_attention(q, k, v, rel_k, backend="cpu") for q, k, v in each]
+        return torch.cat(outputs, 2)[0].transpose(0, 1)
+
+    together: Any = functools.partial(relattn.relative_attention_varlen, cu_seqlens_q=ends, backend="cpu")
+    tables = []
+    for kind, passed in _PASSES.items():
+        train = passed == "train"
+        steps = {
+            OWN: step(together, inputs, train), "padded, key_lengths": step(as_padded, padded_inputs, train),
+            "one call a sequence": step(one_by_one, inputs, train),
+        }  # fmt: skip
+        share = lengths.float().mean() / largest
+        title = f"{kind}, 32 packed sequences, {int(lengths.min())} to {largest} tokens, mean / longest {share:.2f}"
+        tables.append(speeds(title, OWN, interleave(steps, seconds), {"padded, key_lengths": 1.8, "one call a sequence": 0.9}))
+    return tables
+
+
+def chunked(seconds: float, length: int, size: int = 64, chunk: tuple[int, int] = (64, 4)) -> list[Table]:
+    """A query sees its chunk and some before it, against all keys."""
+    inputs = Problem(length, "train", head_dim=size).inputs()
+    tables = []
+    for kind, passed in _PASSES.items():
+        calls: dict[str, Any] = {OWN: dict(chunk=chunk), "the same, all keys": {}}
+        sides: dict[str, Any] = {name: functools.partial(relattn.relative_attention, backend="cpu", **more) for name, more in calls.items()}
+        whole = {name: step(side, inputs, passed == "train") for name, side in sides.items()}
+        title = f"{kind}, L = {length}, D = {size}, chunks of {chunk[0]} with {chunk[1]} before"
+        goal = {"the same, all keys": 20.0} if length >= 8192 else None
+        tables.append(speeds(title, OWN, interleave(whole, seconds), goal))
+    return tables
+
+
+def decoding(
+    dtype: str, seconds: float, keys: int = 4096, size: int = 64, counts: Sequence[int] = (1, 4), goal: float | None = None
+) -> list[Table]:
+    """New queries behind a cache of keys; torch's attention sees all keys, with neither mask nor relative term. `goal`: times its time."""
     tables = []
     query, key, value, rel_k = Problem(keys, head_dim=size, dtype=dtype, causal=True).inputs()
-    for queries in (1, 4):
+    for queries in counts:
         inputs = [query[:, :, -queries:].contiguous(), key, value, rel_k]
         call = functools.partial(
             relattn.relative_attention, max_relative_position=(keys - 1, 0), is_causal=True, query_offset=keys - queries
@@ -90,7 +156,8 @@ def decoding(dtype: str, seconds: float, keys: int = 4096, size: int = 64) -> li
             BLOCKED: functools.partial(call, backend="blocked"),
         }
         timings = interleave({name: step(side, inputs, False) for name, side in sides.items()}, seconds)
-        tables.append(speeds(f"decoding, Lq = {queries}, {keys} keys, D = {size}, {dtype}", OWN, timings))
+        goals = None if goal is None else {TORCH: round(1 / goal, 2)}
+        tables.append(speeds(f"decoding, Lq = {queries}, {keys} keys, D = {size}, {dtype}", OWN, timings, goals))
     return tables
 
 
@@ -262,6 +329,9 @@ NAMES = {
     "causal": "causal, with one table row for each distance to the left",
     "bfloat16": "in bfloat16, both sides",
     "decoding": "new queries behind a cache of keys",
+    "short": "batches of short sequences",
+    "packed": "packed sequences against padded ones",
+    "chunk": "chunks of keys",
     "layer": "the layer, without weights, on one thread",
     "overhead": "what a call costs, on one thread",
     "memory": "peak memory of a call beyond its inputs, outputs and gradients",
@@ -297,6 +367,11 @@ def cases(quick: bool) -> list[Case]:
         listed.append(Case(name, attention, long | setting | {"goals": {} if quick else goal}))
     few = 0.3 if quick else 1.0
     listed += [Case("decoding", decoding, dict(dtype=dtype, seconds=few)) for dtype in ("float32", "bfloat16")]
+    for keys, most in ((256, 1.3), (1024, 1.3), (4096, 1.0), (16384, 1.0)):
+        listed.append(Case("decoding", decoding, dict(dtype="float32", seconds=few, keys=keys, counts=(1,), goal=most)))
+    listed.append(Case("short", short, dict(seconds=few, goals=[((8, 4, 16, 32), 1.3), ((4, 8, 64, 64), 1.4), ((1, 16, 125, 64), 1.0)])))
+    listed.append(Case("packed", packed, dict(seconds=1.0 if quick else 8.0, largest=300 if quick else 1000)))
+    listed.append(Case("chunk", chunked, dict(seconds=1.0 if quick else 8.0, length=1024 if quick else 8192)))
     listed.append(
         Case("layer", layer, dict(lengths=[16, 64, 128], seconds=0.7 if quick else 3.0, goals={"16": 1.0}), threads=1)
     )

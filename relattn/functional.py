@@ -91,7 +91,7 @@ def relative_attention(
         window: (left, right): only keys with -left <= d <= right are seen; None on a side = unbounded.
         chunk: (size, left_chunks): a query sees the keys of its own chunk and of so many before it, None = of all before it. Chunks are of
             `size` positions, the first from key 0 on: key j is seen if c(i) - left_chunks <= c(j) <= c(i), with c(j) = j // size and
-            c(i) = (i + query_offset) // size. wenet's and ESPnet's ``chunk_size`` and ``num_left_chunks`` (there -1 = all); NeMo's
+            c(i) = (i + query_offset) // size. wenet's and ESPnet's ``num_left_chunks`` (there -1 = all) is `left_chunks`; NeMo's
             ``chunked_limited`` with ``att_context_size`` [left, right] is (right + 1, left // (right + 1)).
         query_offset: position of query 0 relative to key 0, an int or an integer tensor (B,) (or of shape ()), of magnitude at most
             2**62. None = 0, but an error if Lq != Lk and `is_causal` or `chunk`, where the two customary meanings differ.
@@ -196,6 +196,7 @@ _DEFAULTS = {
     for name, parameter in inspect.signature(relative_attention).parameters.items()
     if parameter.default is not parameter.empty and name not in ("return_lse", "backend")
 }
+_PACKING = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
 class Explanation(NamedTuple):
@@ -212,6 +213,8 @@ class Explanation(NamedTuple):
 def explain(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor | None = None, **arguments) -> Explanation:
     """Which backend `relative_attention` would use for these arguments (the same as it takes), and why not the others.
 
+    With `cu_seqlens_q` they are those of `relative_attention_varlen`.
+
     Returns:
         `Explanation(backend, reasons)`; print it for a readable answer. Nothing is computed.
 
@@ -220,10 +223,19 @@ def explain(query: Tensor, key: Tensor, value: Tensor, rel_k: Tensor | None = No
     """
     backend = arguments.pop("backend", None)
     arguments.pop("return_lse", None)
-    unknown = arguments.keys() - _DEFAULTS.keys()
+    packed, defaults = "cu_seqlens_q" in arguments, dict(_DEFAULTS)
+    if packed:
+        defaults.pop("attn_mask")
+    unknown = arguments.keys() - defaults.keys() - (set(_PACKING) if packed else set())
     if unknown:
         raise TypeError(f"explain() got unexpected arguments: {', '.join(sorted(unknown))}")
-    call = validated(query, key, value, **(_DEFAULTS | arguments | {"rel_k": rel_k}))
+    arguments = defaults | arguments | {"rel_k": rel_k}
+    if packed:
+        from relattn.varlen import packed_call  # it needs what is defined here
+
+        call = packed_call(query, key, value, **arguments)
+    else:
+        call = validated(query, key, value, **arguments)
     chosen = backends.select(*call, backend)
     return Explanation(chosen, {name: reason for name, reason in backends.reasons(*call).items() if reason is not None})
 

@@ -92,6 +92,13 @@ def raised(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
 
 
+def beside(arguments: Mapping[str, object], what: str) -> None:
+    """That none of these is given together with `what`."""
+    for name, argument in arguments.items():
+        if argument is not None:
+            raise ValueError(f"{name}: expected None beside {what}, got {type(argument).__name__}")
+
+
 def check_cache(cache, is_causal: bool, query_offset, length: int, keys: int) -> None:
     if not isinstance(cache, KeyValueCache):
         raise TypeError(f"cache: expected a relattn.KeyValueCache, got {type(cache).__name__}")

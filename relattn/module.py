@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from relattn import backends, functional
 from relattn.arguments import autocast_enabled, shape_text
 from relattn.cache import KeyValueCache
-from relattn.layer_checks import check_cache, check_mask, check_parameters, check_sizes, chosen, dtype_of_masks, raised
+from relattn.layer_checks import beside, check_cache, check_mask, check_parameters, check_sizes, chosen, dtype_of_masks, raised
+from relattn.varlen import relative_attention_varlen
 
 _PARAMETERS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v")
 _TABLE_STD = 0.02  # small beside the content's scores: tables that start at N(0, 1) drown them
@@ -40,6 +41,8 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         per_head: tables of their own for each head, (H, R, D), instead of shared ones.
         is_causal: queries never see keys ahead of them, whatever a call says.
         window: (left, right), only keys with -left <= key - query <= right are seen; None on a side = unbounded.
+        chunk: (size, left_chunks), only keys of the query's own chunk of `size` positions and of so many before it are seen;
+            None = of all before it.
         backend: as in `relattn.relative_attention`; used where weights are not asked for.
 
     Raises:
@@ -59,7 +62,9 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
     - Boolean and float masks mix freely; float32 masks may stand beside inputs of any precision, with and without
       weights (torch: without).
     - Errors are ValueError or TypeError, never AssertionError.
-    - Nested tensors (both layouts) are accepted also in training, with `batch_first` and without masks.
+    - Nested tensors (both layouts) are accepted also in training, with `batch_first` and without masks; jagged ones are computed as they
+      are, without padding, unless weights are asked for.
+    - Packed sequences, (T, E) and `cu_seqlens`, are taken too; `key` and `value` may be left out.
     - The fused inference paths of torch, which read the weights and would leave out the relative terms, are never
       taken.
     - Opacus has no sampler for it and its validator, which asks for the exact class, does not say so: per-sample gradients
@@ -94,12 +99,14 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         per_head: bool = False,
         is_causal: bool = False,
         window: tuple[int | None, int | None] | None = None,
+        chunk: tuple[int, int | None] | None = None,
         backend: str | None = None,
     ) -> None:
         check_sizes(embed_dim, num_heads, dropout, kdim, vdim, dtype)
         left, right = functional.clip_sides(max_relative_position)
         terms = chosen(terms)
         functional.window_sides(window, is_causal)
+        functional.chunk_sides(chunk)
         if backend is not None and backend not in backends.BACKENDS:
             names = ", ".join(map(repr, backends.BACKENDS))
             raise ValueError(f"backend: expected None or one of {names}, got {backend!r}")
@@ -109,6 +116,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         self.per_head = bool(per_head)
         self.is_causal = bool(is_causal)
         self.window = None if window is None else (window[0], window[1])
+        self.chunk = None if chunk is None else (chunk[0], chunk[1])
         self.backend = backend
         rows = (num_heads, left + right + 1) if per_head else (left + right + 1,)
         shapes: dict[str, tuple[int, ...]]
@@ -177,6 +185,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             per_head=False,
             is_causal=False,
             window=None,
+            chunk=None,
             backend=None,
         )
         changed = (f", {name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default)
@@ -185,8 +194,8 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
     def forward(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
@@ -195,17 +204,21 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         *,
         cache: KeyValueCache | None = None,
         query_offset: int | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend. N is the batch, L and S the numbers of queries and keys.
 
         Args:
             query: (L, N, E), (N, L, E) with `batch_first`, or (L, E); of the parameters' dtype (or any but float64
                 under autocast).
-            key: (S, N, kdim), (N, S, kdim) or (S, kdim).
-            value: (S, N, vdim), (N, S, vdim) or (S, vdim).
+            key: (S, N, kdim), (N, S, kdim) or (S, kdim); None = `query`.
+            value: (S, N, vdim), (N, S, vdim) or (S, vdim); None = `key`.
             key_padding_mask: (N, S), or (S,) for unbatched input. Boolean: True = ignore the key. Floating: added to
                 the scores.
-            need_weights: also return the weights. Give False wherever they are not used: they need O(L S) memory.
+            need_weights: also return the weights. Give False wherever they are not used: they need O(L S) memory. (Beside
+                `cu_seqlens` there are none.)
             attn_mask: (L, S) or (N * H, L, S). Boolean: True = may not attend. Floating: added to the scores.
             average_attn_weights: average the weights over the heads.
             is_causal: keys ahead of the query are not seen, also without `attn_mask`.
@@ -213,6 +226,11 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
                 cache and attend to everything in it. The layer or the call must be causal; masks cover all keys so far.
             query_offset: position of query 0 relative to key 0, an int or an integer tensor (N,); needed where L != S
                 and causal. With a cache it is the cache's length.
+            cu_seqlens: packed sequences, one after the other: `query` is (T, E), sequence n its rows from cu_seqlens[n] to
+                cu_seqlens[n + 1], int32 or int64 (N + 1,). No `attn_mask`, no cache; `key_padding_mask` is (S,). See
+                `relattn.relative_attention_varlen`.
+            cu_seqlens_k: the same of `key` and `value`, where they are not as long as `query`; None = `cu_seqlens`.
+            max_seqlen: no sequence is longer; None = unknown.
 
         Returns:
             The output, shaped like `query`, and the weights (after dropout, as in torch) or None: (N, L, S), with
@@ -227,25 +245,31 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             path = query.tracer.path_of_module(self)
             return query.tracer.create_proxy("call_module", path, (query, key, value, *masks), call)  # type: ignore[return-value]
+        key = query if key is None else key
+        value = key if value is None else value
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        call = dict(
+        settings: dict[str, Any] = dict(
             need_weights=need_weights,
             average_attn_weights=average_attn_weights,
             is_causal=self.is_causal or bool(is_causal),
             query_offset=query_offset,
         )
+        others = dict(attn_mask=attn_mask, cache=cache)
+        packing = dict(cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, max_seqlen=max_seqlen)
         if query.is_nested or key.is_nested or value.is_nested:
-            for name, other in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask), ("cache", cache)):
-                if other is not None:
-                    raise ValueError(f"{name}: expected None beside nested tensors, got {type(other).__name__}")
-            return self._forward_nested(query, key, value, **call)
-        masks = dict(key_padding_mask=key_padding_mask, attn_mask=attn_mask, cache=cache)
-        return self._forward(query, key, value, **masks, **call)
+            beside(others | packing | dict(key_padding_mask=key_padding_mask), "nested tensors")
+            return self._forward_nested(query, key, value, **settings)
+        if cu_seqlens is not None:
+            beside(others, "cu_seqlens")
+            settings |= dict(need_weights=False, packing=Packing(cu_seqlens, cu_seqlens_k, max_seqlen))
+        elif cu_seqlens_k is not None or max_seqlen is not None:
+            raise ValueError(f"{'max_seqlen' if cu_seqlens_k is None else 'cu_seqlens_k'}: expected cu_seqlens beside it, got None")
+        return self._forward(query, key, value, key_padding_mask=key_padding_mask, **others, **settings)
 
     def _forward_nested(self, query: Tensor, key: Tensor, value: Tensor, **call) -> tuple[Tensor, Tensor | None]:
-        """Padded, computed, and packed again as `query` was."""
+        """Jagged tensors as they are; strided ones, and where weights are asked for, padded, computed, and packed again as `query` was."""
         if not self.batch_first:
             raise ValueError("query: nested tensors need a layer with batch_first=True, got batch_first=False")
         for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -253,9 +277,14 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
                 raise ValueError(f"{name}: expected a nested tensor of 3 dimensions as the other inputs, got {tensor.dim()}-D")
             if tensor.layout == torch.jagged and tensor.lengths() is not None:  # type: ignore[attr-defined]
                 raise ValueError(f"{name}: expected a contiguous jagged tensor, got one with gaps")
+        jagged = query.layout == key.layout == value.layout == torch.jagged
+        if value is not key and not (jagged and value.offsets() is key.offsets()):  # type: ignore[attr-defined]
+            of_key, of_value = _nested_lengths(key), _nested_lengths(value)
+            if not torch.equal(of_key, of_value):
+                raise ValueError(f"value: expected the lengths {of_key.tolist()} of key, got {of_value.tolist()}")
+        if jagged and not call["need_weights"]:
+            return self._forward_jagged(query, key, value, **call), None
         lengths, key_lengths = _nested_lengths(query), _nested_lengths(key)
-        if value is not key and not torch.equal(key_lengths, _nested_lengths(value)):
-            raise ValueError(f"value: expected the lengths {key_lengths.tolist()} of key, got {_nested_lengths(value).tolist()}")
         padded = torch.nested.to_padded_tensor(query, 0.0)
         padded_key = padded if key is query else torch.nested.to_padded_tensor(key, 0.0)
         padded_value = padded_key if value is key else torch.nested.to_padded_tensor(value, 0.0)
@@ -270,12 +299,26 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         rows = [row[:length] for row, length in zip(output, lengths.tolist(), strict=True)]
         return torch.nested.as_nested_tensor(rows, layout=torch.strided), weights
 
+    def _forward_jagged(self, query: Any, key: Any, value: Any, **call) -> Tensor:
+        if len(query.offsets()) != len(key.offsets()):
+            raise ValueError(f"key: expected the batch size {query.shape[0]} of query, got {key.shape[0]}")
+        packing = Packing(query.offsets(), None if key.offsets() is query.offsets() else key.offsets(), None)
+        rows = query.values()
+        key_rows = rows if key is query else key.values()
+        value_rows = key_rows if value is key else value.values()
+        masks = dict(key_padding_mask=None, attn_mask=None, cache=None)
+        output, _ = self._forward(rows, key_rows, value_rows, **masks, **call, packing=packing)
+        # The same offsets tensor, not an equal one: it is what tells torch that two jagged tensors have the same lengths.
+        return torch.nested.nested_tensor_from_jagged(output, packing.cu_seqlens)
+
     def _forward(
         self, query, key, value, *, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal, cache,
-        query_offset, key_lengths=None,
+        query_offset, key_lengths=None, packing=None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         self._check_inputs(query, key, value)
         batched = query.dim() == 3
+        if batched and packing is not None:
+            raise ValueError(f"query: expected (tokens, {self.embed_dim}) beside cu_seqlens, got shape {shape_text(query)}")
         batch, length, keys = 1, query.shape[0], key.shape[0]
         if batched:
             time = 1 if self.batch_first else 0
@@ -292,7 +335,8 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value)
         if cache is not None:
             k, v = cache.append(k, v)
-        output, weights = self._attend(q, k, v, mask, key_mask, key_lengths, is_causal, query_offset, need_weights)
+        masks = dict(attn_mask=mask, key_mask=key_mask, key_lengths=key_lengths, is_causal=is_causal, query_offset=query_offset)
+        output, weights = self._attend(q, k, v, masks, need_weights, packing)
 
         if not batched:
             output = output[0].transpose(0, 1).reshape(length, self.embed_dim)
@@ -389,17 +433,18 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             return tuple(part.transpose(1, 2) for part in parts)
         return tuple(part.permute(1, 2, 0, 3) for part in parts)
 
-    def _attend(self, q, k, v, attn_mask, key_mask, key_lengths, is_causal, query_offset, need_weights) -> tuple[Tensor, Tensor | None]:
-        """Attention of the projected heads: (N, H, L, D), and the weights (N, H, L, S) if needed."""
+    def _attend(self, q, k, v, masks, need_weights, packing) -> tuple[Tensor, Tensor | None]:
+        """Attention of the projected heads: (N, H, L, D), and the weights (N, H, L, S) if needed. `masks`: the function's arguments."""
         arguments: dict[str, Any] = dict(
             rel_k=self.rel_k, rel_q=self.rel_q, rel_v=self.rel_v, rel_bias=self.rel_bias,
             pos_bias_u=self.pos_bias_u, pos_bias_v=self.pos_bias_v,
             max_relative_position=None if self.terms in ((), ("pos_bias",)) else self.max_relative_position,
-            attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths, is_causal=is_causal, window=self.window,
-            query_offset=query_offset, dropout_p=self.dropout if self.training else 0.0,
+            window=self.window, chunk=self.chunk, dropout_p=self.dropout if self.training else 0.0, **masks,
         )  # fmt: skip
         weights = None
-        if need_weights:
+        if packing is not None:
+            output, lse = _packed_attention(q, k, v, packing, arguments | dict(backend=self.backend))
+        elif need_weights:
             output, lse, weights = functional.attention_with_weights(q, k, v, **arguments)
         else:
             output, lse = functional.relative_attention(q, k, v, **arguments, return_lse=True, backend=self.backend)
@@ -430,6 +475,26 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         if weights is not None:
             weights = torch.cat((weights * share, extra_weights), dim=-1).to(weights.dtype)
         return merged.to(output.dtype), weights
+
+
+class Packing(NamedTuple):
+    """Where packed sequences begin and end."""
+
+    cu_seqlens: Tensor
+    cu_seqlens_k: Tensor | None
+    max_seqlen: int | None
+
+
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Output (1, H, T, D) and log-sum-exp (1, H, T) of packed heads of that shape."""
+    if arguments.pop("attn_mask") is not None:
+        raise ValueError("key_padding_mask: expected a boolean one beside cu_seqlens, got one that is added")
+    key_mask, (ends, key_ends, longest) = arguments.pop("key_mask"), packing
+    output, lse = relative_attention_varlen(
+        *(heads[0].transpose(0, 1) for heads in (q, k, v)), cu_seqlens_q=ends, cu_seqlens_k=key_ends, max_seqlen_q=longest,
+        key_mask=None if key_mask is None else key_mask[0], return_lse=True, **arguments,
+    )  # fmt: skip
+    return output.transpose(0, 1)[None], lse[None]
 
 
 def _nothing(module: nn.Module, inputs: tuple) -> None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import importlib.abc
 import importlib.util
+import itertools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from relattn import backends
@@ -246,32 +249,47 @@ def _vmap(operator, info, in_dims, call, dropout_p: float = 0.0):
     return stacked, [0] * len(stacked)
 
 
-def _forward_flops(backend, query, key, value, rel_k, rel_q, rel_v, *_, out_shape=None, **__) -> int:
+def _forward_flops(backend, *call, out_val=None, **__) -> int:
     """Products of the definition; masked ones count, as in torch's formulas. A table term takes min(Lk, R) products a row."""
-    return _products(query, key, value, rel_k, rel_q, rel_v, 1, 1)
+    return _products(Tensors(*call[:_TENSORS]), 1, 1)
 
 
-def _backward_flops(backend, query, key, value, rel_k, rel_q, rel_v, *_, out_shape=None, **__) -> int:
+def _backward_flops(backend, *call, out_val=None, **__) -> int:
     """The scores once more, then two products for each of the forward's."""
-    return _products(query, key, value, rel_k, rel_q, rel_v, 3, 2)
+    return _products(Tensors(*call[:_TENSORS]), 3, 2)
 
 
-def _products(query, key, value, rel_k, rel_q, rel_v, score_products: int, value_products: int) -> int:
-    batch, heads, query_length, head_size = query
-    key_length, value_size = key[2], value[3]
+def _products(tensors: Tensors, score_products: int, value_products: int) -> int:
+    heads, head_size, value_size = tensors.query.shape[1], tensors.query.shape[3], tensors.value.shape[3]
 
-    def term(table, rows: int, others: int, size: int) -> int:
-        return 0 if table is None else rows * min(others, table[-2]) * size
+    def term(table: Tensor | None, rows: int, others: int, size: int) -> int:
+        return 0 if table is None else rows * min(others, table.shape[-2]) * size
 
-    scores = query_length * key_length * head_size
-    scores += term(rel_k, query_length, key_length, head_size) + term(rel_q, key_length, query_length, head_size)
-    values = query_length * key_length * value_size + term(rel_v, query_length, key_length, value_size)
-    return 2 * batch * heads * (score_products * scores + value_products * values)
+    total = 0
+    for queries, keys, count in _lengths(tensors):
+        scores = queries * keys * head_size
+        scores += term(tensors.rel_k, queries, keys, head_size) + term(tensors.rel_q, keys, queries, head_size)
+        values = queries * keys * value_size + term(tensors.rel_v, queries, keys, value_size)
+        total += 2 * count * heads * (score_products * scores + value_products * values)
+    return total
+
+
+def _lengths(tensors: Tensors) -> Iterator[tuple[int, int, int]]:
+    """Numbers of queries and keys, and how many sequences have them; of a packed call that holds no numbers, as if all were as long."""
+    queries, keys = tensors.query.shape[2], tensors.key.shape[2]
+    ends, key_ends = tensors.cu_seqlens_q, tensors.cu_seqlens_k
+    if ends is None or key_ends is None:
+        yield queries, keys, tensors.query.shape[0]
+    elif ends.is_meta or isinstance(ends, FakeTensor):
+        count = ends.shape[0] - 1
+        yield queries // max(count, 1), keys // max(count, 1), count
+    else:
+        yield from zip(ends.diff().tolist(), key_ends.diff().tolist(), itertools.repeat(1))
 
 
 def _register_flops(flop_counter) -> None:
-    flop_counter.register_flop_formula(torch.ops.relattn.forward)(_forward_flops)
-    flop_counter.register_flop_formula(torch.ops.relattn.backward)(_backward_flops)
+    flop_counter.register_flop_formula(torch.ops.relattn.forward, get_raw=True)(_forward_flops)
+    flop_counter.register_flop_formula(torch.ops.relattn.backward, get_raw=True)(_backward_flops)
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from relattn import functional
-from relattn.arguments import shape_text
+from relattn.arguments import Settings, Tensors, shape_text
 
 
 def relative_attention_varlen(
@@ -41,7 +43,9 @@ def relative_attention_varlen(
 
     Sequence n has the queries cu_seqlens_q[n] ... cu_seqlens_q[n + 1] - 1 and the keys cu_seqlens_k[n] ... cu_seqlens_k[n + 1] - 1. It
     attends to itself only, and its positions start anew. Nothing is padded: time goes with the sum of the squares of the lengths, memory
-    with their sum. Results for a sequence are those of a call of its own up to rounding (of dropout's mask: batch element n's).
+    with their sum. Results for a sequence are those of a call of its own: the same bits on backend "cpu" but for the tables' gradients,
+    which are sums over all of them; up to rounding elsewhere (of dropout's mask: batch element n's). The Triton kernels do not take
+    packed sequences yet: on a GPU backend "blocked" computes one after the other, and reads the lengths, which synchronises.
 
     Args:
         query: (Tq, Hq, D), Tq being the number of all queries; float32, float64, bfloat16 or float16.
@@ -49,8 +53,7 @@ def relative_attention_varlen(
         value: (Tk, Hkv, Dv), of the query's dtype.
         cu_seqlens_q: int32 or int64 (N + 1,): 0, and the number of queries of the first n sequences. Sequences may be empty.
         cu_seqlens_k: the same of keys; None = `cu_seqlens_q`.
-        max_seqlen_q, max_seqlen_k: no sequence has more queries or keys; None = unknown. Checked, and never needed: on a GPU it helps to
-            choose a configuration, and no call of backend "triton" synchronises.
+        max_seqlen_q, max_seqlen_k: no sequence has more queries or keys; None = unknown. Checked, and never needed.
         key_mask: bool (Tk,), True = may be attended to.
         key_lengths: integer (N,): keys of a sequence from there on are not seen.
         query_offset: position of a sequence's query 0 relative to its key 0, an int or an integer tensor (N,). None = 0, but an error if
@@ -66,6 +69,22 @@ def relative_attention_varlen(
             of tokens, or a sequence is longer than max_seqlen. (On a GPU this last kind of check, of what tensors there hold, is made
             there without a synchronisation, and fails as an assertion does.)
     """
+    tensors, settings = packed_call(
+        query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        rel_k=rel_k, rel_q=rel_q, rel_v=rel_v, rel_bias=rel_bias, pos_bias_u=pos_bias_u, pos_bias_v=pos_bias_v,
+        max_relative_position=max_relative_position, key_mask=key_mask, key_lengths=key_lengths, is_causal=is_causal, window=window,
+        chunk=chunk, query_offset=query_offset, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa,
+    )  # fmt: skip
+    output, lse = functional.attend(functional.implementation(tensors, settings, backend), tensors, settings)
+    output = output[0].transpose(0, 1)
+    return (output, lse[0]) if return_lse else output
+
+
+def packed_call(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None, key_mask: Tensor | None = None, **others: Any,
+) -> tuple[Tensors, Settings]:  # fmt: skip
+    """`functional.validated` of the arguments of `relative_attention_varlen`."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         functional.check_tensor(name, tensor)
         if tensor.dim() != 3:
@@ -73,7 +92,7 @@ def relative_attention_varlen(
     _check_ends("cu_seqlens_q", cu_seqlens_q)
     if cu_seqlens_k is None:
         if query.shape[0] != key.shape[0]:
-            raise ValueError(f"cu_seqlens_k: {key.shape[0]} keys beside {query.shape[0]} queries need it")
+            raise ValueError(f"cu_seqlens_k: {key.shape[0]} keys beside {query.shape[0]} queries need it, got None")
         cu_seqlens_k = cu_seqlens_q
     _check_ends("cu_seqlens_k", cu_seqlens_k)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
@@ -83,16 +102,14 @@ def relative_attention_varlen(
         if key_mask.shape != key.shape[:1]:
             raise ValueError(f"key_mask: expected ({key.shape[0]},), got {shape_text(key_mask)}")
         key_mask = key_mask[None]
-    if max_seqlen_k is None and cu_seqlens_k is cu_seqlens_q:
-        max_seqlen_k = max_seqlen_q
-    tensors, settings = functional.validated(
-        query.transpose(0, 1)[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None], rel_k, rel_q, rel_v, rel_bias,
-        pos_bias_u, pos_bias_v, max_relative_position, None, key_mask, key_lengths, is_causal, window, chunk, query_offset, dropout_p,
-        scale, enable_gqa, cu_seqlens_q, cu_seqlens_k, _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k),
+    longest, longest_key = _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
+    if longest_key is None and cu_seqlens_k is cu_seqlens_q:
+        longest_key = longest
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    return functional.validated(
+        query=query, key=key, value=value, attn_mask=None, key_mask=key_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=longest, max_seqlen_k=longest_key, **others,
     )  # fmt: skip
-    output, lse = functional.attend(functional.implementation(tensors, settings, backend), tensors, settings)
-    output = output[0].transpose(0, 1)
-    return (output, lse[0]) if return_lse else output
 
 
 def _check_ends(name: str, ends: Tensor) -> None:

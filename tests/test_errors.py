@@ -125,6 +125,13 @@ CASES = [
     Case("window", ValueError, "(left, 0) or (left, None)", "(2, 1)", dict(window=(2, 1), is_causal=True)),
     Case("query_offset", ValueError, "give 2 if the last query stands at the last key, 0 if", "is_causal with 5 queries and 7 keys",
          dict(key=f(2, 4, 7, 8), value=f(2, 4, 7, 8), is_causal=True)),
+    *(Case("chunk", TypeError, "(size, left_chunks)", f"got {given!r}", dict(chunk=given))
+      for given in (3, (1,), (1, 2, 3), (None, 1), (1.0, 1), (2, True), "12")),
+    *(Case("chunk", ValueError, "a size of at least 1 and at least 0 chunks", f"got {given}", dict(chunk=given))
+      for given in ((0, 1), (-1, None), (2, -1))),
+    *(Case("chunk", ValueError, "at most 2**30", f"got {given}", dict(chunk=given)) for given in ((2**30 + 1, 1), (2, 2**31))),
+    Case("query_offset", ValueError, "give 2 if the last query stands at the last key, 0 if", "chunk with 5 queries and 7 keys",
+         dict(key=f(2, 4, 7, 8), value=f(2, 4, 7, 8), chunk=(2, 1))),
     Case("query_offset", ValueError, "give -4 if", "is_causal with 5 queries and 1 keys",
          dict(key=f(2, 4, 1, 8), value=f(2, 4, 1, 8), is_causal=True)),
     *(Case("query_offset", TypeError, "an int or an integer tensor", f"got {type(given).__name__}", dict(query_offset=given))
@@ -215,8 +222,8 @@ def test_every_parameter_is_covered() -> None:
 
 @pytest.mark.parametrize("function", [relative_attention, relattn.explain])
 @pytest.mark.parametrize("name", ["cu_seqlens", "positions", "need_weights"])
-def test_packed_and_unknown_arguments_are_refused_by_name(function, name: str) -> None:
-    """Packed sequences and positions in two dimensions are out of scope."""
+def test_unknown_arguments_are_refused_by_name(function, name: str) -> None:
+    """Packed sequences have a function of their own; positions in two dimensions are out of scope."""
     with pytest.raises(TypeError, match=rf"{function.__name__}\(\) got .*unexpected .*{name}"):
         function(**good(), **{name: torch.tensor([0, 5])})
 

@@ -285,8 +285,8 @@ static void key_score_gradients(const Problem& p, const Head& head, const Block&
     int32_t* first = (int32_t*)w.key_edges.left;  // no longer needed
     int32_t* last = (int32_t*)w.key_edges.right;
     for (int64_t key = 0; key < count; ++key) first[key] = 0, last[key] = (int32_t)block.rows;
-    relative_table_gradient(lay_over(head.rel_q, count, tile.keys.first, block.position), {first, last}, by_key,
-                            {w.key_rows, p.padded_size, kPanel}, p.padded_size, {out.rel_q, p.padded_size});
+    relative_table_gradient(lay_over(head.rel_q, count, tile.keys.first, block.position), {first, last, nullptr},
+                            by_key, {w.key_rows, p.padded_size, kPanel}, p.padded_size, {out.rel_q, p.padded_size});
   }
 }
 
@@ -319,7 +319,7 @@ static void backward_keys(const Problem& p, const Head& head, const Block& block
 
     const Right upstream = {w.upstream, p.padded_value_size, kPanel}, content = {w.content, p.padded_size, kPanel},
                 position = {w.position, p.padded_depth, kPanel};
-    const Seen seen = {tile.first, tile.last};
+    const Seen seen = {tile.first, tile.last, call.chunk_size ? tile.lowest : nullptr};
     if (out.value.data) add_over_rows(part, tile, scores, upstream, p.padded_value_size, out.value);
     if (out.key.data) add_over_rows(part, tile, gradient, content, p.padded_size, out.key);
     if (call.rel_q.data) {

@@ -19,7 +19,9 @@ struct Call {
   int64_t batch, heads, key_heads, queries, keys, size, value_size, rows;
   int64_t left, right;  // table row 0 is distance -left, the last +right
   int64_t has_window_left, window_left, has_window_right, window_right;  // causal calls have window_right = 0
+  int64_t chunk_size, chunk_left;                                        // 0: no chunks; -1: all that are earlier
   int64_t query_offset;
+  int64_t first_batch;  // dropout counts batch elements from here on
   int64_t seed;
   int64_t threads;
   int64_t block_queries, block_keys;  // upper bounds of a tile's size; 0: the kernel's own
@@ -32,6 +34,9 @@ struct Call {
   Tensor key_mask;       // (B, 0, Lk, 0): bool
   Tensor key_lengths;    // (B, 0, 0, 0): int64
   Tensor query_offsets;  // (B, 0, 0, 0): int64, added to query_offset
+  // (B + 1, 0, 0, 0): int64. A packed call: B sequences lie one after the other where others have lengths, and what has
+  // both has stride 0 for B. See packed.h.
+  Tensor cu_seqlens_q, cu_seqlens_k;
   // Backward only. Gradients that nobody needs have no data.
   Tensor grad_output, grad_lse;
   Tensor grad_query, grad_key, grad_value;
@@ -47,6 +52,9 @@ struct Team {
   // Memory that lives as long as the call; 64-byte aligned, not initialised; null if there is none left.
   void* (*allocate)(const Team&, int64_t bytes);
   void* arena;
+  // Of a packed call: more of them, one for each thread. clear: all memory of the team's is free again.
+  void* (*arena_of)(const Team&, int64_t thread);
+  void (*clear)(const Team&);
 };
 
 // One instruction set's code. 0 = done, 1 = out of memory.

@@ -36,18 +36,6 @@ static void read_queries(const AmxProblem& p, const Head& head, const Block& blo
   zero_halves(to + block.rows * p.deep_size, (round_up(block.rows, kGroupRows) - block.rows) * p.deep_size);
 }
 
-// The block's rows times one row of rel_k.
-static void half_edge_products(const AmxProblem& p, const Matrix& table, int64_t table_row, int64_t rows,
-                               const Half* position, float* edge, float* scratch) {
-  read_row(table, table_row, p.size, scratch);
-  for (int64_t row = 0; row < rows; ++row) {
-    float sum = 0;
-    for (int64_t column = 0; column < p.size; ++column)
-      sum += from_bfloat16(position[row * p.deep_size + column]) * from_bfloat16(to_bfloat16(scratch[column]));
-    edge[row] = sum;
-  }
-}
-
 // One row's scores [0, columns) times `unit` become weights in bfloat16. `keep`: dropout's 1 or 0 for each, or null.
 INLINE void softmax_row_half(const float* scores, int64_t columns, float unit, const float* keep, RunningRow running,
                              Half* weights) {
@@ -88,19 +76,15 @@ static void key_scores_amx(const AmxProblem& p, const AmxHead& operands, const B
   for (int64_t key = 0; key < count; ++key)
     read_halves(source, tile.keys.first + key, w.key_rows + key * p.deep_size, w.scratch.row);
   zero_halves(w.key_rows + count * p.deep_size, (round_up(count, kGroupRows) - count) * p.deep_size);
-  const Matrix table = p.source(kRelQ, head.head).first_to_last();
-  const Skew whole = lay_over(head.rel_q, count, tile.keys.first, block.position);
-  if (whole.beyond_left({0, columns}))
-    half_edge_products(p, table, 0, count, w.key_rows, base.key_edges.left, base.scratch);
-  if (whole.beyond_right({0, columns}))
-    half_edge_products(p, table, p.call.rows - 1, count, w.key_rows, base.key_edges.right, base.scratch);
+  edge_products_amx(lay_over(head.rel_q, count, tile.keys.first, block.position), {0, columns},
+                    p.source(kRelQ, head.head), {w.key_rows, p.deep_size}, base.key_edges, w.scratch);
   float* by_key = base.by_key + kSlack;
   for (int64_t key = 0; key < count; key += kGroupRows) {
     const Skew skew = lay_over(head.rel_q, least(kGroupRows, count - key), tile.keys.first + key, block.position);
     const Range panels = skew.panels({0, columns});
     const Result scores = {by_key + key * leading, leading};
     amx_multiply<false>((int)skew.rows, panels.last - panels.first, {w.key_rows + key * p.deep_size, p.deep_size},
-                        {operands.query_panels + panels.first * panel, panel}, p.deep_size / kTileDepth,
+                        {operands.panels[kRelQ] + panels.first * panel, panel}, p.deep_size / kTileDepth,
                         {scores.data + panels.first * kPanel + skew.shift, leading + 1});
     relative_edges(skew, {0, columns}, panels, base.key_edges.from(key), scores);
   }
@@ -114,13 +98,9 @@ static void key_scores_amx(const AmxProblem& p, const AmxHead& operands, const B
 static void add_distances_amx(const AmxProblem& p, const AmxHead& operands, const Block& block, const Tile& tile,
                               const Group& group, const AmxWorkspace& w) {
   const Skew skew = lay_over(operands.head.rel_v, block, tile, group);
-  const Range touched = skew.touched(group.seen);
-  const int64_t lowest = touched.first / 2 * 2;  // whole pairs
   float* result = w.base.result + group.row * p.padded_value_size;
-  if (lowest < touched.last)
-    amx_multiply<true>(group.rows, p.padded_value_size / kPanel, {w.weights + lowest + skew.shift, w.weights_row + 1},
-                       operands.value_table.from(lowest), (touched.last - 1 - lowest) / kTileDepth + 1,
-                       {result, p.padded_value_size});
+  relative_values_amx(skew, group.seen, {w.weights, w.weights_row}, operands.pairs[kRelV],
+                      {result, p.padded_value_size});
   const Matrix table = p.source(kRelV, operands.head.head).matrix;
   auto add_edge = [&](int64_t table_row, int64_t row, int64_t first, int64_t last) {
     float share = 0.0f;
@@ -137,25 +117,23 @@ static void add_distances_amx(const AmxProblem& p, const AmxHead& operands, cons
   }
 }
 
-// The raw products of a group of rows with its columns of a tile: scores[row of the group][column].
-static void group_products(const AmxProblem& p, const AmxHead& operands, const Block& block, const Tile& tile,
-                           const Group& group, const AmxWorkspace& w, const Result& scores) {
+// A group's raw scores. rel_q's part comes from key_scores_amx.
+static void group_scores_amx(const AmxProblem& p, const AmxHead& operands, const Block& block, const Tile& tile,
+                             const Group& group, const AmxWorkspace& w) {
   const Range& columns = group.columns;
-  const int64_t steps = p.deep_size / kTileDepth, panel = kPanel * p.deep_size,
-                count = (columns.last - columns.first) / kPanel;
-  const HalfRight key = {operands.keys.key_panels + (tile.first_key - operands.first_key + columns.first) * p.deep_size,
-                         panel};
-  const HalfLeft content = {w.content + group.row * p.deep_size, p.deep_size};
-  const HalfLeft position = {w.position + group.row * p.deep_size, p.deep_size};
-  const Result target = {scores.data + columns.first, scores.row};
-  if (!p.call.rel_k.data) return amx_multiply<false>(group.rows, count, content, key, steps, target);
-  const Skew skew = lay_over(operands.head.rel_k, block, tile, group);
-  const Range panels = skew.panels(columns);
-  amx_multiply<false>(group.rows, panels.last - panels.first, position,
-                      {operands.table_panels + panels.first * panel, panel}, steps,
-                      {scores.data + panels.first * kPanel + skew.shift, scores.row + 1});
-  relative_edges(skew, columns, panels, w.base.edges.from(group.row), scores);
-  amx_multiply<true>(group.rows, count, content, key, steps, target);
+  const Result scores = {w.base.scores + kSlack, p.leading};
+  group_products(lay_over(operands.head.rel_k, block, tile, group), columns,
+                 {{w.content + group.row * p.deep_size, p.deep_size},
+                  {w.position + group.row * p.deep_size, p.deep_size},
+                  operands.keys.key_panels + (tile.first_key - operands.first_key) * p.deep_size,
+                  operands.panels[kRelK],
+                  p.deep_size,
+                  w.base.edges.from(group.row)},
+                 scores);
+  const float sign = p.call.scale < 0 ? -1.0f : 1.0f;  // which is that of the queries here
+  for (int r = 0; p.call.rel_q.data && r < group.rows; ++r)
+    add_scaled(scores.data + r * scores.row + columns.first,
+               w.base.by_query + (group.row + r) * p.leading + columns.first, sign, columns.last - columns.first);
 }
 
 static void read_block_amx(const AmxProblem& p, const Head& head, const Block& block, const AmxWorkspace& w) {
@@ -165,14 +143,9 @@ static void read_block_amx(const AmxProblem& p, const Head& head, const Block& b
 
 // The block's products with the table's edges, where they are needed.
 static void find_edges_amx(const AmxProblem& p, const Head& head, const Block& block, const AmxWorkspace& w) {
-  const Call& call = p.call;
-  if (!call.rel_k.data) return;
-  const Skew skew = lay_over(head.rel_k, block.rows, block.position, 0);
-  const Matrix table = matrix(call.rel_k, 0, head.head);
-  if (skew.beyond_left(block.keys))
-    half_edge_products(p, table, 0, block.rows, w.position, w.base.edges.left, w.base.scratch);
-  if (skew.beyond_right(block.keys))
-    half_edge_products(p, table, call.rows - 1, block.rows, w.position, w.base.edges.right, w.base.scratch);
+  if (p.call.rel_k.data)
+    edge_products_amx(lay_over(head.rel_k, block.rows, block.position, 0), block.keys, p.source(kRelK, head.head),
+                      {w.position, p.deep_size}, w.base.edges, w.scratch);
 }
 
 // Keys of a tile in whole steps of products over them.
@@ -210,7 +183,6 @@ static void attend_amx(const AmxProblem& p, AmxHead operands, const Block& block
   const float unit = (float)(p.absolute_scale() * kLog2E);
   // (unit == 0: hidden scores are -inf, not to be multiplied by it.)
   const bool adjusted = operands.bias || call.attn_mask.data || unit == 0.0f;
-  const float sign = call.scale < 0 ? -1.0f : 1.0f;  // which is that of the queries here
   const Result scores = {base.scores + kSlack, p.leading};
   Tile tile;
   TileRegisters registers;
@@ -226,7 +198,7 @@ static void attend_amx(const AmxProblem& p, AmxHead operands, const Block& block
       const Group& group = tile.groups[g];
       const Range& columns = group.columns;
       const Skew skew = lay_over(head.rel_k, block, tile, group);
-      group_products(p, operands, block, tile, group, w, scores);
+      group_scores_amx(p, operands, block, tile, group, w);
       const int64_t first_depth = columns.first / kTileDepth * kTileDepth,
                     last_depth = round_up(columns.last, kTileDepth);
       // rel_v's product reads around them, too.
@@ -236,8 +208,6 @@ static void attend_amx(const AmxProblem& p, AmxHead operands, const Block& block
         const int64_t row = group.row + r, count = columns.last - columns.first;
         float *of_row = scores.data + r * scores.row, *keep = p.dropout.used() ? base.keep : nullptr;
         Half* weights = w.weights + r * w.weights_row;
-        if (call.rel_q.data)
-          add_scaled(of_row + columns.first, base.by_query + row * p.leading + columns.first, sign, count);
         if (adjusted) scale_row(of_row + columns.first, unit, count);
         if (operands.bias) add_bias(skew, r, columns, operands.bias, of_row);
         hide(p, head, block, tile, row, columns, base, of_row);

@@ -257,6 +257,18 @@ void* allocate(const Team& team, int64_t bytes) {
   return block.data;
 }
 
+// Of a packed call, which has one for each thread; they follow the call's own.
+void* arena_of(const Team& team, int64_t thread) { return (Arena*)team.arena + 1 + thread; }
+
+void clear(const Team& team) {
+  std::vector<MemoryBlock>& blocks = ((Arena*)team.arena)->blocks;
+#if defined(__SANITIZE_ADDRESS__)
+  for (MemoryBlock& block : blocks) free(block.data);  // with what was poisoned in it
+  blocks.clear();
+#endif
+  for (MemoryBlock& block : blocks) block.used = 0;
+}
+
 int64_t cache_bytes() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
   static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -290,11 +302,19 @@ Call filled_in(const Call& described, const int64_t* numbers) {
 
 int dispatch(const Call& described, const int64_t* numbers, int (*entry)(const Call&, const Team&)) {
   const Call call = filled_in(described, numbers);
+  const int64_t threads = getpid() != loaded_in || call.threads < 1 ? 1 : call.threads;
   Arena arena;
-  const int64_t threads = getpid() == loaded_in ? call.threads : 1;
-  const Team team{threads < 1 ? 1 : threads, cache_bytes(), run, allocate, &arena};
+  std::vector<Arena> arenas;
+  if (call.cu_seqlens_q.data) try {
+      arenas.resize((size_t)threads + 1);
+    } catch (...) {
+      return 1;
+    }
+  const Team team{threads, cache_bytes(), run, allocate, arenas.empty() ? &arena : arenas.data(), arena_of, clear};
   const int status = entry(call, team);
   for (const MemoryBlock& block : arena.blocks) return_block(block);
+  for (const Arena& of : arenas)
+    for (const MemoryBlock& block : of.blocks) return_block(block);
   return status;
 }
 
@@ -302,7 +322,7 @@ int dispatch(const Call& described, const int64_t* numbers, int (*entry)(const C
 }  // namespace relattn
 
 // Changes whenever Call does: the Python side refuses a library of another version.
-EXPORT int64_t relattn_abi_version() { return 3; }
+EXPORT int64_t relattn_abi_version() { return 4; }
 EXPORT int64_t relattn_call_size() { return (int64_t)sizeof(relattn::Call); }
 
 EXPORT const char* relattn_variant() { return relattn::current()->name; }

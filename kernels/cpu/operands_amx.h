@@ -223,10 +223,10 @@ static void pack_keys_amx(const AmxProblem& p, int64_t batch, int64_t key_head, 
 struct AmxHead {
   Head head;  // of its tables only where their rows lie
   AmxKeys keys;
-  int64_t first_key, first_value;           // where the keys and the values begin
-  const Half *table_panels, *query_panels;  // of rel_k, and of rel_q
-  HalfPairs table_pairs, value_table;       // of rel_k, and of rel_v
-  const float* bias;                        // null: none
+  int64_t first_key, first_value;  // where the keys and the values begin
+  const Half* panels[3];           // of its tables
+  HalfPairs pairs[3];
+  const float* bias;  // null: none
 };
 
 static AmxHead amx_head(const AmxProblem& p, const AmxTables& tables, const AmxKeys& keys, int64_t batch, int64_t index,
@@ -241,10 +241,10 @@ static AmxHead amx_head(const AmxProblem& p, const AmxTables& tables, const AmxK
   result.head.rel_q = result.head.rel_v = table;
   result.head.rel_q.left = p.call.right;  // it is packed reversed
   result.keys = keys;
-  result.table_panels = tables.panels[kRelK].of(index);
-  result.query_panels = tables.panels[kRelQ].of(index);
-  result.table_pairs = {tables.pairs[kRelK].of(index), tables.pair_rows};
-  result.value_table = {tables.pairs[kRelV].of(index), tables.pair_rows};
+  for (TableName name : kTables) {
+    result.panels[name] = tables.panels[name].of(index);
+    result.pairs[name] = {tables.pairs[name].of(index), tables.pair_rows};
+  }
   result.bias = tables.bias.of(index);
   result.head.rel_v.nonfinite = *tables.nonfinite;
   return result;

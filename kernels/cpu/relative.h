@@ -123,9 +123,11 @@ static void edge_values(const Skew& skew, const Range& columns, const Result& ti
   }
 }
 
-// Columns that each row of a tile sees; both bounds grow by at most 1 from row to row.
+// Columns that each row of a tile sees; no bound falls from row to row.
 struct Seen {
   const int32_t *first, *last;
+  const int32_t*
+      lowest;  // the least first[row] - row of this row and those before; null: its own, bounds grow by at most 1
 };
 
 // The table's gradient += sum over the tile's rows of tile[m][column of (m, r)] * right[m], for all rows r of the
@@ -154,7 +156,9 @@ static void relative_table_gradient(const Skew& skew, const Seen& seen, const Re
   int64_t begin = rows, end = rows;
   for (int64_t r = lowest; r <= highest; r += kRows) {
     const int count = (int)least<int64_t>(kRows, highest + 1 - r);
-    while (begin > 0 && r + count - 1 + shift + begin - 1 >= seen.first[begin - 1]) --begin;
+    while (begin > 0 &&
+           r + count - 1 + shift >= (seen.lowest ? seen.lowest[begin - 1] : seen.first[begin - 1] - (begin - 1)))
+      --begin;
     while (end > 0 && r + shift + end - 1 >= seen.last[end - 1]) --end;
     if (begin < end)
       multiply<true>(count, size / kPanel, {tile.data + begin * (tile.row + 1) + r + shift, 1, tile.row + 1},

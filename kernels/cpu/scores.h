@@ -218,6 +218,7 @@ struct Tile {
   Group groups[(kBlockRows + kRows - 1) / kRows];
   // Columns that each row of the block sees.
   int32_t first[kBlockRows], last[kBlockRows];
+  int32_t lowest[kBlockRows];  // where there are chunks, whose bounds jump: see Seen
 };
 
 INLINE Skew lay_over(const Table& table, const Block& block, const Tile& tile, const Group& group) {
@@ -238,6 +239,10 @@ static void cut_tile(const Problem& p, const Head& head, const Block& block, int
       const Range window = window_of(p.call, head.keys, block.first + row + r);
       tile.first[row + r] = (int32_t)(clamp(window.first, tile.keys.first, tile.keys.last) - first_key);
       tile.last[row + r] = (int32_t)(clamp(window.last, tile.keys.first, tile.keys.last) - first_key);
+    }
+    for (int r = 0; r < group.rows && p.call.chunk_size; ++r) {
+      const int32_t own = tile.first[row + r] - (int32_t)(row + r);
+      tile.lowest[row + r] = row + r > 0 ? least(own, tile.lowest[row + r - 1]) : own;
     }
     group.seen = {tile.first[row], tile.last[row + group.rows - 1]};
     if (group.seen.empty()) continue;

@@ -35,26 +35,34 @@ namespace {
 #include "decoding.h"   // the same for few queries, nothing packed
 #include "backward.h"   // what one tile adds to every gradient
 #include "gradients.h"  // who computes which of them
+#include "packed.h"     // sequences that lie one after the other
 #if defined(__AMX_BF16__)
 #include "amx.h"           // products of bfloat16 tiles
 #include "operands_amx.h"  // operands.h in bfloat16, and so on
+#include "relative_amx.h"
 #include "forward_amx.h"
 #include "backward_amx.h"
 #include "gradients_amx.h"
 
-int forward_any(const Call& call, const Team& team) {
+int forward_one(const Call& call, const Team& team) {
   return takes_few(call) ? forward_few(call, team) : takes_amx(call) ? forward_amx(call, team) : forward(call, team);
 }
-int backward_any(const Call& call, const Team& team) {
-  // rel_q and rel_v have no such form in the backward pass.
-  return takes_amx(call) && !call.rel_q.data && !call.rel_v.data ? backward_amx(call, team) : backward(call, team);
+int backward_one(const Call& call, const Team& team) {
+  return takes_amx(call) ? backward_amx(call, team) : backward(call, team);
 }
 #else
-int forward_any(const Call& call, const Team& team) {
+int forward_one(const Call& call, const Team& team) {
   return takes_few(call) ? forward_few(call, team) : forward(call, team);
 }
-int backward_any(const Call& call, const Team& team) { return backward(call, team); }
+int backward_one(const Call& call, const Team& team) { return backward(call, team); }
 #endif
+
+int forward_any(const Call& call, const Team& team) {
+  return call.cu_seqlens_q.data ? forward_packed(call, team, forward_one) : forward_one(call, team);
+}
+int backward_any(const Call& call, const Team& team) {
+  return call.cu_seqlens_q.data ? backward_packed(call, team, backward_one) : backward_one(call, team);
+}
 
 }  // namespace
 }  // namespace RELATTN_VARIANT

@@ -35,22 +35,28 @@ static Keys visible_keys(const Call& call, int64_t batch, float* holes) {
   return {{start, stop}, any_hole ? holes : nullptr, offset};
 }
 
-// Keys within the window of query `query`. Offsets and windows may be as large as 2^62, hence the wide sums.
+// Keys within window and chunks of query `query`. Offsets and windows may be as large as 2^62, hence the wide sums.
 INLINE Range window_of(const Call& call, const Keys& keys, int64_t query) {
   Range range = keys.range;
   const __int128 position = (__int128)query + keys.offset;
-  if (call.has_window_left) {
-    const __int128 first = position - call.window_left;
+  auto from = [&](__int128 first) {
     if (first > range.first) range.first = first < range.last ? (int64_t)first : range.last;
-  }
-  if (call.has_window_right) {
-    const __int128 last = position + call.window_right + 1;
+  };
+  auto up_to = [&](__int128 last) {
     if (last < range.last) range.last = last > range.first ? (int64_t)last : range.first;
+  };
+  if (call.has_window_left) from(position - call.window_left);
+  if (call.has_window_right) up_to(position + call.window_right + 1);
+  if (call.chunk_size) {
+    const __int128 before = position % call.chunk_size,
+                   start = position - (before < 0 ? before + call.chunk_size : before);  // of its own chunk
+    if (call.chunk_left >= 0) from(start - (__int128)call.chunk_left * call.chunk_size);
+    up_to(start + call.chunk_size);
   }
   return range;
 }
 
-// What rows [first, last) of queries may see together: windows move to the right with the query.
+// What rows [first, last) of queries may see together: windows and chunks move to the right with the query.
 INLINE Range window_of(const Call& call, const Keys& keys, int64_t first, int64_t last) {
   return {window_of(call, keys, first).first, window_of(call, keys, last - 1).last};
 }

@@ -23,10 +23,10 @@ from torch import Tensor
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout
 from relattn.backends import blocked
 
-_ABI_VERSION = 3  # as in library.cpp
+_ABI_VERSION = 4  # as in library.cpp
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}
-_TENSORS = 26  # in Call
-_CALL = struct.Struct(f"=19q2d{6 * _TENSORS}q")
+_TENSORS = 28  # in Call
+_CALL = struct.Struct(f"=22q2d{6 * _TENSORS}q")
 
 # Calls of fewer multiplications than this run on one thread: about 20 microseconds of work. Waking another takes a few, and more where
 # threads have gone to sleep.
@@ -108,8 +108,6 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
         return f"it runs on CPU tensors, and these are on {query.device}"
     if query.dtype == torch.float64:
         return "it computes in float32, and these are torch.float64"
-    if tensors.cu_seqlens_q is not None or settings.chunk_size is not None:
-        return "packed sequences and chunks: not yet"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
     return None
@@ -186,7 +184,8 @@ class Plan:
         self.lse = shape[:3], (shape[1] * shape[2], shape[2], 1)
         # Tables that are expanded over the heads have a gradient for each of them all the same.
         self.expanded = [index for index, name in enumerate(self.names) if _differs_by_head(name, getattr(tensors, name))]
-        integers = [name for name in ("key_lengths", "query_offsets") if name in self.names]
+        integers = [name for name in ("key_lengths", "query_offsets", "cu_seqlens_q", "cu_seqlens_k") if name in self.names]
+        self.sequences = query.shape[0] if tensors.cu_seqlens_q is None else tensors.cu_seqlens_q.shape[0] - 1
         self.converted = [self.names.index(name) for name in integers if getattr(tensors, name).dtype != torch.int64]
         tensors = tensors._replace(**{name: getattr(tensors, name).to(torch.int64) for name in integers})
         self.forward_call = None if self.empty else self._call(tensors, (_ABSENT,) * 11)
@@ -194,7 +193,7 @@ class Plan:
 
     def _call(self, tensors: Tensors, gradients: tuple[tuple[int, ...], ...]) -> bytes:
         """The Call; addresses come in the order of the inputs, output, lse, and what `gradients` describes."""
-        settings, (batch, heads, queries, size) = self.settings, tensors.query.shape
+        settings, (_, heads, queries, size) = self.settings, tensors.query.shape
         key, value = tensors.key, tensors.value
         place = {name: _NUMBERS + index for index, name in enumerate((*self.names, "output", "lse"))}
 
@@ -207,14 +206,16 @@ class Plan:
             described(_table, "rel_k"), described(_table, "rel_q"), described(_table, "rel_v"), described(_bias_table, "rel_bias"),
             described(_pos_bias, "pos_bias_u"), described(_pos_bias, "pos_bias_v"), described(_mask, "attn_mask"),
             described(_described, "key_mask", (0, 2)), described(_described, "key_lengths", (0,)),
-            described(_described, "query_offsets", (0,)), *gradients,
+            described(_described, "query_offsets", (0,)), described(_described, "cu_seqlens_q", (0,)),
+            described(_described, "cu_seqlens_k", (0,)), *gradients,
         )  # fmt: skip
         window_right = 0 if settings.is_causal else settings.window_right
         return _CALL.pack(
-            batch, heads, key.shape[1], queries, 0, size, value.shape[3], settings.left + settings.right + 1,
+            self.sequences, heads, key.shape[1], queries, 0, size, value.shape[3], settings.left + settings.right + 1,
             settings.left, settings.right,
             settings.window_left is not None, settings.window_left or 0, window_right is not None, window_right or 0,
-            0, 0, 0, 0, 0, settings.scale, settings.dropout_p, *itertools.chain.from_iterable(entries),
+            settings.chunk_size or 0, -1 if settings.chunk_left is None else settings.chunk_left,
+            0, 0, 0, 0, 0, 0, settings.scale, settings.dropout_p, *itertools.chain.from_iterable(entries),
         )  # fmt: skip
 
     def _convert(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -235,7 +236,8 @@ class Plan:
         drawn = int(seed) if self.settings.dropout_p > 0.0 and seed is not None else 0
         query, key, value = tensors[:3]
         keys, mask = value.shape[2], (0, 0) if self.key_mask is None else tensors[self.key_mask].stride()
-        threads = torch.get_num_threads() if query.numel() * keys >= _ALONE else 1
+        rows = keys if query.shape[0] == self.sequences else keys // max(self.sequences, 1)  # that one query sees, about
+        threads = torch.get_num_threads() if query.numel() * rows >= _ALONE else 1
         numbers = _numbers(len(addresses)).pack(
             drawn, threads, *_TILE, keys, offset, *key.stride(), *value.stride(), *mask, *addresses
         )  # fmt: skip

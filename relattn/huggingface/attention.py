@@ -5,8 +5,9 @@ registration.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from relattn.functional import attention_with_weights, relative_attention
+from relattn.varlen import relative_attention_varlen
 
 IMPLEMENTATION = "relattn"
 _logger = logging.getLogger(__name__)
@@ -44,8 +46,9 @@ def relattn_mask(
 
     Returns:
         None or bool (batch_size, kv_length), True = may be attended to, if the pattern is plain bidirectional or plain
-        causal (`relattn_attention` applies the module's `is_causal`); else what "sdpa" gets, bool (batch_size, 1,
-        q_length, kv_length).
+        causal (`relattn_attention` applies the module's `is_causal`); int32 (N + 1,), where packed sequences begin and end
+        among all batch_size * q_length tokens, if it is that of causal sequences whose `position_ids` start anew; else what
+        "sdpa" gets, bool (batch_size, 1, q_length, kv_length).
 
     Raises:
         ValueError: `attention_mask` is neither 2-D nor the 4-D one that transformers passes through; or a model with
@@ -69,10 +72,83 @@ def relattn_mask(
             "past_key_values: relative positions need a cache that ends with the newest token (a DynamicCache), got "
             f"{kv_length} keys for {q_length} queries from position {q_offset}"
         )
+    numbers = _packed_numbers(mask_function)
+    if numbers is not None and attention_mask is None and aligned and q_length == kv_length:
+        return _ends(numbers)
     # "None, and let the attention be causal" is a shortcut that needs the alignment.
     kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and aligned
     given: Any = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
     return sdpa_mask(*given, **kwargs)
+
+
+def _packed_numbers(mask_function: Any) -> Tensor | None:
+    """(B, L), which sequence each token is of, where transformers made this mask for causal packed sequences, and nothing else."""
+
+    def closed(function: Any, name: str, variable: str) -> Any:
+        if getattr(function, "__qualname__", "") != name:
+            return None
+        return inspect.getclosurevars(function).nonlocals.get(variable)
+
+    parts = closed(mask_function, "and_masks.<locals>.and_mask", "mask_functions")
+    if not isinstance(parts, tuple) or len(parts) != 2:
+        return None
+    inner = [closed(part, "remap_positions_for_packed_sequence.<locals>.inner_mask", "mask_function") or part for part in parts]
+    numbers = [closed(part, "packed_sequence_mask_function.<locals>.inner_mask", "packed_sequence_mask") for part in parts]
+    if not any(part is causal_mask_function for part in inner):
+        return None
+    return next((found for found in numbers if found is not None), None)
+
+
+def _ends(numbers: Tensor) -> Tensor:
+    """cu_seqlens of what lies one after the other in (B, L): a sequence ends where its number does, and with its row."""
+    starts = torch.ones_like(numbers, dtype=torch.bool)
+    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    first = starts.flatten().nonzero().flatten().to(torch.int32)
+    return nn.functional.pad(first, (0, 1), value=numbers.numel())
+
+
+class _Packing(NamedTuple):
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+
+def _packing(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, kwargs: dict[str, Any]) -> _Packing | None:
+    """Of a call whose sequences are packed, as transformers' FlashAttention finds it."""
+    ends, key_ends = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if ends is not None and key_ends is not None:
+        longest, longest_key = kwargs.get("max_length_q"), kwargs.get("max_length_k")
+        return _Packing(ends, key_ends, None if longest is None else int(longest), None if longest_key is None else int(longest_key))
+    if mask is not None and mask.dim() == 1:
+        return _Packing(mask, None, None, None)
+    positions = kwargs.get("position_ids")  # of causal models relattn_mask has looked at them
+    if mask is not None or is_causal or not isinstance(positions, Tensor) or torch.compiler.is_compiling():
+        return None
+    if query.shape[2] != key.shape[2] or key.shape[2] < 2 or positions.shape != (1, key.shape[2]) or query.shape[0] != 1:
+        return None
+    ends = _ends((positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1))
+    return _Packing(ends, None, None, None) if len(ends) > 2 else None
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, packing: _Packing, weights: bool, arguments: dict) -> tuple[Tensor, Tensor | None]:
+    """Output (B, L, H, D) of packed sequences, and, computed from a whole mask, the weights if asked for."""
+    batch, _, length, _ = query.shape
+    if packing.cu_seqlens_k is not None:  # the last query of a sequence stands at its last key
+        arguments |= {"query_offset": packing.cu_seqlens_k.diff() - packing.cu_seqlens_q.diff()}
+    if weights:
+        of_query, of_key = (
+            torch.searchsorted(ends, torch.arange(ends[-1].item(), device=ends.device), right=True)
+            for ends in (packing.cu_seqlens_q, packing.cu_seqlens_q if packing.cu_seqlens_k is None else packing.cu_seqlens_k)
+        )
+        if len(of_query) != len(of_key):
+            raise ValueError("output_attentions: packed queries and keys of different lengths have no weights")
+        mask = (of_query.view(batch, length, 1) == of_key.view(batch, 1, length))[:, None]
+        output, _, given = attention_with_weights(query, key, value, **(arguments | {"attn_mask": mask, "query_offset": 0}))
+        return output.transpose(1, 2).contiguous(), given
+    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    packed: Any = relative_attention_varlen(query, key, value, **packing._asdict(), **arguments)
+    return packed.unflatten(0, (batch, length)), None
 
 
 def relattn_attention(
@@ -93,9 +169,12 @@ def relattn_attention(
         query: (B, Hq, Lq, D).
         key, value: (B, Hkv, Lk, D), Hq a multiple of Hkv. The last query stands at the last key.
         attention_mask: as `relattn_mask` makes it: (B, Lk), True = may be attended to; or broadcastable to (B, Hq, Lq,
-            Lk), boolean or added to the scores, and then the whole mask (`is_causal` is ignored, as by "sdpa").
+            Lk), boolean or added to the scores, and then the whole mask (`is_causal` is ignored, as by "sdpa"); or (N + 1,).
         dropout, scaling: probability of dropping a weight; None = 1 / sqrt(D).
         is_causal: None = the module's, True if it has none (as in "sdpa").
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences, as a flattening collator has them: computed one by
+            one in one call (`relattn.relative_attention_varlen`), whatever the mask. Without them `position_ids` that start anew say the
+            same: of causal models through their mask, of others of batch size 1.
 
     Returns:
         The output (B, Lq, Hq, D), and with `output_attentions` (an argument, or the configuration's) the weights
@@ -120,15 +199,16 @@ def relattn_attention(
             "load this checkpoint with relattn.huggingface.from_pretrained or an Auto class"
         )
     masks: dict[str, Any] = {}
-    if attention_mask is not None:
-        masks = {"key_mask": attention_mask.bool()} if attention_mask.dim() == 2 else {"attn_mask": attention_mask}
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    packing = _packing(query, key, attention_mask, bool(is_causal), kwargs)
+    if attention_mask is not None and packing is None:
+        masks = {"key_mask": attention_mask.bool()} if attention_mask.dim() == 2 else {"attn_mask": attention_mask}
     is_causal = bool(is_causal) and "attn_mask" not in masks
     arguments: dict[str, Any] = dict(
         max_relative_position=None if tables is None else tables.max_relative_position,
         is_causal=is_causal,
-        query_offset=key.shape[2] - query.shape[2],
+        query_offset=0 if packing is not None else key.shape[2] - query.shape[2],
         dropout_p=dropout,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -136,7 +216,10 @@ def relattn_attention(
     arguments |= masks | ({} if tables is None else tables.terms())
     output: Any
     weights = None
-    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+    wanted = bool(kwargs.get("output_attentions") or getattr(config, "output_attentions", False))
+    if packing is not None:
+        return _packed(query, key, value, packing, wanted, arguments)
+    if wanted:
         output, _, weights = attention_with_weights(query, key, value, **arguments)
     else:
         output = relative_attention(query, key, value, **arguments)

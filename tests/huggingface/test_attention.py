@@ -59,6 +59,78 @@ def test_padding_stays_a_row_per_sequence(kind, causal: bool, monkeypatch: pytes
     assert calls == [None, None]
 
 
+LENGTHS = (5, 1, 7, 3)
+
+
+def packed(kwargs: bool) -> tuple[dict, list[torch.Tensor]]:
+    """What transformers' flattening collator makes of some sequences, without what needs a particular model, and each of them."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randint(5, 40, (length,), generator=generator) for length in LENGTHS]
+    features = [{"input_ids": part.tolist()} for part in parts]
+    made = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=kwargs)(features)
+    return {name: value for name, value in made.items() if name != "labels"}, [part[None] for part in parts]
+
+
+def assert_one_at_a_time(model: nn.Module, inputs: dict, parts: list[torch.Tensor]) -> None:
+    model.double()  # some gradients are zero only because their terms cancel
+    together = model(**inputs).logits
+    alone = torch.cat([model(part).logits for part in parts], 1)
+    torch.testing.assert_close(together, alone)
+    model.zero_grad()
+    together.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    alone.square().sum().backward()
+    assert gradients
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertLMHeadModel])
+def test_packed_sequences_of_models_with_tables(kind) -> None:
+    """Which are computed one by one, so that distances are those of each."""
+    model = build(kind, is_decoder=kind is BertLMHeadModel)
+    assert_one_at_a_time(model, *packed(kwargs=True))
+
+
+@pytest.mark.parametrize("kwargs", [False, True])
+def test_packed_sequences_of_decoders(kwargs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only position_ids that start anew say that they are: without an L x L mask."""
+    masks = []
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return relattn_attention(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "relattn", spy)
+    model = MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=1, sliding_window=None, use_cache=False)).eval()
+    model.set_attn_implementation("relattn")
+    inputs, parts = packed(kwargs)
+    assert_one_at_a_time(model, inputs, parts)
+    assert masks[0].tolist() == [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    # Two rows at a time: what is packed lies one row after the other.
+    rows = {name: inputs[name].expand(2, -1) for name in ("input_ids", "position_ids")}
+    torch.testing.assert_close(model(**rows).logits, model(**inputs).logits.expand(2, -1, -1))
+    # With weights, which come from a whole mask.
+    output = model(**inputs, output_attentions=True)
+    torch.testing.assert_close(output.logits, model(**inputs).logits)
+    assert output.attentions[0][0, 0, 8, :6].abs().max() == 0
+
+
+def test_packed_sequences_by_positions_alone() -> None:
+    """An encoder's, which gets position_ids: as transformers' FlashAttention takes them."""
+    module = nn.Module()
+    module.is_causal = False
+    query, key, value = (torch.randn(1, 2, sum(LENGTHS), 8) for _ in range(3))
+    positions = torch.cat([torch.arange(length) + 2 for length in LENGTHS])[None]
+    output, _ = relattn_attention(module, query, key, value, None, position_ids=positions)
+    start = 0
+    for length in LENGTHS:
+        part = (tensor[:, :, start : start + length] for tensor in (query, key, value))
+        torch.testing.assert_close(output[:, start : start + length], relattn_attention(module, *part, None)[0])
+        start += length
+
+
 def test_a_mask_of_every_query_is_honoured() -> None:
     model = build(dtype=torch.float64)
     ids = batch()["input_ids"]

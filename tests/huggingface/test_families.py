@@ -159,14 +159,20 @@ def test_attention_weights(name: str) -> None:
     assert not model(**inputs).get("attentions")
 
 
+def chunk_mask(length: int, chunk: tuple[int, int]) -> Tensor:
+    """bool (L, L): keys of the query's own chunk and of so many before it."""
+    chunks = torch.arange(length) // chunk[0]
+    behind = chunks[:, None] - chunks
+    return (behind >= 0) & (behind <= chunk[1])
+
+
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "whole"])
 def test_attention_weights_of_chunks(padded: bool) -> None:
     model, inputs = convert(built("nemotron")), given("nemotron", padded=padded)
     output = model(**inputs, output_attentions=True)
     close(output[0], model(**inputs)[0])
     length = output[0].shape[1]
-    frames = torch.arange(length)
-    allowed = nemotron._chunk_mask(frames, frames, (2, 2))[None] & seen(output[0], padded)[:, None, :]
+    allowed = chunk_mask(length, (2, 2))[None] & seen(output[0], padded)[:, None, :]
     for weights in output.attentions:
         assert torch.equal(weights > 0, allowed[:, None].expand_as(weights))
         close(weights.sum(-1), allowed.any(-1)[:, None].expand(-1, HEADS, -1).double())
@@ -195,8 +201,7 @@ WITH_A_MASK = {"xlnet"}
 
 @every_case
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "whole"])
-def test_holds_no_tensor_of_length_by_length(name: str, padded: bool, monkeypatch) -> None:
-    monkeypatch.setattr(nemotron, "_BLOCK", 16)
+def test_holds_no_tensor_of_length_by_length(name: str, padded: bool) -> None:
     length = 100
     model, inputs = built(name, torch.float32), given(name, torch.float32, length, padded)
     if (padded and name in WITH_A_MASK) or name in ("xlnet-uni", "seamless-v2-chunks"):
@@ -214,17 +219,15 @@ def test_holds_no_tensor_of_length_by_length(name: str, padded: bool, monkeypatc
 
 @pytest.mark.parametrize("size", [0, 1, 3])
 @pytest.mark.parametrize("left", [0, 4, 40])
-def test_chunks_in_blocks(size: int, left: int, monkeypatch) -> None:
-    """Nemotron's chunks of size + 1 frames, in blocks of queries shorter than the sequence, against its own mask."""
-    monkeypatch.setattr(nemotron, "_BLOCK", 4)
+def test_chunks(size: int, left: int) -> None:
+    """Nemotron's chunks of size + 1 frames against its own mask."""
     model, inputs = built("nemotron", sliding_window=left + 1), given("nemotron")
     original = model(**inputs, num_lookahead_tokens=size)[0]
     output = convert(model)(**inputs, num_lookahead_tokens=size)[0]
     where = seen(output, True)
     close(output[where], original[where])
     frames = torch.arange(12) < torch.tensor([[12], [3]])
-    positions = torch.arange(12)
-    dense = nemotron._chunk_mask(positions, positions, (size + 1, left // (size + 1)))
+    dense = chunk_mask(12, (size + 1, left // (size + 1)))
     expected = ~(dense & frames[:, None]).any(-1)
     assert torch.equal(nemotron._sees_none(frames, (size + 1, left // (size + 1))), expected)
 

@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from relattn.functional import relative_attention
 from relattn.huggingface.attend import attend, projected, wants_weights
 from relattn.huggingface.conversion import Plan, Replacement, check_parameters, part, replacement
 from relattn.huggingface.families.parakeet import ATTENTION, ENCODER, position_arguments
-
-_BLOCK = 512  # queries that share a mask
 
 
 def _nemotron(
@@ -25,76 +22,18 @@ def _nemotron(
     position_embeddings: Tensor,
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
-    chunk: tuple[int, int] | None = None,
+    chunk: tuple[int, int | None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """With `chunk`, (frames of a chunk, chunks seen to the left), the mask is (B, L), of padding alone."""
+    """With `chunk`, as `relative_attention` takes it, the mask is (B, L), of padding alone."""
     query, key, value = projected(hidden_states, module.head_dim, module.q_proj, module.k_proj, module.v_proj)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, module.layer_idx)
     arguments = position_arguments(module, position_embeddings, key.shape[2])
+    arguments |= {"query_offset": key.shape[2] - query.shape[2], "chunk": chunk}
     weights = wants_weights(module, kwargs)
-    if chunk is not None and not weights:
-        arguments |= {"dropout_p": module.attention_dropout if module.training else 0.0}
-        output = _chunked(query, key, value, chunk, attention_mask, **arguments).transpose(1, 2).flatten(2)
-        return module.o_proj(output), None
-    if chunk is not None:
-        frames = torch.arange(query.shape[2], device=query.device)
-        seen = _chunk_mask(frames, frames, chunk)[None, None]
-        attention_mask = seen if attention_mask is None else seen & attention_mask[:, None, None, :]
-    arguments |= {"query_offset": key.shape[2] - query.shape[2]}
     output, given = attend(module, query, key, value, attention_mask, module.attention_dropout, weights, **arguments)
     return module.o_proj(output), given
-
-
-def _chunk_mask(queries: Tensor, keys: Tensor, chunk: tuple[int, int]) -> Tensor:
-    """bool (Lq, Lk): keys of the query's own chunk and of so many before it."""
-    behind = (queries // chunk[0])[:, None] - (keys // chunk[0])[None, :]
-    return (behind >= 0) & (behind <= chunk[1])
-
-
-def _chunked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    chunk: tuple[int, int],
-    key_mask: Tensor | None,
-    *,
-    rel_k: Tensor,
-    **arguments: Any,
-) -> Tensor:
-    """Attention to one's chunk and some before it, without an (L, L) mask.
-
-    A block of queries at a time, each with the keys that it may see.
-    """
-    size, left = chunk
-    length, reach = query.shape[2], size * left
-    if size == 1:
-        arguments |= {"window": (reach, 0), "key_mask": key_mask}
-        return relative_attention(query, key, value, rel_k, **arguments)  # type: ignore[return-value]
-    block = -(-_BLOCK // size) * size
-    frames = torch.arange(length, device=query.device)
-    outputs: list[Any] = []
-    for start in range(0, length, block):
-        stop, first = min(start + block, length), max(0, start - reach)
-        sides = (stop - 1 - first, stop - 1 - start)  # the distances of this block
-        rows = rel_k[:, length - 1 - sides[0] : length + sides[1]]
-        # The window, wider than what a query sees, lets the kernel pass over whole tiles; the mask says the rest.
-        outputs.append(
-            relative_attention(
-                query[:, :, start:stop],
-                key[:, :, first:stop],
-                value[:, :, first:stop],
-                rows,
-                max_relative_position=sides,
-                query_offset=start - first,
-                window=(reach + size - 1, size - 1),
-                attn_mask=_chunk_mask(frames[start:stop], frames[first:stop], chunk),
-                key_mask=None if key_mask is None else key_mask[:, first:stop],
-                **arguments,
-            )
-        )
-    return torch.cat(outputs, 2)
 
 
 @merge_with_config_defaults
