@@ -55,7 +55,7 @@ def _masked(scores, key_start, visible, BLOCK: tl.constexpr):
     inside = (key >= 0) & (key < visible.key_stop)
     seen = inside & (key >= visible.first) & (key <= visible.last)
     if key_mask is not None:
-        seen = seen & (tl.load(key_mask.base + tl.cast(key, tl.int64) * key_mask.column, mask=inside, other=0) != 0)
+        seen = seen & (tl.load(key_mask.base + tl.cast(key, tl.int64) * key_mask.row, mask=inside, other=0) != 0)
     if mask is not None:
         entry = tl.load(mask.base[:, None] + tl.cast(key, tl.int64) * mask.column, mask=inside, other=0)
         seen, scores = apply_mask(seen, scores, entry, visible.hidden_from)
@@ -70,7 +70,7 @@ def load_seen(value, key_start, visible, TILE: tl.constexpr):
     key, column = key_start + tl.arange(0, TILE.BLOCK), tl.arange(0, TILE.VALUE_COLUMNS)
     inside = (key - start).to(tl.uint32) < tl.maximum(stop - start, 0).to(tl.uint32)
     if visible.key_mask is not None:
-        address = visible.key_mask.base + tl.cast(key, tl.int64) * visible.key_mask.column
+        address = visible.key_mask.base + tl.cast(key, tl.int64) * visible.key_mask.row
         inside = inside & (tl.load(address, mask=inside, other=0) != 0)
     inside = inside[:, None]
     if TILE.VALUE_SIZE != TILE.VALUE_COLUMNS:

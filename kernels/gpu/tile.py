@@ -367,7 +367,7 @@ def _masked_pairs(scores, query, key, visible):
     key_mask, mask = visible.key_mask, visible.mask
     inside = (key >= 0) & (key < visible.key_stop)
     if key_mask is not None:
-        inside = inside & (tl.load(key_mask.base + tl.cast(key, tl.int64) * key_mask.column, mask=inside, other=0) != 0)
+        inside = inside & (tl.load(key_mask.base + tl.cast(key, tl.int64) * key_mask.row, mask=inside, other=0) != 0)
     distance = key - query
     seen = inside & (distance >= visible.first) & (distance <= visible.last)
     if visible.chunks is not None:
