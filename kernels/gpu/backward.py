@@ -99,7 +99,8 @@ def prepare_kernel(
     query_start = block * TILE.BLOCK
     row = query_start + tl.arange(0, TILE.BLOCK)
     place = rows_before(given.query_ends, batch, head, heads, queries) + row
-    from_query, from_key = begin_of(given.query_ends, batch), begin_of(given.key_ends, batch)
+    from_query = begin_of(given.query_ends, batch)
+    from_key = begin_of(given.key_ends, batch)
     own, own_keys = length_of(given.query_ends, batch, queries), length_of(given.key_ends, batch, keys)
     if given.query_ends is not None:
         own_keys, blocks = tl.where(query_start < own, own_keys, 0), tl.maximum(blocks, 1)
@@ -336,7 +337,8 @@ def query_gradient_kernel(
     query_start = block * TILE.BLOCK
     row = query_start + tl.arange(0, TILE.BLOCK)
     place = rows_before(inputs.query_ends, batch, head, heads, queries) + row
-    from_query, from_key = begin_of(inputs.query_ends, batch), begin_of(inputs.key_ends, batch)
+    from_query = begin_of(inputs.query_ends, batch)
+    from_key = begin_of(inputs.key_ends, batch)
     own, own_keys = length_of(inputs.query_ends, batch, queries), length_of(inputs.key_ends, batch, keys)
     if inputs.query_ends is not None:
         own_keys = tl.where(query_start < own, own_keys, 0)
@@ -536,7 +538,8 @@ def _key_gradient(
     total_key = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
     total_value = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
     side = all_rows(inputs.query_ends, batches, heads, queries)
-    from_query, from_key = begin_of(inputs.query_ends, batch), begin_of(inputs.key_ends, batch)
+    from_query = begin_of(inputs.query_ends, batch)
+    from_key = begin_of(inputs.key_ends, batch)
     own, own_keys = length_of(inputs.query_ends, batch, queries), length_of(inputs.key_ends, batch, keys)
     for member in tl.range(0, group):
         head = key_head * group + member
@@ -581,7 +584,8 @@ def key_gradient_kernel(
     block, _blocks, batch, key_head = program_of(
         tl.program_id(0), 0, given.key_ends, batches, heads // group, keys, False, TILE.BLOCK
     )  # fmt: skip
-    key_start, from_key = block * TILE.BLOCK, begin_of(given.key_ends, batch)
+    key_start = block * TILE.BLOCK
+    from_key = begin_of(given.key_ends, batch)
 
     own_keys = length_of(given.key_ends, batch, keys)
     nearest, farthest, start, key_stop = offsets_of(given, batch, own_keys, table_start, first, last)

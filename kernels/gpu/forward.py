@@ -345,13 +345,15 @@ def forward_kernel(
     """Program (query block of a head of a batch element, split of the keys).
 
     lse (splits, B, H, Lq) and output (splits, B, H, Lq, Dv), contiguous, are partial where there is more than one split; `output` is the
-    Operand of the first. Of packed sequences (operands.Inputs) `queries` and `keys` count all tokens and `batches` the sequences. `first` and `last`, the distances (key index minus query index) seen, and table_start, that of the tables' first
-    row, hold the call's query_offset already. HIDES: a key that one query sees may be hidden from another.
+    Operand of the first. Of packed sequences (operands.Inputs) `queries` and `keys` count all tokens and `batches` the sequences. `first`
+    and `last`, the distances (key index minus query index) seen, and table_start, that of the tables' first row, hold the call's
+    query_offset already. HIDES: a key that one query sees may be hidden from another.
     """
     block, _blocks, batch, head = program_of(tl.program_id(0), 0, inputs.query_ends, batches, heads, queries, True, TILE.BLOCK)
     query_start = block * TILE.BLOCK
     split = tl.program_id(1)
-    from_query, from_key = begin_of(inputs.query_ends, batch), begin_of(inputs.key_ends, batch)
+    from_query = begin_of(inputs.query_ends, batch)
+    from_key = begin_of(inputs.key_ends, batch)
     own, own_keys = length_of(inputs.query_ends, batch, queries), length_of(inputs.key_ends, batch, keys)
     if inputs.query_ends is not None:
         own_keys = tl.where(query_start < own, own_keys, 0)

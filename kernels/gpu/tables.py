@@ -120,7 +120,8 @@ def table_gradient_kernel(
         head = first_head + head_here
         sums_low, sums_high = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
         for element in tl.range(first_batch, tl.minimum(first_batch + chunk_batches, batches)):
-            from_query, from_key = begin_of(given.query_ends, element), begin_of(given.key_ends, element)
+            from_query = begin_of(given.query_ends, element)
+            from_key = begin_of(given.key_ends, element)
             own, own_keys = length_of(given.query_ends, element, queries), length_of(given.key_ends, element, keys)
             nearest, farthest, start_here, key_stop = offsets_of(given, element, own_keys, table_start64, first, last)
             shift = tl.cast(0, tl.int64)

@@ -135,7 +135,7 @@ def cases() -> dict[str, Call]:
         "chunks": _call(39, heads=1, queries=150, chunk=(40, 1)),
         "chunks clipped": _call(40, heads=1, queries=150, keys=200, clip=(9, 9), query_offset=37, chunk=(25, None)),
         "packed": _packed(41, (70, 0, 45, 1), heads=1, is_causal=True, dropout_p=0.2),
-        "packed clipped": _packed(42, (40, 130, 20), heads=2, key_heads=1, clip=(9, 9), max_seqlen_q=140),
+        "packed clipped": _packed(42, (40, 130, 20), heads=2, key_heads=1, clip=(9, 9), max_seqlen_q=140, chunk=(50, 1)),
         "packed, all tables": _packed(43, (40, 0, 20), (30, 10, 70), heads=1, tables=("rel_k", "rel_q", "rel_v", "rel_bias"),
                                       biases=("pos_bias_u", "pos_bias_v"), query_offset=torch.tensor([-3, 0, 50]), clip=(60, 60),
                                       key_lengths=torch.tensor([30, 5, 66]), chunk=(20, 2)),
