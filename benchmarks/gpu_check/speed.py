@@ -247,7 +247,7 @@ def packed(count: int, longest: int, clip: int, seconds: float, heads: int = 8, 
     def one_by_one(query: Any, key: Any, value: Any, rel_k: Any) -> Any:
         parts = zip(*(tensor.split(lengths.tolist()) for tensor in (query, key, value)), strict=True)
         outputs: list[Any] = [attend(*(tensor.transpose(0, 1)[None] for tensor in part), rel_k) for part in parts]
-        return torch.cat(outputs, 2)
+        return torch.cat(outputs, 2)[0].transpose(0, 1)
 
     sides: dict[str, tuple[Callable[..., Any], Any]] = {
         OWN: (functools.partial(relattn.relative_attention_varlen, cu_seqlens_q=ends, backend="triton"), tokens),
@@ -266,9 +266,10 @@ def packed(count: int, longest: int, clip: int, seconds: float, heads: int = 8, 
 
 def chunks(length: int, head_dim: int, chunk: tuple[int, int], seconds: float) -> dict[str, Any]:
     """A query sees its chunk and some before it, against all keys. Milliseconds by pass."""
-    given, found = problem(length, head_dim), {}
-    sides = {OWN: dict(chunk=tuple(chunk)), "all keys": {}}
-    calls: dict[str, Any] = {name: functools.partial(relattn.relative_attention, backend="triton", **more) for name, more in sides.items()}
+    given = problem(length, head_dim)
+    found: dict[str, Any] = {}
+    attend: Any = functools.partial(relattn.relative_attention, backend="triton")
+    calls = {OWN: functools.partial(attend, chunk=tuple(chunk)), "all keys": attend}
     for passed in _PASSES:
         found[passed] = timed({name: step(call, given.inputs(), passed == "train") for name, call in calls.items()}, seconds)
         emit(found)
