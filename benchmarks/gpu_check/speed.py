@@ -242,7 +242,7 @@ def packed(count: int, longest: int, clip: int, seconds: float, heads: int = 8, 
     table = torch.randn(2 * clip + 1, head_dim, **options)
     tokens = [torch.randn(total, heads, head_dim, **options) for _ in range(3)] + [table]
     padded = [torch.randn(count, heads, longest, head_dim, **options) for _ in range(3)] + [table]
-    attend = functools.partial(relattn.relative_attention, backend="triton")
+    attend: Any = functools.partial(relattn.relative_attention, backend="triton")
 
     def one_by_one(query: Any, key: Any, value: Any, rel_k: Any) -> Any:
         parts = zip(*(tensor.split(lengths.tolist()) for tensor in (query, key, value)), strict=True)
