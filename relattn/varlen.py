@@ -44,8 +44,9 @@ def relative_attention_varlen(
     Sequence n has the queries cu_seqlens_q[n] ... cu_seqlens_q[n + 1] - 1 and the keys cu_seqlens_k[n] ... cu_seqlens_k[n + 1] - 1. It
     attends to itself only, and its positions start anew. Nothing is padded: time goes with the sum of the squares of the lengths, memory
     with their sum. Results for a sequence are those of a call of its own: the same bits on backend "cpu" but for the tables' gradients,
-    which are sums over all of them; up to rounding elsewhere (of dropout's mask: batch element n's). The Triton kernels do not take
-    packed sequences yet: on a GPU backend "blocked" computes one after the other, and reads the lengths, which synchronises.
+    which are sums over all of them; up to rounding elsewhere (of dropout's mask: batch element n's). Backend "triton" never reads the
+    lengths on the CPU: nothing waits for the GPU, and a CUDA graph can hold the call. Where there are few sequences of few queries, it
+    can cut their keys among more programs if it is told max_seqlen_k.
 
     Args:
         query: (Tq, Hq, D), Tq being the number of all queries; float32, float64, bfloat16 or float16.
@@ -53,7 +54,8 @@ def relative_attention_varlen(
         value: (Tk, Hkv, Dv), of the query's dtype.
         cu_seqlens_q: int32 or int64 (N + 1,): 0, and the number of queries of the first n sequences. Sequences may be empty.
         cu_seqlens_k: the same of keys; None = `cu_seqlens_q`.
-        max_seqlen_q, max_seqlen_k: no sequence has more queries or keys; None = unknown. Checked, and never needed.
+        max_seqlen_q, max_seqlen_k: no sequence has more queries or keys; None = unknown. Checked, and never needed: they tell the Triton
+            kernels how far distances go, and how finely to cut the work.
         key_mask: bool (Tk,), True = may be attended to.
         key_lengths: integer (N,): keys of a sequence from there on are not seen.
         query_offset: position of a sequence's query 0 relative to its key 0, an int or an integer tensor (N,). None = 0, but an error if

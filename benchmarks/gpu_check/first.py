@@ -86,10 +86,10 @@ def _checked(calls: Iterator[tuple[str, Any]], dtype: str, seconds: float) -> di
 
 
 def fuzz(dtype: str, first: int, every: int, seconds: float) -> dict[str, Any]:
-    """Random calls, seeds first, first + every, ..., as `python -m tests.fuzz --backend triton` makes them."""
-    from tests.fuzz import random_call
+    """Random calls, seeds first, first + every, ..., as `python -m tests.fuzz --backend triton` makes them; every fifth one is packed."""
+    from tests.fuzz import call_of
 
-    return _checked(((f"seed {seed}", random_call(seed)) for seed in itertools.count(first, every)), dtype, seconds)
+    return _checked(((f"seed {seed}", call_of(seed, "triton")) for seed in itertools.count(first, every)), dtype, seconds)
 
 
 def at_the_edges(dtype: str, part: int, parts: int, seconds: float) -> dict[str, Any]:

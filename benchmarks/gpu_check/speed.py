@@ -231,6 +231,51 @@ def decoding(keys: int, head_dim: int, batch: int, key_heads: int, seconds: floa
     return found
 
 
+def packed(count: int, longest: int, clip: int, seconds: float, heads: int = 8, head_dim: int = 64) -> dict[str, Any]:
+    """Sequences of log-normal lengths: packed, padded with key_lengths, and one call each. Milliseconds by pass."""
+    torch.manual_seed(0)
+    lengths = (torch.randn(count) * 0.6).exp()
+    lengths = (lengths * (longest / lengths.max())).clamp(min=1).long()
+    total, own = int(lengths.sum()), lengths.to(device())
+    ends = torch.nn.functional.pad(own.cumsum(0), (1, 0)).int()
+    options: dict[str, Any] = dict(dtype=torch.bfloat16, device=device(), requires_grad=True)
+    table = torch.randn(2 * clip + 1, head_dim, **options)
+    tokens = [torch.randn(total, heads, head_dim, **options) for _ in range(3)] + [table]
+    padded = [torch.randn(count, heads, longest, head_dim, **options) for _ in range(3)] + [table]
+    attend: Any = functools.partial(relattn.relative_attention, backend="triton")
+
+    def one_by_one(query: Any, key: Any, value: Any, rel_k: Any) -> Any:
+        parts = zip(*(tensor.split(lengths.tolist()) for tensor in (query, key, value)), strict=True)
+        outputs: list[Any] = [attend(*(tensor.transpose(0, 1)[None] for tensor in part), rel_k) for part in parts]
+        return torch.cat(outputs, 2)[0].transpose(0, 1)
+
+    sides: dict[str, tuple[Callable[..., Any], Any]] = {
+        OWN: (functools.partial(relattn.relative_attention_varlen, cu_seqlens_q=ends, backend="triton"), tokens),
+        "with max_seqlen": (
+            functools.partial(relattn.relative_attention_varlen, cu_seqlens_q=ends, max_seqlen_q=longest, backend="triton"), tokens
+        ),
+        "padded": (functools.partial(attend, key_lengths=own), padded),
+        "one call a sequence": (one_by_one, tokens),
+    }  # fmt: skip
+    found: dict[str, Any] = {"tokens": total, "mean / longest": round(total / count / longest, 2)}
+    for passed in _PASSES:
+        found[passed] = timed({name: step(side, inputs, passed == "train") for name, (side, inputs) in sides.items()}, seconds)
+        emit(found)
+    return found
+
+
+def chunks(length: int, head_dim: int, chunk: tuple[int, int], seconds: float) -> dict[str, Any]:
+    """A query sees its chunk and some before it, against all keys. Milliseconds by pass."""
+    given = problem(length, head_dim)
+    found: dict[str, Any] = {}
+    attend: Any = functools.partial(relattn.relative_attention, backend="triton")
+    calls = {OWN: functools.partial(attend, chunk=tuple(chunk)), "all keys": attend}
+    for passed in _PASSES:
+        found[passed] = timed({name: step(call, given.inputs(), passed == "train") for name, call in calls.items()}, seconds)
+        emit(found)
+    return found
+
+
 def launches(length: int, calls: int) -> dict[str, Any]:
     """What a call costs the host when the GPU has next to nothing to do: microseconds, queued and not waited for."""
     given = problem(length, 64, batch=1, heads=2)
@@ -314,6 +359,8 @@ def plan(dry: bool) -> list[Group]:
         alone("launches", launches, 40.0, length=128, calls=200),
         alone("CUDA graphs", graphs, 40.0, length=512),
         alone("torch.compile", compiled, 60.0, length=512),
+        *(alone(f"packed, clip {clip}", packed, 40.0, count=32, longest=4096, clip=clip, seconds=0.3) for clip in (64, 4095)),
+        alone("chunks", chunks, 40.0, length=8192, head_dim=64, chunk=(64, 4), seconds=0.3),
         alone("decoding", decoding, 40.0, keys=32768, head_dim=128, batch=8, key_heads=8, seconds=0.3),
     ]  # fmt: skip
     return [Group(warm, 16, limit=150.0), Group(timings)]
@@ -335,6 +382,8 @@ def _dry() -> list[Group]:
         Job("launches", launches, dict(length=16, calls=1)),
         Job("CUDA graphs", graphs, dict(length=16)),
         Job("torch.compile", compiled, dict(length=16, backend="eager")),
+        Job("packed", packed, dict(count=2, longest=9, clip=3, seconds=0.0, heads=1, head_dim=16)),
+        Job("chunks", chunks, dict(length=9, head_dim=16, chunk=(4, 1), seconds=0.0)),
         Job("decoding", decoding, dict(keys=20, head_dim=16, batch=1, key_heads=1, seconds=0.0)),
     ]
     return [Group(jobs)]

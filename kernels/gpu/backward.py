@@ -24,7 +24,27 @@ from .forward import (
     walk_keys,
     window_start,
 )
-from .operands import SIZES, Dropout, Matrix, Queries, Saved, Span, Tables, Visible, at, past
+from .operands import (
+    SIZES,
+    Dropout,
+    Matrix,
+    Queries,
+    Saved,
+    Span,
+    Tables,
+    Visible,
+    all_rows,
+    at,
+    begin_of,
+    chunk_queries,
+    chunks_of,
+    length_of,
+    past,
+    program_of,
+    rows_before,
+    slots_before,
+    slots_of,
+)
 from .tile import (
     add_counted,
     add_dot,
@@ -74,85 +94,93 @@ def prepare_kernel(
     that no longer holds the logarithm of its sum: where inverse is there, such rows get their highest score and the sum anew.
     """
     # Variables: of arguments, Triton 3.6 forgets the compile-time strides once a loop or an `if` has begun.
-    given = inputs
-    blocks = tl.cdiv(queries, TILE.BLOCK)
-    query_start = tl.program_id(0) % blocks * TILE.BLOCK
-    batch, head = tl.program_id(0) // blocks // heads, tl.program_id(0) // blocks % heads
+    given, to_output, to_slopes = inputs, output, grad_output
+    block, blocks, batch, head = program_of(tl.program_id(0), 0, given.query_ends, batches, heads, queries, False, TILE.BLOCK)
+    query_start = block * TILE.BLOCK
     row = query_start + tl.arange(0, TILE.BLOCK)
-    place = (batch.to(tl.int64) * heads + head) * queries + row
+    place = rows_before(given.query_ends, batch, head, heads, queries) + row
+    from_query = begin_of(given.query_ends, batch)
+    from_key = begin_of(given.key_ends, batch)
+    own, own_keys = length_of(given.query_ends, batch, queries), length_of(given.key_ends, batch, keys)
+    if given.query_ends is not None:
+        own_keys, blocks = tl.where(query_start < own, own_keys, 0), tl.maximum(blocks, 1)
 
-    values = load_rows(at(output, batch, head), query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-    slopes = load_rows(at(grad_output, batch, head), query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    values = load_rows(at(to_output, batch, head, from_query), query_start, own, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    slopes = load_rows(at(to_slopes, batch, head, from_query), query_start, own, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
     sums = tl.sum(values.to(tl.float32) * slopes.to(tl.float32), axis=1)
-    log_sum = tl.load(lse + place, mask=row < queries, other=0.0)
+    log_sum = tl.load(lse + place, mask=row < own, other=0.0)
     sees_none = log_sum == float("-inf")
     owes = tl.max(tl.where(slopes.to(tl.float32) == 0.0, 0, 1), axis=1) > 0  # of no use, unless HIDES
     if grad_lse is not None:
-        slope = tl.load(grad_lse + place, mask=row < queries, other=0.0)
+        slope = tl.load(grad_lse + place, mask=row < own, other=0.0)
         sums -= slope
         owes = owes | (slope != 0.0)
     if HIDES:
         sees_none = sees_none | ~owes  # nothing comes from it
-    tl.store(saved.delta + place, tl.where(sees_none, 0.0, sums), mask=row < queries)
+    tl.store(saved.delta + place, tl.where(sees_none, 0.0, sums), mask=row < own)
     if HIDES:
         wild = wild_rows(values) | wild_rows(slopes) | (~(tl.abs(log_sum) < 1e15) & (log_sum != float("-inf")))
         # Of the queries only these: the others, if they were wild, would have a wild sum.
         column = tl.arange(0, TILE.COLUMNS)
-        own = at(given.query_u, batch, head)
-        address = own.base + row.to(tl.int64)[:, None] * own.row + column[None, :] * own.column
-        wild = wild | wild_rows(tl.load(address, mask=(sees_none & (row < queries))[:, None] & (column < TILE.SIZE)[None, :], other=0.0))
+        content = at(given.query_u, batch, head, from_query)
+        address = content.base + row.to(tl.int64)[:, None] * content.row + column[None, :] * content.column
+        wild = wild | wild_rows(tl.load(address, mask=(sees_none & (row < own))[:, None] & (column < TILE.SIZE)[None, :], other=0.0))
         found = wild.to(tl.int32)
-        _first, _last, _start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
-        part = head % group * blocks + tl.program_id(0) % blocks  # each of the programs of a key head has some of the keys
+        _first, _last, _start, key_stop = offsets_of(given, batch, own_keys, table_start, first, last)
+        part = head % group * blocks + block  # each of the programs of a key head has some of the keys
         found = _wild_keys(
-            found, at(given.key, batch, head // group), at(given.value, batch, head // group),
+            found, at(given.key, batch, head // group, from_key), at(given.value, batch, head // group, from_key),
             Tables(at(given.rel_k, batch, head), at(given.rel_q, batch, head), None, None, table_rows, table_start),
             key_stop, part * TILE.BLOCK, group * blocks * TILE.BLOCK, query_start, blocks * TILE.BLOCK, TILE,
         )  # fmt: skip
-        sixteens = tl.cdiv(queries, 16)
-        to_wild = saved.wild + (batch.to(tl.int64) * heads + head) * sixteens + row // 16
-        tl.store(to_wild, (row * 0 + tl.max(found, axis=0)).to(tl.uint8), mask=(row < queries) & (row % 16 == 0))
+        to_wild = saved.wild + slots_before(given.query_ends, batches, batch, head, heads, queries, 16) + row // 16
+        tl.store(to_wild, (row * 0 + tl.max(found, axis=0)).to(tl.uint8), mask=(row < own) & (row % 16 == 0))
 
     if TILE.CLIPPED or saved.inverse is not None:
-        query = load_queries(Queries(at(given.query_u, batch, head), at(given.query_v, batch, head)), query_start, queries, TILE)
-        nearest, farthest, start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
+        contents = Queries(at(given.query_u, batch, head, from_query), at(given.query_v, batch, head, from_query))
+        query = load_queries(contents, query_start, own, TILE)
+        nearest, farthest, start, key_stop = offsets_of(given, batch, own_keys, table_start, first, last)
         tables = Tables(
             at(given.rel_k, batch, head), at(given.rel_q, batch, head), None, at(given.rel_bias, batch, head), table_rows, start
         )
     if TILE.CLIPPED:
-        side = tl.cast(batches, tl.int64) * heads * queries
+        side = all_rows(given.query_ends, batches, heads, queries)
         for SIDE in tl.static_range(2):
             edge = edge_scores(query.v, tables, (table_rows - 1) * SIDE, units, TILE)
             edge = tl.where(sees_none, 0.0, edge)
-            tl.store(saved.edges + side * SIDE + place, edge, mask=row < queries)
+            tl.store(saved.edges + side * SIDE + place, edge, mask=row < own)
 
     highest = log_sum * 1.4426950408889634
     if saved.inverse is not None:
         norm = tl.full((TILE.BLOCK,), 1.0, tl.float32)
         if tl.max(tl.where(sees_none, 0.0, tl.abs(log_sum))) > 64.0:
             visible = Visible(
-                nearest, farthest, queries, key_stop, at(given.key_mask, batch, head), at(given.mask, batch, head), units.hidden_from
-            )
+                nearest, farthest, own, key_stop, at(given.key_mask, batch, head, from_key), at(given.mask, batch, head),
+                units.hidden_from, chunks_of(given, batch),
+            )  # fmt: skip
             _unused, highest, norm = walk_keys(
-                sums[:, None], tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32),
-                query, query_start, at(given.key, batch, head // group), None, tables, visible, None, 0, keys, units, True, TILE,
+                sums[:, None], tl.full((TILE.BLOCK,), float("-inf"), tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32), query,
+                query_start, at(given.key, batch, head // group, from_key), None, tables, visible, None, 0, own_keys, units, True, TILE,
             )  # fmt: skip
             highest = tl.where(highest == float("-inf"), 0.0, highest)
-        tl.store(saved.inverse + place, tl.where(norm == 0.0, 0.0, 1.0 / norm), mask=row < queries)
+        tl.store(saved.inverse + place, tl.where(norm == 0.0, 0.0, 1.0 / norm), mask=row < own)
     highest = tl.where(highest == float("inf"), float("nan"), highest)
-    tl.store(saved.base + place, tl.where(sees_none, float("inf"), highest), mask=row < queries)
+    tl.store(saved.base + place, tl.where(sees_none, float("inf"), highest), mask=row < own)
 
 
 @triton.jit
-def is_wild(wild, batch, head, heads, group, queries):
+def is_wild(wild, batch, head, heads, group, queries, ends=None, batches=1):
     """Whether of a head's queries and keys, or of those of the heads that share its keys, something may be infinite or not a number in
     products with zeros: then the careful loops run."""
-    sixteens = tl.cdiv(queries, 16)
-    count, lane = group * sixteens, tl.arange(0, 256)
-    start = wild + (batch * heads + head // group * group).to(tl.int64) * sixteens
+    sixteens, lane = tl.cdiv(length_of(ends, batch, queries), 16), tl.arange(0, 256)
+    count = group * sixteens
+    start = wild + slots_before(ends, batches, batch, head // group * group, heads, queries, 16)
     found = tl.full((256,), 0, tl.int32)
     for index in tl.range(0, count, 256, num_stages=1):
-        found = found | tl.load(start + index + lane, mask=index + lane < count, other=0).to(tl.int32)
+        place = index + lane
+        if ends is not None:  # sixteens of other sequences lie between those of one head and of the next
+            place = place // sixteens * slots_of(ends, batches, queries, 16) + place % sixteens
+        found = found | tl.load(start + place, mask=index + lane < count, other=0).to(tl.int32)
     return tl.max(found, axis=0) > 0
 
 
@@ -305,40 +333,45 @@ def query_gradient_kernel(
     which no query sees anything are not written. `running` (programs, BLOCK, D) float32 keeps the sums between the launches for one part of
     the keys and for the next. Without ADD there is no grad_query.
     """
-    blocks = tl.cdiv(queries, TILE.BLOCK)
-    query_start = (blocks - 1 - tl.program_id(0) % blocks) * TILE.BLOCK
-    pair = tl.program_id(0) // blocks + first_pair
-    batch, head = pair // heads, pair % heads
+    block, _blocks, batch, head = program_of(tl.program_id(0), first_pair, inputs.query_ends, batches, heads, queries, True, TILE.BLOCK)
+    query_start = block * TILE.BLOCK
     row = query_start + tl.arange(0, TILE.BLOCK)
-    place = (batch * heads + head).to(tl.int64) * queries + row
+    place = rows_before(inputs.query_ends, batch, head, heads, queries) + row
+    from_query = begin_of(inputs.query_ends, batch)
+    from_key = begin_of(inputs.key_ends, batch)
+    own, own_keys = length_of(inputs.query_ends, batch, queries), length_of(inputs.key_ends, batch, keys)
+    if inputs.query_ends is not None:
+        own_keys = tl.where(query_start < own, own_keys, 0)
 
     # Before any `if`: of arguments, Triton 3.6 forgets the compile-time strides then.
-    key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
-    to_query = at(grad_query, batch, head)
-    nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
+    key, value = at(inputs.key, batch, head // group, from_key), at(inputs.value, batch, head // group, from_key)
+    to_query = at(grad_query, batch, head, from_query)
+    nearest, farthest, start, key_stop = offsets_of(inputs, batch, own_keys, table_start, first, last)
     visible = Visible(
-        nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
+        nearest, farthest, own, key_stop, at(inputs.key_mask, batch, head, from_key), at(inputs.mask, batch, head), units.hidden_from,
+        chunks_of(inputs, batch),
     )
     tables = Tables(
         at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
         table_rows, start,
     )  # fmt: skip
-    query = load_queries(Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), query_start, queries, TILE)
-    slopes = load_rows(at(grad_output, batch, head), query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-    delta = tl.load(saved.delta + place, mask=row < queries, other=0.0)
-    base = tl.load(saved.base + place, mask=row < queries, other=float("inf"))
+    contents = Queries(at(inputs.query_u, batch, head, from_query), at(inputs.query_v, batch, head, from_query))
+    query = load_queries(contents, query_start, own, TILE)
+    slopes = load_rows(at(grad_output, batch, head, from_query), query_start, own, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    delta = tl.load(saved.delta + place, mask=row < own, other=0.0)
+    base = tl.load(saved.base + place, mask=row < own, other=float("inf"))
     careful = False
     if HIDES and (ADD or TILE.CLIPPED):  # of tiles in memory their products leave out what does not count
-        careful = is_wild(saved.wild, batch, head, heads, group, queries)
+        careful = is_wild(saved.wild, batch, head, heads, group, queries, inputs.query_ends, batches)
     inverse = None
     if saved.inverse is not None:
-        inverse = tl.load(saved.inverse + place, mask=row < queries, other=0.0)
+        inverse = tl.load(saved.inverse + place, mask=row < own, other=0.0)
     dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
     left, right = base, base
-    side = tl.cast(batches, tl.int64) * heads * queries
+    side = all_rows(inputs.query_ends, batches, heads, queries)
     if TILE.CLIPPED:
-        left = tl.load(saved.edges + place, mask=row < queries, other=0.0)
-        right = tl.load(saved.edges + side + place, mask=row < queries, other=0.0)
+        left = tl.load(saved.edges + place, mask=row < own, other=0.0)
+        right = tl.load(saved.edges + side + place, mask=row < own, other=0.0)
 
     total = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
     if running is not None:
@@ -349,13 +382,13 @@ def query_gradient_kernel(
         _query_gradient(
             total, query, query_start, slopes, delta, base, inverse, left, right, place, to_query, edge_sums, edge_owed,
             kept_tiles, grad_tiles, owed_tiles, running, columns, key_begin, key_end, key, value, tables, visible, dropout, side, units,
-            keys, table_rows, ADD, True, TILE,
+            own_keys, table_rows, ADD, True, TILE,
         )  # fmt: skip
     else:
         _query_gradient(
             total, query, query_start, slopes, delta, base, inverse, left, right, place, to_query, edge_sums, edge_owed,
             kept_tiles, grad_tiles, owed_tiles, running, columns, key_begin, key_end, key, value, tables, visible, dropout, side, units,
-            keys, table_rows, ADD, False, TILE,
+            own_keys, table_rows, ADD, False, TILE,
         )  # fmt: skip
 
 
@@ -441,6 +474,10 @@ def query_ranges(key_start, visible, tables, TILE: tl.constexpr):
     last_key = tl.minimum(key_start + BLOCK, visible.key_stop) - 1
     start = tl.minimum(tl.maximum(key_start - visible.last, 0), visible.queries)
     stop = tl.minimum(last_key - visible.first + 1, visible.queries)
+    if visible.chunks is not None:
+        begin, end = chunk_queries(key_start, last_key, visible.chunks)
+        start = tl.minimum(tl.maximum(start, begin), visible.queries)
+        stop = tl.minimum(stop, end)
     none = (stop <= start) | (last_key < key_start)
     start = (start // BLOCK * BLOCK).to(tl.int32)
     stop = tl.where(none, start, stop).to(tl.int32)
@@ -494,35 +531,41 @@ def _key_walk(
 
 @triton.jit
 def _key_gradient(
-    inputs, grad_output, saved, key, value, key_start, key_stop, batch, key_head, nearest, farthest, start, drawn, side,
+    inputs, grad_output, saved, key, value, key_start, key_stop, batch, key_head, nearest, farthest, start, drawn, batches,
     to_key, to_value, key_sums, units, heads, group, queries, keys, table_rows, threshold, CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """`key_gradient_kernel` from its loops on."""
     total_key = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
     total_value = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
+    side = all_rows(inputs.query_ends, batches, heads, queries)
+    from_query = begin_of(inputs.query_ends, batch)
+    from_key = begin_of(inputs.key_ends, batch)
+    own, own_keys = length_of(inputs.query_ends, batch, queries), length_of(inputs.key_ends, batch, keys)
     for member in tl.range(0, group):
         head = key_head * group + member
-        rows = (batch * heads + head).to(tl.int64) * queries
+        rows = rows_before(inputs.query_ends, batch, head, heads, queries)
         visible = Visible(
-            nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
-        )
+            nearest, farthest, own, key_stop, at(inputs.key_mask, batch, head, from_key), at(inputs.mask, batch, head),
+            units.hidden_from, chunks_of(inputs, batch),
+        )  # fmt: skip
         tables = Tables(
             at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
             table_rows, start,
         )  # fmt: skip
         total_key, total_value, sums = _key_walk(
             total_key, total_value, tl.full((TILE.BLOCK,), 0.0, tl.float32), key, value,
-            Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head)), at(grad_output, batch, head),
+            Queries(at(inputs.query_u, batch, head, from_query), at(inputs.query_v, batch, head, from_query)),
+            at(grad_output, batch, head, from_query),
             Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows), None), side,
             key_start, tables, visible,
             Dropout(drawn, threshold, units.keep_scale, batch, head), units, key_sums is not None, CAREFUL, TILE,
         )  # fmt: skip
         if key_sums is not None:
             column = key_start + tl.arange(0, TILE.BLOCK)
-            tl.store(key_sums + (batch * heads + head).to(tl.int64) * keys + column, sums, mask=column < keys)
-    store_rows(to_key, total_key * units.scale, key_start, keys, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+            tl.store(key_sums + rows_before(inputs.key_ends, batch, head, heads, keys) + column, sums, mask=column < own_keys)
+    store_rows(to_key, total_key * units.scale, key_start, own_keys, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
     total_value = total_value * units.keep_scale
-    store_rows(to_value, total_value, key_start, keys, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    store_rows(to_value, total_value, key_start, own_keys, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -537,26 +580,29 @@ def key_gradient_kernel(
     given = inputs
     given_grad = grad_output
     kept = saved
-    key_heads, blocks = heads // group, tl.cdiv(keys, TILE.BLOCK)
-    key_start = tl.program_id(0) % blocks * TILE.BLOCK
-    batch, key_head = tl.program_id(0) // blocks // key_heads, tl.program_id(0) // blocks % key_heads
+    to_keys, to_values = grad_key, grad_value
+    block, _blocks, batch, key_head = program_of(
+        tl.program_id(0), 0, given.key_ends, batches, heads // group, keys, False, TILE.BLOCK
+    )  # fmt: skip
+    key_start = block * TILE.BLOCK
+    from_key = begin_of(given.key_ends, batch)
 
-    nearest, farthest, start, key_stop = offsets_of(given, batch, keys, table_start, first, last)
-    key = load_rows(at(given.key, batch, key_head), key_start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
-    value = load_rows(at(given.value, batch, key_head), key_start, key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
-    to_key, to_value = at(grad_key, batch, key_head), at(grad_value, batch, key_head)
-    side = tl.cast(batches, tl.int64) * heads * queries
+    own_keys = length_of(given.key_ends, batch, keys)
+    nearest, farthest, start, key_stop = offsets_of(given, batch, own_keys, table_start, first, last)
+    key = load_rows(at(given.key, batch, key_head, from_key), key_start, key_stop, TILE.SIZE, TILE.COLUMNS, TILE.BLOCK)
+    value = load_rows(at(given.value, batch, key_head, from_key), key_start, key_stop, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
+    to_key, to_value = at(to_keys, batch, key_head, from_key), at(to_values, batch, key_head, from_key)
     drawn = drawn_seed(given, TILE)
     careful = False
     if HIDES:
-        careful = is_wild(kept.wild, batch, key_head * group, heads, group, queries)
+        careful = is_wild(kept.wild, batch, key_head * group, heads, group, queries, given.query_ends, batches)
     if careful:
         _key_gradient(
-            given, given_grad, kept, key, value, key_start, key_stop, batch, key_head, nearest, farthest, start, drawn, side,
+            given, given_grad, kept, key, value, key_start, key_stop, batch, key_head, nearest, farthest, start, drawn, batches,
             to_key, to_value, key_sums, units, heads, group, queries, keys, table_rows, threshold, True, TILE,
         )  # fmt: skip
     else:
         _key_gradient(
-            given, given_grad, kept, key, value, key_start, key_stop, batch, key_head, nearest, farthest, start, drawn, side,
+            given, given_grad, kept, key, value, key_start, key_stop, batch, key_head, nearest, farthest, start, drawn, batches,
             to_key, to_value, key_sums, units, heads, group, queries, keys, table_rows, threshold, False, TILE,
         )  # fmt: skip

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .forward import edge_scores, key_ranges, offsets_of, steps_of
-from .operands import SIZES, Matrix, Tables, Visible, at
+from .operands import SIZES, Matrix, Tables, Visible, at, chunk_bounds, chunks_of
 from .tile import add_counted, add_dot, apply_mask, dot, is_whole, load_bias, load_rows, load_window, nothing_of
 
 ROWS = tl.constexpr(16)  # the fewest that matrix units take
@@ -55,7 +55,7 @@ def _masked(scores, key_start, visible, BLOCK: tl.constexpr):
     inside = (key >= 0) & (key < visible.key_stop)
     seen = inside & (key >= visible.first) & (key <= visible.last)
     if key_mask is not None:
-        seen = seen & (tl.load(key_mask.base + tl.cast(key, tl.int64) * key_mask.column, mask=inside, other=0) != 0)
+        seen = seen & (tl.load(key_mask.base + tl.cast(key, tl.int64) * key_mask.row, mask=inside, other=0) != 0)
     if mask is not None:
         entry = tl.load(mask.base[:, None] + tl.cast(key, tl.int64) * mask.column, mask=inside, other=0)
         seen, scores = apply_mask(seen, scores, entry, visible.hidden_from)
@@ -70,7 +70,7 @@ def load_seen(value, key_start, visible, TILE: tl.constexpr):
     key, column = key_start + tl.arange(0, TILE.BLOCK), tl.arange(0, TILE.VALUE_COLUMNS)
     inside = (key - start).to(tl.uint32) < tl.maximum(stop - start, 0).to(tl.uint32)
     if visible.key_mask is not None:
-        address = visible.key_mask.base + tl.cast(key, tl.int64) * visible.key_mask.column
+        address = visible.key_mask.base + tl.cast(key, tl.int64) * visible.key_mask.row
         inside = inside & (tl.load(address, mask=inside, other=0) != 0)
     inside = inside[:, None]
     if TILE.VALUE_SIZE != TILE.VALUE_COLUMNS:
@@ -140,8 +140,12 @@ def decode_kernel(
     head = key_head * group + tl.minimum(place, group - 1)  # rows beyond the group do its last head's work again
 
     nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
+    chunks = chunks_of(inputs, batch)
+    if chunks is not None:  # the one query's, whose index is 0
+        begin, end = chunk_bounds(0, chunks)
+        nearest, farthest = tl.maximum(nearest, begin), tl.minimum(farthest, end - 1)
     visible = Visible(
-        nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, key_head), at(inputs.mask, batch, head), units.hidden_from
+        nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, key_head), at(inputs.mask, batch, head), units.hidden_from, None
     )
     # One table serves all rows: that of the only head, or one with a stride of 0 from head to head. Biases have a pointer per row.
     tables = Tables(

@@ -12,7 +12,24 @@ Scores are kept in units of ln 2, so that weights are powers of two; with LATE t
 import triton
 import triton.language as tl
 
-from .operands import SIZES, Dropout, Matrix, Queries, Span, Steps, Tables, Visible, at
+from .operands import (
+    SIZES,
+    Dropout,
+    Matrix,
+    Queries,
+    Span,
+    Steps,
+    Tables,
+    Visible,
+    all_rows,
+    at,
+    begin_of,
+    chunk_bounds,
+    chunks_of,
+    length_of,
+    program_of,
+    rows_before,
+)
 from .tile import (
     add_counted,
     add_dot,
@@ -100,7 +117,13 @@ def key_ranges(query_start, visible, tables, TILE: tl.constexpr):
     BLOCK: tl.constexpr = TILE.BLOCK
     last_query = tl.minimum(query_start + BLOCK, visible.queries) - 1
     start = tl.minimum(tl.maximum(query_start + visible.first, 0), visible.key_stop)
-    stop = tl.maximum(tl.minimum(last_query + visible.last + 1, visible.key_stop), start)
+    stop = tl.minimum(last_query + visible.last + 1, visible.key_stop)
+    if visible.chunks is not None:
+        begin, _end = chunk_bounds(query_start, visible.chunks)
+        _begin, end = chunk_bounds(last_query, visible.chunks)
+        start = tl.minimum(tl.maximum(start, begin), visible.key_stop)
+        stop = tl.minimum(stop, end)
+    stop = tl.maximum(stop, start)
     start = (start // BLOCK * BLOCK).to(tl.int32)
     stop = stop.to(tl.int32)
     near, beyond = start, stop
@@ -260,9 +283,14 @@ def hides_strange(queries, value, query_start, begin, end, tables, visible, unit
     MASKED: tl.constexpr = visible.key_mask is not None or visible.mask is not None
     if not MASKED:
         # To the left the tiles whose first key the last query does not see, to the right those whose last key the first one does not.
-        left = tl.maximum(tl.minimum(query_start + TILE.BLOCK - 1 + visible.first, end), begin).to(tl.int32)
+        first_key, stop_key = query_start + TILE.BLOCK - 1 + visible.first, query_start + visible.last + 1
+        if visible.chunks is not None:
+            chunk_begin, _end = chunk_bounds(query_start + TILE.BLOCK - 1, visible.chunks)
+            _begin, chunk_end = chunk_bounds(query_start, visible.chunks)
+            first_key, stop_key = tl.maximum(first_key, chunk_begin), tl.minimum(stop_key, chunk_end)
+        left = tl.maximum(tl.minimum(first_key, end), begin).to(tl.int32)
         left = begin + (left - begin + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK
-        right = tl.minimum(tl.maximum(query_start + visible.last + 1 - TILE.BLOCK, left), end + TILE.BLOCK).to(tl.int32)
+        right = tl.minimum(tl.maximum(stop_key - TILE.BLOCK, left), end + TILE.BLOCK).to(tl.int32)
         right = begin + (right - begin + TILE.BLOCK - 1) // TILE.BLOCK * TILE.BLOCK
         if tables.rel_v is not None:  # a window has a row more than its tile, of the next one
             right = tl.maximum(tl.minimum(right - TILE.BLOCK, (end - 1) // TILE.BLOCK * TILE.BLOCK), left)
@@ -286,10 +314,11 @@ def hides_strange(queries, value, query_start, begin, end, tables, visible, unit
 
 @triton.jit
 def _attend(
-    query, query_start, batch, head, split, key, value, tables, visible, dropout, output, lse, units, batches, heads, queries, split_keys,
+    query, query_start, split, key, value, tables, visible, dropout, output, lse, rows, units, split_keys,
     CAREFUL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`forward_kernel` from its loop on."""
+    """`forward_kernel` from its loop on. output, lse: of this head and the first split; rows: of a split."""
+    queries = visible.queries
     query = load_queries(query, query_start, queries, TILE)
     query = queries_in_registers(query, TILE)
     total = tl.full((TILE.BLOCK, TILE.VALUE_COLUMNS), 0.0, tl.float32)
@@ -301,11 +330,11 @@ def _attend(
     # A query that sees nothing: output 0 and -inf.
     total = total * tl.where(norm == 0.0, 0.0, (units.keep_scale if TILE.DROPOUT else 1.0) / norm)[:, None]
     log_sum = (tl.where(highest == float("-inf"), 0.0, highest) + tl.log2(norm)) * 0.6931471805599453
-    rows = (split * batches * heads).to(tl.int64) * queries  # of the splits before
-    here = Matrix(output.base + rows * TILE.VALUE_SIZE, output.row, output.column)
+    before = split * rows
+    here = Matrix(output.base + before * TILE.VALUE_SIZE, output.row, output.column)
     store_rows(here, total, query_start, queries, TILE.VALUE_SIZE, TILE.VALUE_COLUMNS, TILE.BLOCK)
     row = query_start + tl.arange(0, TILE.BLOCK)
-    tl.store(lse + rows + (batch * heads + head).to(tl.int64) * queries + row, log_sum, mask=row < queries)
+    tl.store(lse + before + row, log_sum, mask=row < queries)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -316,28 +345,34 @@ def forward_kernel(
     """Program (query block of a head of a batch element, split of the keys).
 
     lse (splits, B, H, Lq) and output (splits, B, H, Lq, Dv), contiguous, are partial where there is more than one split; `output` is the
-    Operand of the first. `first` and `last`, the distances (key index minus query index) seen, and table_start, that of the tables' first
-    row, hold the call's query_offset already. HIDES: a key that one query sees may be hidden from another.
+    Operand of the first. Of packed sequences (operands.Inputs) `queries` and `keys` count all tokens and `batches` the sequences. `first`
+    and `last`, the distances (key index minus query index) seen, and table_start, that of the tables' first row, hold the call's
+    query_offset already. HIDES: a key that one query sees may be hidden from another.
     """
-    # The last blocks first: under a causal mask they see the most keys.
-    blocks = tl.cdiv(queries, TILE.BLOCK)
-    query_start = (blocks - 1 - tl.program_id(0) % blocks) * TILE.BLOCK
-    batch, head = tl.program_id(0) // blocks // heads, tl.program_id(0) // blocks % heads
+    block, _blocks, batch, head = program_of(tl.program_id(0), 0, inputs.query_ends, batches, heads, queries, True, TILE.BLOCK)
+    query_start = block * TILE.BLOCK
     split = tl.program_id(1)
+    from_query = begin_of(inputs.query_ends, batch)
+    from_key = begin_of(inputs.key_ends, batch)
+    own, own_keys = length_of(inputs.query_ends, batch, queries), length_of(inputs.key_ends, batch, keys)
+    if inputs.query_ends is not None:
+        own_keys = tl.where(query_start < own, own_keys, 0)
 
-    nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
+    nearest, farthest, start, key_stop = offsets_of(inputs, batch, own_keys, table_start, first, last)
     visible = Visible(
-        nearest, farthest, queries, key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head), units.hidden_from
+        nearest, farthest, own, key_stop, at(inputs.key_mask, batch, head, from_key), at(inputs.mask, batch, head), units.hidden_from,
+        chunks_of(inputs, batch),
     )
     tables = Tables(
         at(inputs.rel_k, batch, head), at(inputs.rel_q, batch, head), at(inputs.rel_v, batch, head), at(inputs.rel_bias, batch, head),
         table_rows, start,
     )  # fmt: skip
-    query = Queries(at(inputs.query_u, batch, head), at(inputs.query_v, batch, head))
-    key, value = at(inputs.key, batch, head // group), at(inputs.value, batch, head // group)
+    query = Queries(at(inputs.query_u, batch, head, from_query), at(inputs.query_v, batch, head, from_query))
+    key, value = at(inputs.key, batch, head // group, from_key), at(inputs.value, batch, head // group, from_key)
     dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
 
-    to = at(output, batch, head)
+    to, to_lse = at(output, batch, head, from_query), lse + rows_before(inputs.query_ends, batch, head, heads, queries)
+    rows = all_rows(inputs.query_ends, batches, heads, queries)
     careful = False
     if HIDES:
         span = key_ranges(query_start, visible, tables, TILE)
@@ -345,13 +380,11 @@ def forward_kernel(
         careful = hides_strange(query, value, query_start, begin, end, tables, visible, units, TILE)
     if careful:
         _attend(
-            query, query_start, batch, head, split, key, value, tables, visible, dropout, to, lse, units, batches, heads, queries,
-            split_keys, True, TILE,
+            query, query_start, split, key, value, tables, visible, dropout, to, to_lse, rows, units, split_keys, True, TILE,
         )  # fmt: skip
     else:
         _attend(
-            query, query_start, batch, head, split, key, value, tables, visible, dropout, to, lse, units, batches, heads, queries,
-            split_keys, False, TILE,
+            query, query_start, split, key, value, tables, visible, dropout, to, to_lse, rows, units, split_keys, False, TILE,
         )  # fmt: skip
 
 

@@ -52,11 +52,32 @@ class Inputs(NamedTuple):
     rel_q: Any
     rel_v: Any
     rel_bias: Any  # (H, R): its rows have no columns
-    key_mask: Any  # (B, Lk): one row
+    key_mask: Any  # (B, Lk): its rows have no columns
     mask: Any
     key_lengths: Any  # pointers: (B,)
     offsets: Any  # (B,), on top of what table_start, first and last hold
     seed: Any
+    chunk: Any = None  # Chunk
+    query_ends: Any = None  # pointers (N + 1,), of packed sequences: a tensor's rows are all tokens, and what is said of batch elements
+    key_ends: Any = None  # is said of sequences, of which number n has the tokens ends[n] ... ends[n + 1] - 1
+
+
+class Chunk(NamedTuple):
+    """Chunks of `size` positions: a query at i + offset sees its own and `left` before it, or if that is negative all before it."""
+
+    size: Any
+    left: Any
+    offset: Any
+
+
+class Chunks(NamedTuple):
+    """Chunks of one batch element: of query i the first key is lower + t, and the first that is hidden behind it upper + t, where t is
+    (i + shift) rounded down to a multiple of `size`. 64-bit, but for size and shift, which is less than size."""
+
+    size: Any
+    shift: Any
+    lower: Any
+    upper: Any
 
 
 class Units(NamedTuple):
@@ -110,7 +131,7 @@ class Tables(NamedTuple):
 
 class Visible(NamedTuple):
     """What queries of one batch element and head see: distances first ... last (key index minus query index) of keys before key_stop, but
-    for what the masks (Matrix or None) hide."""
+    for what the masks (Matrix or None) and the chunks hide."""
 
     first: Any
     last: Any
@@ -119,6 +140,7 @@ class Visible(NamedTuple):
     key_mask: Any
     mask: Any
     hidden_from: Any
+    chunks: Any  # Chunks or None: hidden is too what lies in other chunks
 
 
 class Dropout(NamedTuple):
@@ -158,11 +180,140 @@ class Steps(NamedTuple):
 
 
 @triton.jit
-def at(operand, batch, head):
-    """The Matrix of one batch element and head. Of None it is None."""
+def at(operand, batch, head, begin=None):
+    """The Matrix of one batch element and head, or of a sequence, whose rows begin at `begin`. Of None it is None."""
     if operand is not None:
         base = operand.base + tl.cast(head, tl.int64) * operand.head + tl.cast(batch, tl.int64) * operand.batch
+        if begin is not None:
+            base += begin * operand.row
         return Matrix(base, operand.row, operand.column)
+
+
+@triton.jit
+def begin_of(ends, batch):
+    """The first token of a packed sequence. Without `ends` it is None."""
+    if ends is not None:
+        return tl.load(ends + batch).to(tl.int64)
+
+
+@triton.jit
+def length_of(ends, batch, length):
+    """Of a batch element or a sequence."""
+    if ends is not None:
+        length = (tl.load(ends + batch + 1) - tl.load(ends + batch)).to(tl.int32)
+    return length
+
+
+@triton.jit
+def rows_before(ends, batch, head, heads, length):
+    """Where the rows of a head begin in what is kept for each, (B, H, length), or of packed sequences (H, all tokens)."""
+    if ends is None:
+        before = (tl.cast(batch, tl.int64) * heads + head) * length
+    else:
+        before = tl.cast(head, tl.int64) * length + tl.load(ends + batch)
+    return before
+
+
+@triton.jit
+def all_rows(ends, batches, heads, length):
+    """How many there are of these."""
+    count = tl.cast(heads, tl.int64) * length
+    if ends is None:
+        count *= batches
+    return count
+
+
+@triton.jit
+def _slot(ends, batch, SIZE: tl.constexpr):
+    """The first of a packed sequence's blocks of SIZE tokens, among slots of which each sequence has as many as it needs, or one or two
+    more: nobody has to know the lengths to know how many there are in all (`slots_of`)."""
+    return tl.load(ends + batch).to(tl.int32) // SIZE + batch
+
+
+@triton.jit
+def slots_of(ends, batches, length, SIZE: tl.constexpr):
+    """Blocks of SIZE rows of a head, of a batch element or of all packed sequences."""
+    if ends is None:
+        count = tl.cdiv(length, SIZE)
+    else:
+        count = length // SIZE + batches
+    return count
+
+
+@triton.jit
+def slots_before(ends, batches, batch, head, heads, length, SIZE: tl.constexpr):
+    """Where the blocks of a head begin in what is kept for each of them."""
+    count = slots_of(ends, batches, length, SIZE)
+    if ends is None:
+        before = (tl.cast(batch, tl.int64) * heads + head) * count
+    else:
+        before = tl.cast(head, tl.int64) * count + _slot(ends, batch, SIZE)
+    return before
+
+
+@triton.jit
+def _sequence_of(ends, batches, slot, SIZE: tl.constexpr):
+    """Which of the packed sequences has a slot."""
+    lane = tl.arange(0, 128)
+    count = tl.full((128,), 0, tl.int32)
+    for begin in tl.range(0, batches, 128, num_stages=1):
+        first = tl.load(ends + begin + lane, mask=begin + lane < batches, other=0).to(tl.int32) // SIZE + begin + lane
+        count += ((begin + lane < batches) & (first <= slot)).to(tl.int32)
+    return tl.sum(count, axis=0) - 1
+
+
+@triton.jit
+def program_of(program, first_pair, ends, batches, heads, length, LAST_FIRST: tl.constexpr, SIZE: tl.constexpr):
+    """A program's block of SIZE rows, how many blocks there are, the batch element (or sequence), and the head. Programs are numbered by
+    head (of batch elements, from number first_pair of these on) and block. Of packed sequences some have a block behind the last one."""
+    slots = slots_of(ends, batches, length, SIZE)
+    block, pair = program % slots, program // slots + first_pair
+    if ends is None:
+        blocks, batch, head = slots, pair // heads, pair % heads
+    else:
+        batch, head = _sequence_of(ends, batches, block, SIZE), pair
+        block -= _slot(ends, batch, SIZE)
+        blocks = tl.cdiv(length_of(ends, batch, length), SIZE)
+    if LAST_FIRST:  # under a causal mask they see the most keys
+        if ends is None:
+            block = blocks - 1 - block
+        else:
+            block = tl.where(block < blocks, blocks - 1 - block, block)
+    return block, blocks, batch, head
+
+
+@triton.jit
+def chunks_of(inputs, batch):
+    """The Chunks of one batch element, or None."""
+    if inputs.chunk is not None:
+        offset, size = tl.cast(inputs.chunk.offset, tl.int64), tl.cast(inputs.chunk.size, tl.int64)
+        if inputs.offsets is not None:
+            offset += tl.load(inputs.offsets + batch).to(tl.int64)
+        rest = offset % size  # of the sign of `offset`
+        shift = tl.where(rest < 0, rest + size, rest)
+        left = tl.cast(inputs.chunk.left, tl.int64)
+        lower = tl.where(left < 0, -(1 << 62), offset - shift - left * size)
+        return Chunks(tl.cast(inputs.chunk.size, tl.int32), shift.to(tl.int32), lower, offset - shift + size)
+
+
+@triton.jit
+def chunk_bounds(query, chunks):
+    """Of queries, or of one: the first key that they see of their chunks, and the first behind. Cut to 2^30, 32-bit."""
+    turn = ((query + chunks.shift) // chunks.size * chunks.size).to(tl.int64)
+    low = tl.minimum(tl.maximum(turn + chunks.lower, -(1 << 30)), 1 << 30).to(tl.int32)
+    return low, tl.minimum(tl.maximum(turn + chunks.upper, -(1 << 30)), 1 << 30).to(tl.int32)
+
+
+@triton.jit
+def chunk_queries(first_key, last_key, chunks):
+    """Which queries some keys' chunks are seen from: the first one, and the first behind them."""
+    size, last = tl.cast(chunks.size, tl.int64), tl.maximum(last_key, 0)
+    # Of query i the chunk begins at i + shift - (upper - size), rounded down.
+    start = first_key // chunks.size * size - chunks.shift - (chunks.upper - size)
+    stop = last // chunks.size * size + size - chunks.shift - chunks.lower
+    stop = tl.where(chunks.lower <= -(1 << 62), 1 << 30, stop)
+    start = tl.minimum(tl.maximum(start, -(1 << 30)), 1 << 30).to(tl.int32)
+    return start, tl.minimum(tl.maximum(stop, -(1 << 30)), 1 << 30).to(tl.int32)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .backward import is_wild, query_ranges
 from .forward import key_ranges, offsets_of, window_start
-from .operands import SIZES, Matrix, Part, Tables, Visible, at
+from .operands import SIZES, Matrix, Part, Tables, Visible, at, chunks_of
 from .tile import add_counted, counted_pairs, load_rows, load_tile, load_window, store_rows
 
 
@@ -21,7 +21,7 @@ def counted(
     """`counted_pairs` of a tile that `query_gradient_kernel` left, whose own loop may not have been careful."""
     visible = Visible(
         visible.first, visible.last, visible.queries, visible.key_stop, at(inputs.key_mask, batch, head), at(inputs.mask, batch, head),
-        hidden_from,
+        hidden_from, visible.chunks,
     )  # fmt: skip
     base = saved.base + (batch * heads + head).to(tl.int64) * visible.queries
     return counted_pairs(tile, base, query_start, key_start, visible, TILE.BLOCK, SKEWED)
@@ -46,7 +46,7 @@ def _by_key(
     pair = unit * group + part.pair
     batch, key_head = pair // heads, pair % heads // group
     nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
-    visible = Visible(nearest, farthest, queries, key_stop, None, None, 0.0)
+    visible = Visible(nearest, farthest, queries, key_stop, None, None, 0.0, chunks_of(inputs, batch))
     span = query_ranges(key_start, visible, Tables(None, None, None, None, table_rows, start), TILE)
     begin, end = tl.maximum(span.start, split * chunk), tl.minimum(span.stop, (split + 1) * chunk)
     total = tl.full((TILE.BLOCK, COLUMNS), 0.0, tl.float32)
@@ -85,7 +85,7 @@ def _by_query(
     batch, head = pair // heads, pair % heads
     key = at(inputs.key, batch, head // group)
     nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
-    visible = Visible(nearest, farthest, queries, key_stop, None, None, 0.0)
+    visible = Visible(nearest, farthest, queries, key_stop, None, None, 0.0, chunks_of(inputs, batch))
     tables = Tables(at(inputs.rel_k, batch, head), None, None, None, table_rows, start)
     span = key_ranges(query_start, visible, tables, TILE)
     begin, end = tl.maximum(span.start, part.begin), tl.minimum(span.stop, part.end)
@@ -142,7 +142,7 @@ def _by_distance(
     if inputs.query_v is not None:
         content = at(inputs.query_v, batch, head)
     nearest, farthest, start, key_stop = offsets_of(inputs, batch, keys, table_start, first, last)
-    visible = Visible(nearest, farthest, queries, key_stop, None, None, 0.0)
+    visible = Visible(nearest, farthest, queries, key_stop, None, None, 0.0, chunks_of(inputs, batch))
     tables = Tables(None, None, None, None, table_rows, start)
     total, sums = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
     for block in tl.range(tl.maximum(0, -diagonal), tl.minimum(blocks, part.columns - diagonal)):

@@ -12,7 +12,21 @@ import triton.language as tl
 
 from .backward import is_wild, transposed_tile
 from .forward import drawn_seed, load_queries, offsets_of
-from .operands import SIZES, Dropout, Matrix, Queries, Saved, Tables, Visible, at, past
+from .operands import (
+    SIZES,
+    Dropout,
+    Matrix,
+    Queries,
+    Saved,
+    Tables,
+    Visible,
+    at,
+    begin_of,
+    chunks_of,
+    length_of,
+    past,
+    rows_before,
+)
 from .tile import add_counted, in_low, load_rows, load_window, store_rows, unskew
 
 
@@ -92,7 +106,7 @@ def table_gradient_kernel(
     if diagonals % 2 == 0:
         index = diagonals // 2 + tl.where(place % 2 == 0, -(place // 2) - 1, place // 2)
     split, head_group = tl.program_id(2), tl.program_id(1)
-    chunks = (queries + chunk - 1) // chunk
+    chunks = tl.num_programs(2) // tl.cdiv(batches, chunk_batches)
     first_batch, query_begin = split // chunks * chunk_batches, split % chunks * chunk
     COLUMNS: tl.constexpr = TILE.VALUE_COLUMNS if TABLE == "rel_v" else TILE.COLUMNS
     PHASES: tl.constexpr = FAR_BLOCK // BLOCK
@@ -106,14 +120,18 @@ def table_gradient_kernel(
         head = first_head + head_here
         sums_low, sums_high = tl.full((BLOCK,), 0.0, tl.float32), tl.full((BLOCK,), 0.0, tl.float32)
         for element in tl.range(first_batch, tl.minimum(first_batch + chunk_batches, batches)):
-            nearest, farthest, start_here, key_stop = offsets_of(given, element, keys, table_start64, first, last)
+            from_query = begin_of(given.query_ends, element)
+            from_key = begin_of(given.key_ends, element)
+            own, own_keys = length_of(given.query_ends, element, queries), length_of(given.key_ends, element, keys)
+            nearest, farthest, start_here, key_stop = offsets_of(given, element, own_keys, table_start64, first, last)
             shift = tl.cast(0, tl.int64)
             if given.offsets is not None:
                 shift = tl.load(given.offsets + element).to(tl.int64)
-            rows = (tl.cast(element, tl.int64) * heads + head) * queries
+            rows = rows_before(given.query_ends, element, head, heads, queries)
             visible = Visible(
-                nearest, farthest, queries, key_stop, at(given.key_mask, element, head), at(given.mask, element, head), units.hidden_from
-            )
+                nearest, farthest, own, key_stop, at(given.key_mask, element, head, from_key), at(given.mask, element, head),
+                units.hidden_from, chunks_of(given, element),
+            )  # fmt: skip
             rel_k = at(given.rel_k, element, head)
             tables = Tables(
                 None, at(given.rel_q, element, head), at(given.rel_v, element, head), at(given.rel_bias, element, head),
@@ -121,22 +139,22 @@ def table_gradient_kernel(
             )  # fmt: skip
             wild = False
             if HIDES:
-                wild = is_wild(saved.wild, element, head, heads, group, queries)
+                wild = is_wild(saved.wild, element, head, heads, group, queries, given.query_ends, batches)
             lowest = (index + first_diagonal).to(tl.int64)
             highest = lowest
             if ABSORB:  # all that have tiles, from the last query and the first key to the first query and the last key
                 if index == 0:
-                    lowest = tl.minimum(lowest, (-queries - shift) // BLOCK - 2)
-                    highest = tl.minimum(highest, (keys - shift) // BLOCK + 2)
+                    lowest = tl.minimum(lowest, (-own - shift) // BLOCK - 2)
+                    highest = tl.minimum(highest, (own_keys - shift) // BLOCK + 2)
                 if index == diagonals - 1:
-                    lowest = tl.maximum(lowest, (-queries - shift) // BLOCK - 2)
-                    highest = tl.maximum(highest, (keys - shift) // BLOCK + 2)
+                    lowest = tl.maximum(lowest, (-own - shift) // BLOCK - 2)
+                    highest = tl.maximum(highest, (own_keys - shift) // BLOCK + 2)
             for diagonal in tl.range(lowest, highest + 1):
                 lead = diagonal * BLOCK + shift
                 window = diagonal * BLOCK - (BLOCK - 1) - table_start64
                 # Tiles with a key and a query, whose distances lead - BLOCK < d < lead + BLOCK some query may see.
                 start = tl.maximum(query_begin, (tl.maximum(1 - BLOCK - lead, 0) + BLOCK - 1) // BLOCK * BLOCK)
-                stop = tl.minimum(tl.minimum(query_begin + chunk, queries), key_stop - lead)
+                stop = tl.minimum(tl.minimum(query_begin + chunk, own), key_stop - lead)
                 seen = (lead + BLOCK - 1 >= nearest) & (lead - (BLOCK - 1) <= farthest) & (stop > start)
                 for phase in tl.static_range(PHASES):
                     begin = start + ((phase * BLOCK - start) % FAR_BLOCK + FAR_BLOCK) % FAR_BLOCK
@@ -154,9 +172,9 @@ def table_gradient_kernel(
                         if wild:
                             total_low, total_high, sums_low, sums_high = _diagonal_walk(
                                 total_low, total_high, sums_low, sums_high, low, high,
-                                Queries(at(given.query_u, element, head), at(given.query_v, element, head)),
-                                at(given.key, element, head // group), at(given.value, element, head // group),
-                                at(given_grad, element, head),
+                                Queries(at(given.query_u, element, head, from_query), at(given.query_v, element, head, from_query)),
+                                at(given.key, element, head // group, from_key), at(given.value, element, head // group, from_key),
+                                at(given_grad, element, head, from_query),
                                 Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), None, None), tables, window,
                                 visible,
                                 Dropout(drawn, threshold, units.keep_scale, element, head),
@@ -166,9 +184,9 @@ def table_gradient_kernel(
                         else:
                             total_low, total_high, sums_low, sums_high = _diagonal_walk(
                                 total_low, total_high, sums_low, sums_high, low, high,
-                                Queries(at(given.query_u, element, head), at(given.query_v, element, head)),
-                                at(given.key, element, head // group), at(given.value, element, head // group),
-                                at(given_grad, element, head),
+                                Queries(at(given.query_u, element, head, from_query), at(given.query_v, element, head, from_query)),
+                                at(given.key, element, head // group, from_key), at(given.value, element, head // group, from_key),
+                                at(given_grad, element, head, from_query),
                                 Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), None, None), tables, window,
                                 visible,
                                 Dropout(drawn, threshold, units.keep_scale, element, head),

@@ -19,6 +19,8 @@ along columns [r1 r0 c2 c1 r2]. tests/backends/test_triton.py counts the banks. 
 import triton
 import triton.language as tl
 
+from .operands import chunk_bounds
+
 
 @triton.jit
 def dot(a, b, TILE: tl.constexpr):
@@ -329,12 +331,17 @@ def dropout_keep(dropout, query_start, key_start, BLOCK: tl.constexpr, TRANSPOSE
 @triton.jit
 def is_whole(query_start, key_start, visible, BLOCK: tl.constexpr):
     """Whether every query of a tile sees every key of it, masks aside."""
-    return (
+    whole = (
         (key_start >= 0)
         & (key_start + BLOCK <= visible.key_stop)
         & (key_start - (query_start + BLOCK - 1) >= visible.first)
         & (key_start + BLOCK - 1 - query_start <= visible.last)
     )
+    if visible.chunks is not None:
+        begin, _end = chunk_bounds(query_start + BLOCK - 1, visible.chunks)
+        _begin, end = chunk_bounds(query_start, visible.chunks)
+        whole = whole & (key_start >= begin) & (key_start + BLOCK <= end)
+    return whole
 
 
 @triton.jit
@@ -360,9 +367,12 @@ def _masked_pairs(scores, query, key, visible):
     key_mask, mask = visible.key_mask, visible.mask
     inside = (key >= 0) & (key < visible.key_stop)
     if key_mask is not None:
-        inside = inside & (tl.load(key_mask.base + tl.cast(key, tl.int64) * key_mask.column, mask=inside, other=0) != 0)
+        inside = inside & (tl.load(key_mask.base + tl.cast(key, tl.int64) * key_mask.row, mask=inside, other=0) != 0)
     distance = key - query
     seen = inside & (distance >= visible.first) & (distance <= visible.last)
+    if visible.chunks is not None:
+        begin, end = chunk_bounds(query, visible.chunks)
+        seen = seen & (key >= begin) & (key < end)
     if mask is not None:
         address = mask.base + tl.cast(query, tl.int64) * mask.row + tl.cast(key, tl.int64) * mask.column
         entry = tl.load(address, mask=(key >= 0) & (key < visible.key_stop) & (query < visible.queries), other=0)

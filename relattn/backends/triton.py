@@ -98,8 +98,6 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
         return "it computes in float32, and these are torch.float64"
     if max(query.shape[3], tensors.value.shape[3]) > 256:
         return f"head sizes go to 256, and these are {query.shape[3]} and {tensors.value.shape[3]}"
-    if tensors.cu_seqlens_q is not None or settings.chunk_size is not None:
-        return "its kernels take neither packed sequences nor chunks yet"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
     return _FAILED.get(_kind(tensors, settings)) if _FAILED else None
@@ -223,6 +221,9 @@ def _named(tensors: Tensors) -> dict[str, Tensor]:
     for name, tensor in (("rel_bias", tensors.rel_bias), ("key_lengths", tensors.key_lengths), ("offsets", tensors.query_offsets)):
         if tensor is not None:
             named[name] = tensor
+    for name, ends in (("query_ends", tensors.cu_seqlens_q), ("key_ends", tensors.cu_seqlens_k)):
+        if ends is not None:
+            named[name] = ends.contiguous()
     return named
 
 
@@ -251,6 +252,14 @@ class Call:
         self.dtype, self.device = query.dtype, query.device
         self.batch, self.heads, self.queries, self.size = query.shape
         self.key_heads, self.keys, self.value_size = *named["key"].shape[1:3], named["value"].shape[3]
+        self.longest, self.longest_keys = self.queries, self.keys  # of a batch element, or at most of a packed sequence
+        self.pairs = self.batch * self.heads
+        self.per_query = (self.batch, self.heads, self.queries)
+        self.packed = "query_ends" in named
+        if self.packed:
+            self.batch = named["query_ends"].shape[0] - 1
+            self.longest = min(self.queries, self.queries if settings.max_seqlen_q is None else settings.max_seqlen_q)
+            self.longest_keys = min(self.keys, self.keys if settings.max_seqlen_k is None else settings.max_seqlen_k)
         self.table_rows = settings.left + settings.right + 1
         self.first, self.last = -_UNBOUNDED, _UNBOUNDED
         if settings.window_left is not None:
@@ -258,6 +267,11 @@ class Call:
         right = 0 if settings.is_causal else settings.window_right
         if right is not None:
             self.last = min(settings.query_offset + right, _UNBOUNDED - 1)
+        if settings.chunk_size is not None:  # the distances that chunks allow; the kernels bound each query's keys beside
+            size, left = settings.chunk_size, settings.chunk_left
+            self.last = min(self.last, settings.query_offset + size - 1, _UNBOUNDED - 1)
+            if left is not None:
+                self.first = max(self.first, settings.query_offset - left * size - (size - 1), 1 - _UNBOUNDED)
         self.table_start = settings.query_offset - settings.left  # the tables' first row, as key index minus query index
         # Only a mask or a bias that is added makes scores so large that the log-sum-exp does not hold what it should.
         mask = named.get("mask")
@@ -275,8 +289,9 @@ class Call:
         inputs = operands.Inputs(
             *(self._operand(name, "bhrc") for name in ("query_u", "query_v", "key", "value")),
             *(self._operand(name, "hrc") for name in ("rel_k", "rel_q", "rel_v")),
-            self._operand("rel_bias", "hr"), self._operand("key_mask", "bc"), self._operand("mask", "bhrc"),
+            self._operand("rel_bias", "hr"), self._operand("key_mask", "br"), self._operand("mask", "bhrc"),
             *(Slot(name) if name in names else None for name in ("key_lengths", "offsets", "seed")),
+            self._chunk(), *(Slot(name) if name in names else None for name in ("query_ends", "key_ends")),
         )  # fmt: skip
         threshold = min(round(settings.dropout_p * 2**32), 2**32 - 1)  # at p = 1 what is kept all the same is multiplied by 0
         return dict(
@@ -286,6 +301,10 @@ class Call:
             table_rows=self.table_rows, table_start=self.table_start, first=self.first, last=self.last,
             threshold=threshold - 2**32 if threshold >= 2**31 else threshold,
         )  # fmt: skip
+
+    def _chunk(self) -> Any:
+        size, left = self.settings.chunk_size, self.settings.chunk_left
+        return None if size is None else _kernels().operands.Chunk(size, -1 if left is None else left, self.settings.query_offset)
 
     def _operand(self, name: str | None, dims: str = "bhrc") -> Any:
         """An Operand of some of the dimensions batch, head, row and column, with stride 0 where a tensor broadcasts. Of none it is None."""
@@ -298,6 +317,8 @@ class Call:
         broadcasts = name in ("rel_k", "rel_q", "rel_v", "rel_bias", "key_mask", "mask")
         for dim, size, stride in zip(own, tensor.shape, tensor.stride(), strict=True):
             strides[dim] = 0 if size == 1 and broadcasts else stride
+        if self.packed:
+            strides["b"] = operands.LACKING
         return operands.Operand(Slot(name), *strides.values())
 
     def _run(self, kernel: str, launch: Callable[[Any], None], largest_block: int = 2**30, block: int | None = None) -> int:
@@ -361,7 +382,7 @@ class Call:
 
     def _diagonals(self, block: int) -> tuple[int, int]:
         """Of the tiles' first key minus first query, in blocks: the lowest and the highest that some query sees."""
-        lowest, highest = -((self.queries - 1) // block), (self.keys - 1) // block
+        lowest, highest = -((self.longest - 1) // block), (self.longest_keys - 1) // block
         if "offsets" not in self.names:  # seen: t * block + block - 1 >= first, t * block - (block - 1) <= last
             lowest = max(lowest, -((block - 1 - self.first) // block))
             highest = min(highest, (self.last + block - 1) // block)
@@ -401,11 +422,13 @@ class Call:
 
     def _splits(self, programs: int, block: int) -> int:
         """How many parts the keys are cut into, where queries alone leave the chip idle."""
-        tiles = -(-self.keys // block)
+        tiles = -(-self.longest_keys // block)
         if _SPLITS:
             return min(_SPLITS, tiles)
         if INTERPRETED:
             return 1
+        if self.packed and self.settings.max_seqlen_k is None:
+            return 1  # parts of all tokens are none of a sequence's
         room = 2 * _processors(self.device) // programs
         return max(1, min(room, tiles // 4, 128))
 
@@ -417,7 +440,7 @@ class Call:
 
     def _packs(self) -> bool:
         """Whether the heads that share a key head fit into one tile: with one query each, and one table for all of them."""
-        if self.queries > 1 or self.settings.dropout_p > 0.0:
+        if self.queries > 1 or self.settings.dropout_p > 0.0 or self.packed:
             return False
         tables = [self._operand(name, "hrc") for name in ("rel_k", "rel_q", "rel_v")]
         return self.heads == self.key_heads or all(table is None or table.head == 0 for table in tables)
@@ -427,23 +450,27 @@ class Call:
         self._attend("decode", blocks * self.batch * self.key_heads, configuration)
 
     def _forward(self, configuration: Any) -> None:
-        self._attend("forward", -(-self.queries // configuration.block) * self.batch * self.heads, configuration)
+        self._attend("forward", self._programs(configuration.block, self.queries, self.heads), configuration)
+
+    def _programs(self, block: int, length: int, heads: int) -> int:
+        """One for each block of each head (of batch elements); of packed sequences as many as there may be of their lengths."""
+        return (length // block + self.batch if self.packed else -(-length // block) * self.batch) * heads
 
     def _attend(self, kernel: str, programs: int, configuration: Any) -> None:
         """Launch one of the kernels that make the output, and what joins its splits."""
         block = configuration.block
         splits = self._splits(programs, block)
-        split_keys = -(-self.keys // splits // block) * block
-        splits = -(-self.keys // split_keys)
+        split_keys = -(-self.longest_keys // splits // block) * block
+        splits = -(-self.longest_keys // split_keys)
         to, lse = self._operand("output"), Slot("lse")
         if splits > 1:
-            shape = (splits, self.batch, self.heads, self.queries)
+            shape = (splits, *self.per_query)
             parts, lse = self.tape.new("parts", (*shape, self.value_size)), self.tape.new("part_lse", shape)
             strides = self.tape.live[parts].stride()[1:]
-            to = to._replace(base=parts, batch=strides[0], head=strides[1], row=strides[2], column=1)
+            to = to._replace(base=parts, batch=to.batch if self.packed else strides[0], head=strides[1], row=strides[2], column=1)
         self._launch(kernel, (programs, splits), configuration, self._clipped(block), output=to, lse=lse, split_keys=split_keys)
         if splits > 1:
-            rows = self.batch * self.heads * self.queries
+            rows = self.pairs * self.queries
             self._launch(
                 "combine", (-(-rows // 4),), configuration._replace(block=4, num_warps=4), partial=parts, partial_lse=lse,
                 output=self._operand("output"), lse=Slot("lse"), splits=splits, rows=rows,

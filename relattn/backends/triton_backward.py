@@ -26,12 +26,12 @@ class Backward(launcher.Call):
         self.wanted = frozenset(wanted)
         self.group = self.heads // self.key_heads
         self.any_clipped = self._clipped(16)  # with larger tiles fewer are far
-        per_query, new = (self.batch, self.heads, self.queries), self.tape.new
+        per_query, new = self.per_query, self.tape.new
         hides = self.hides or "key_lengths" in self.names
         saved = launcher._kernels().operands.Saved(
             new("delta", per_query), new("base", per_query), None if self.exact else new("inverse", per_query),
             new("edges", (2, *per_query)) if self.any_clipped else None,
-            new("wild", (self.batch, self.heads, -(-self.queries // 16)), torch.uint8) if hides else None,
+            new("wild", (self._programs(16, self.queries, self.heads),), torch.uint8) if hides else None,
         )  # fmt: skip
         self.arguments |= dict(
             HIDES=hides, saved=self.tape.group("saved", saved), grad_output=self.tape.group("slopes", self._operand("grad_output"))
@@ -39,13 +39,14 @@ class Backward(launcher.Call):
         self.want_sums = bool(self.wanted & {"rel_bias", "pos_bias_v"})
         # Where rel_k wants a gradient, score gradients go to memory, since distances and queries sum them differently. Of large heads all
         # gradients are products of what is there: registers do not hold their sums.
-        self.by_tiles = not self.any_clipped and not {"offsets", "rel_q", "rel_v"} & self.names and "rel_k" in self.wanted
+        diagonals = self.packed or self.any_clipped or {"offsets", "rel_q", "rel_v"} & self.names  # tables.py serves
+        self.by_tiles = not diagonals and "rel_k" in self.wanted
         self.products = self.by_tiles and self.size > 64 and self.dtype.itemsize == 2
-        self.key_sums = new("key_sums", (self.batch, self.heads, self.keys)) if "pos_bias_u" in wanted else None
+        self.key_sums = new("key_sums", (*self.per_query[:2], self.keys)) if "pos_bias_u" in wanted else None
         self.sums = new("sums", (self.heads, self.table_rows, 1)) if self.want_sums else None  # of score gradients, by table row
         self.summed = False  # whether that and rel_k's gradient are there
         # What far tiles owe to the tables' edges: score gradients per query (2, B, H, Lq), and these times the queries
-        # (2, B, H, blocks, D).
+        # (2, programs, D).
         self.edge_sums: Slot | None = None
         self.edge_owed: Slot | None = None
 
@@ -73,9 +74,6 @@ class Backward(launcher.Call):
             if name in wanted:
                 self._table_gradient(name, None, 0)
 
-    def _programs(self, block: int, length: int, heads: int) -> tuple[int]:
-        return (-(-length // block) * self.batch * heads,)
-
     def _gradient(self, name: str) -> Any:
         """Where one of query, key and value gets its gradient, or what nobody wants of it."""
         if name in self.wanted:
@@ -87,15 +85,15 @@ class Backward(launcher.Call):
         programs = self._programs(configuration.block, self.queries, self.heads)
         grad_lse = Slot("grad_lse") if "grad_lse" in self.names else None
         rows = dict(output=self._operand("output"), lse=Slot("lse"), grad_lse=grad_lse)
-        self._launch("prepare", programs, configuration, self.any_clipped, **rows)
+        self._launch("prepare", (programs,), configuration, self.any_clipped, **rows)
 
     def _query_gradient(self, configuration: Any) -> None:
         block, clipped = configuration.block, self._clipped(configuration.block)
         programs = self._programs(block, self.queries, self.heads)
         self.summed = False
-        self.edge_sums = self.tape.new("edge_sums", (2, self.batch, self.heads, self.queries)) if self.any_clipped else None
+        self.edge_sums = self.tape.new("edge_sums", (2, *self.per_query)) if self.any_clipped else None
         owed = clipped and "rel_k" in self.wanted
-        self.edge_owed = self.tape.new("edge_owed", (2, *programs, self.size)) if owed else None
+        self.edge_owed = self.tape.new("edge_owed", (2, programs, self.size)) if owed else None
         launch = functools.partial(
             self._launch, "query_gradient", configuration=configuration, clipped=clipped,
             edge_sums=self.edge_sums, edge_owed=self.edge_owed,
@@ -104,14 +102,14 @@ class Backward(launcher.Call):
             self._parts(launch, block)
         else:
             launch(
-                grid=programs, kept_tiles=None, grad_tiles=None, owed_tiles=None, running=None, ADD=True,
+                grid=(programs,), kept_tiles=None, grad_tiles=None, owed_tiles=None, running=None, ADD=True,
                 grad_query=self._gradient("query"), first_pair=0, columns=0, key_begin=0, key_end=self.keys,
             )  # fmt: skip
 
     def _key_gradient(self, configuration: Any) -> None:
         block = configuration.block
         self._launch(
-            "key_gradient", self._programs(block, self.keys, self.key_heads), configuration, self._clipped(block),
+            "key_gradient", (self._programs(block, self.keys, self.key_heads),), configuration, self._clipped(block),
             grad_key=self._gradient("key"), grad_value=self._gradient("value"), key_sums=self.key_sums,
         )  # fmt: skip
 
@@ -228,14 +226,14 @@ class Backward(launcher.Call):
             gradient, count = Slot(f"grad_{name}"), self._tables(name)
             factor = 1.0 if total is not None else self.keep_scale if name == "rel_v" else float(self.settings.scale)
         tables, block = tables or range(count), min(256, 4096 // launcher._columns(size))
-        edge_rows = 0 if edges is None else self.tape.live[edges].numel() // (2 * self.batch * self.heads * size)
+        edge_rows = 0 if edges is None else self.tape.live[edges].numel() // (2 * self.pairs * size)
         self._launch(
             "table_sum", (2 + -(-max(0, self.table_rows - 2) // block), len(tables)),
             launcher._kernels().configs.Configuration(block, 4, 1), size=size,
             partial=partial, gradient=self._operand(total or gradient, "hrc"),
             scale=factor, step=step or count,  # a matrix for each head of a batch element
             first_row=max(-numbers["distances"], min(first_row, self.table_rows)),  # 32 bits, wherever the table lies
-            first_table=tables.start, edges=edges, edge_rows=edge_rows, pairs=self.batch * self.heads, pair_step=count,
+            first_table=tables.start, edges=edges, edge_rows=edge_rows, pairs=self.pairs, pair_step=count,
             ADD=total is not None, **{"chunk": 0, **numbers},
         )  # fmt: skip
 
@@ -263,7 +261,7 @@ class Backward(launcher.Call):
             # All that is visible may be far: then the kernel finds one diagonal without work.
             diagonals = max(1, highest - lowest + 1)
             groups, batches, chunk = self._cut(diagonals, count, block, near)
-            splits = -(-self.batch // batches) * -(-self.queries // chunk)
+            splits = -(-self.batch // batches) * -(-self.longest // chunk)
             # As many heads at once as there is room for.
             some = groups if count == 1 else max(1, min(count, self._budget() // (splits * diagonals * 2 * block * size * 4)))
             shared = self.heads // groups
@@ -306,7 +304,7 @@ class Backward(launcher.Call):
         wanted = -(-wanted // head_groups)
         batches = -(-self.batch // min(wanted, self.batch))
         wanted = -(-wanted // -(-self.batch // batches))
-        blocks = -(-self.queries // near)
+        blocks = -(-self.longest // near)
         return head_groups, batches, -(-blocks // min(wanted, blocks)) * near
 
 

@@ -20,7 +20,7 @@ from relattn.arguments import Settings, Tensors
 from relattn.backends import triton as gpu
 from relattn.backends.tape import Slot
 from tests.edges import edges
-from tests.fuzz import call_of, check, failed_once, random_call
+from tests.fuzz import call_of, check, failed_once, packed_call, random_call
 from tests.hidden import check_hidden, hidden_call
 
 DEVICE = "cpu" if gpu.INTERPRETED else "cuda"
@@ -61,6 +61,32 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance=2e-5) -> None:
 def test_random_calls(seed):
     """A few; `TRITON_INTERPRET=1 python -m tests.fuzz --backend triton` runs as many as wanted."""
     check(random_call(seed), "triton", (torch.float32, torch.bfloat16, torch.float16)[seed % 3])
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", [3, 7, 22, 26, 32] if gpu.INTERPRETED else range(60))
+def test_random_packed_calls(seed):
+    check(packed_call(seed), "triton", (torch.float32, torch.bfloat16, torch.float16)[seed % 3])
+
+
+@needs_kernels
+@pytest.mark.parametrize("clip", [5, 69])
+def test_one_packed_sequence_is_the_call_that_is_not_packed(clip):
+    """To the last bit, but for the tables' gradients, which other kernels may sum."""
+    tensors = inputs(queries=70, keys=70, rows=2 * clip + 1)
+    arguments = dict(max_relative_position=clip, chunk=(20, 1), dropout_p=0.2)
+    torch.manual_seed(3)
+    alone = gradients(tensors, "triton", **arguments)
+    packed = [tensor[0].transpose(0, 1).detach().requires_grad_() for tensor in tensors[:3]] + tensors[3:]
+    ends = torch.tensor([0, 70], dtype=torch.int32, device=DEVICE)
+    torch.manual_seed(3)
+    output, lse = relattn.relative_attention_varlen(*packed, cu_seqlens_q=ends, return_lse=True, backend="triton", **arguments)
+    loss = (output.transpose(0, 1)[None] * torch.linspace(-1, 1, output.numel(), device=DEVICE).view(alone[0].shape)).sum()
+    *by_token, table = torch.autograd.grad(loss, packed)
+    found = [tensor.transpose(0, 1)[None] for tensor in (output, *by_token)]
+    for one, other in zip((*found, lse[None]), (alone[0], *alone[2:5], alone[1]), strict=True):
+        assert torch.equal(one, other)
+    close([table], alone[5:])
 
 
 @needs_kernels

@@ -24,6 +24,7 @@ from tests.kernels.stand_in import stand_in
 
 # Of tests/fuzz.py: between them every argument, both kinds of masks, offsets and lengths by batch element, dropout, the three dtypes.
 SEEDS = (0, 2, 3, 4, 7, 9, 10, 12, 16, 23, 28)
+PACKED = (8, 9, 15, 29)  # of these those that fuzz.packed_call makes
 EDGES = ("causal with an offset of 1 * 2^62", "window of 2^62", "window of one key", "grouped queries, tables by head")
 
 
@@ -33,13 +34,13 @@ def launched(call: fuzz.Call, dtype=torch.bfloat16, **options) -> list:
     return found
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", sorted({*SEEDS, *PACKED}))
 def test_random_calls_compile(seed):
     """Triton's interpreter has no types: a name that an `if` binds anew to another one passes there, and compiles nowhere."""
-    call = fuzz.random_call(seed)
+    call = fuzz.packed_call(seed) if seed in PACKED else fuzz.random_call(seed)
     found = launched(call, (torch.float32, torch.bfloat16, torch.float16)[seed % 3])
     assert all(f"tt.func public @{launch.name}" in launch.module for launch in found)
-    forward = "decode_kernel" if call.tensors["query"].shape[2] == 1 else "forward_kernel"
+    forward = "decode_kernel" if seed not in PACKED and call.tensors["query"].shape[2] == 1 else "forward_kernel"
     assert {forward, "prepare_kernel", "query_gradient_kernel", "key_gradient_kernel"} <= {launch.name for launch in found}
 
 
@@ -91,6 +92,26 @@ def backward(length, queries=None, size=64, clip=None, mask=False, float_mask=Fa
         arguments["query_offset"] = length - 1
     output = relattn.relative_attention(*tensors, max_relative_position=clip, backend="triton", **arguments)
     torch.autograd.grad(output, tensors, torch.empty_like(output))
+
+
+def test_packed_lengths_make_no_compilations_and_are_not_looked_at():
+    """Whatever they are, the same kernels; and nothing that waits for the GPU, or that a CUDA graph could not hold."""
+    compiled = collections.defaultdict(set)
+    needs = [True] * 4 + [False] * 6
+    with stand_in(compiles=False) as found:
+        for lengths in ((5,), (70, 0, 33), (1, 1), (500, 20, 300, 1000), (64, 128)):
+            ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            shape = (1, 2, sum(lengths), 64)
+            call = Tensors(*(torch.zeros(shape, dtype=torch.bfloat16) for _ in range(3)), torch.zeros(33, 64, dtype=torch.bfloat16))
+            call = call._replace(cu_seqlens_q=ends, cu_seqlens_k=ends)
+            settings = Settings(16, 16, True, None, None, 0, 0.0, 0.125)
+            with Kernels() as others:
+                output, lse = gpu.forward(call, settings, torch.empty((0,), dtype=torch.int64))
+                gpu.backward(output, None, call, settings, output, lse, torch.empty((0,), dtype=torch.int64), needs)
+            assert not others.names
+    for launch in found:
+        compiled[launch.name].add(launch.key)
+    assert max(map(len, compiled.values())) <= 3, {name: len(keys) for name, keys in compiled.items()}  # whether clipped, in some blocks
 
 
 class Kernels(TorchDispatchMode):

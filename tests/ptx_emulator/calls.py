@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 def outcome(name: str, target: str, dtype: torch.dtype, **options: Any) -> Outcome:
     """Of one of `cases`, or of the random call with a seed; options: of harness.emulated."""
     call = fuzz.random_call(int(name)) if name.isdigit() else cases()[name]
-    cut = {"split": _split, "decoding clipped": _split, "parts 128": _parts}
+    cut = {"split": _split, "packed split": _split, "decoding clipped": _split, "parts 128": _parts}
     sizes = fuzz.cut if name.isdigit() else cut.get(name, contextlib.nullcontext)
     with emulated(target, **options) as session:
         return Outcome(session, fuzz.errors(call, "triton", dtype, sizes))
@@ -72,6 +72,19 @@ def _call(seed: int, batch=1, heads=2, key_heads=None, queries=130, keys=None, s
     if tables:
         arguments["max_relative_position"] = (left, right)
     return Call(seed, tensors, {"enable_gqa": key_heads != heads} | arguments)
+
+
+def _packed(seed: int, lengths: tuple[int, ...], keys: tuple[int, ...] | None = None, **arguments) -> Call:
+    """`_call` of sequences of these lengths."""
+    longest = max(*lengths, *(keys or ()))
+    call = _call(seed, batch=len(lengths), queries=longest, **arguments)
+    for name, lengths_of in (("query", lengths), ("key", keys or lengths), ("value", keys or lengths)):
+        rows = [call.tensors[name][batch, :, :length].transpose(0, 1) for batch, length in enumerate(lengths_of)]
+        call.tensors[name] = torch.cat(rows)
+    for name, lengths_of in (("cu_seqlens_q", lengths), ("cu_seqlens_k", keys)):
+        if lengths_of is not None:
+            call.arguments[name] = torch.tensor([0, *lengths_of]).cumsum(0).to(torch.int32)
+    return call
 
 
 def cases() -> dict[str, Call]:
@@ -119,6 +132,14 @@ def cases() -> dict[str, Call]:
         "split": _call(32, heads=1, queries=70, keys=150),
         "join": _call(33, heads=1, queries=1000, keys=60, size=72),
         "parts 128": _call(37, batch=2, heads=2, size=128),
+        "chunks": _call(39, heads=1, queries=150, chunk=(40, 1)),
+        "chunks clipped": _call(40, heads=1, queries=150, keys=200, clip=(9, 9), query_offset=37, chunk=(25, None)),
+        "packed": _packed(41, (70, 0, 45, 1), heads=1, is_causal=True, dropout_p=0.2),
+        "packed clipped": _packed(42, (40, 130, 20), heads=2, key_heads=1, clip=(9, 9), max_seqlen_q=140, chunk=(50, 1)),
+        "packed, all tables": _packed(43, (40, 0, 20), (30, 10, 70), heads=1, tables=("rel_k", "rel_q", "rel_v", "rel_bias"),
+                                      biases=("pos_bias_u", "pos_bias_v"), query_offset=torch.tensor([-3, 0, 50]), clip=(60, 60),
+                                      key_lengths=torch.tensor([30, 5, 66]), chunk=(20, 2)),
+        "packed split": _packed(44, (3, 1, 20), (70, 0, 150), heads=1, query_offset=20, max_seqlen_k=160, is_causal=True),
         "decoding": _call(34, batch=2, heads=6, key_heads=2, queries=1, keys=200, query_offset=199, clip=(199, 0), is_causal=True),
         "decoding 128": _call(36, heads=3, key_heads=1, queries=1, keys=200, size=128, query_offset=150, window=(120, 30)),
         "decoding clipped": decoding,
