@@ -15,6 +15,7 @@ from relattn.arguments import autocast_enabled, shape_text
 from relattn.cache import KeyValueCache
 
 TERMS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias")
+Window = tuple[int | None, int | None] | None  # the layer's `window`, or its `chunk`
 
 
 def check_sizes(embed_dim, num_heads, dropout, kdim, vdim, dtype) -> None:
@@ -99,12 +100,30 @@ def beside(arguments: Mapping[str, object], what: str) -> None:
             raise ValueError(f"{name}: expected None beside {what}, got {type(argument).__name__}")
 
 
-def check_cache(cache, is_causal: bool, query_offset, length: int, keys: int) -> None:
+def check_cache(cache, is_causal: bool, query_offset, length: int, keys: int, window: Window, chunk: Window) -> None:
     if not isinstance(cache, KeyValueCache):
         raise TypeError(f"cache: expected a relattn.KeyValueCache, got {type(cache).__name__}")
-    if not is_causal:
-        raise ValueError("cache: expected a causal layer or call (is_causal=True), got neither")
+    if not is_causal and chunk is None:
+        raise ValueError("cache: expected a causal layer or call (is_causal=True), or a layer with chunks, got neither")
+    if not is_causal and chunk is not None and chunk[0] is not None and cache.seen % chunk[0]:
+        raise ValueError(
+            f"cache: expected whole chunks of {chunk[0]} positions, which see one another, got {cache.seen} positions before this call"
+        )
     if query_offset is not None:
         raise ValueError(f"query_offset: expected None beside a cache, whose length it is, got {query_offset!r}")
     if length != keys:
         raise ValueError(f"key: expected the {length} positions of query beside a cache, got {keys}")
+    if cache.sliding and (window is None or window[0] is None) and (chunk is None or chunk[1] is None):
+        raise ValueError(
+            f"cache: a sliding one needs a layer that bounds what is seen to the left, got window={window!r} and chunk={chunk!r}"
+        )
+
+
+def first_seen(position: int, window: Window, chunk: Window) -> int:
+    """The first key that queries from `position` on may see; of chunks the first one of its chunk, so that chunks begin at key 0 still."""
+    first = 0 if window is None or window[0] is None else position - window[0]
+    if chunk is not None and chunk[0] is not None:
+        if chunk[1] is not None:
+            first = max(first, (position // chunk[0] - chunk[1]) * chunk[0])
+        first = first // chunk[0] * chunk[0]
+    return max(0, first)

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from relattn import backends, functional
 from relattn.arguments import autocast_enabled, shape_text
 from relattn.cache import KeyValueCache
-from relattn.layer_checks import beside, check_cache, check_mask, check_parameters, check_sizes, chosen, dtype_of_masks, raised
+from relattn.layer_checks import (
+    beside,
+    check_cache,
+    check_mask,
+    check_parameters,
+    check_sizes,
+    chosen,
+    dtype_of_masks,
+    first_seen,
+    raised,
+)
 from relattn.varlen import relative_attention_varlen
 
 _PARAMETERS = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v")
@@ -223,7 +233,8 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             average_attn_weights: average the weights over the heads.
             is_causal: keys ahead of the query are not seen, also without `attn_mask`.
             cache: decode: `query`, `key` and `value` are the next positions (one or many), which are appended to the
-                cache and attend to everything in it. The layer or the call must be causal; masks cover all keys so far.
+                cache and attend to everything in it that the layer lets them. The layer or the call must be causal; or the
+                layer has a `chunk`, of which a call then begins a new one. Masks cover all keys that are held, and the new.
             query_offset: position of query 0 relative to key 0, an int or an integer tensor (N,); needed where L != S
                 and causal. With a cache it is the cache's length.
             cu_seqlens: packed sequences, one after the other: `query` is (T, E), sequence n its rows from cu_seqlens[n] to
@@ -324,7 +335,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             time = 1 if self.batch_first else 0
             batch, length, keys = query.shape[1 - time], query.shape[time], key.shape[time]
         if cache is not None:
-            check_cache(cache, is_causal, query_offset, length, keys)
+            check_cache(cache, is_causal, query_offset, length, keys, self.window, self.chunk)
             functional.window_sides(self.window, is_causal)  # now, not after the cache has grown
             query_offset = cache.length
             keys = keys + query_offset
@@ -337,6 +348,9 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             k, v = cache.append(k, v)
         masks = dict(attn_mask=mask, key_mask=key_mask, key_lengths=key_lengths, is_causal=is_causal, query_offset=query_offset)
         output, weights = self._attend(q, k, v, masks, need_weights, packing)
+        if cache is not None and cache.sliding:
+            first = first_seen(cache.seen, self.window, self.chunk)
+            cache.forget(max(0, first - (cache.seen - cache.length)))
 
         if not batched:
             output = output[0].transpose(0, 1).reshape(length, self.embed_dim)
