@@ -27,6 +27,12 @@ from benchmarks.peers import PEERS, Problem, step
 from benchmarks.processes import Watch, in_fresh_process
 from benchmarks.report import Table, costs, goals, judged, speeds, text
 
+# Sixteenths in 32 of the 376 chorales of examples/chorales: of those sorted by length the first, the last, and 30 between, as far apart.
+CHORALES = [
+    100, 132, 148, 160, 164, 164, 180, 192, 196, 196, 196, 196, 208, 212, 224, 228,
+    228, 240, 244, 256, 260, 260, 260, 264, 276, 292, 304, 324, 356, 404, 436, 992,
+]  # fmt: skip
+
 OWN, BLOCKED, TORCH, SKEW = "relattn cpu", "relattn blocked", "torch, no relative term", "materialising skew"
 _PEERS = {OWN: "relattn-cpu", BLOCKED: "relattn-blocked", TORCH: "sdpa", SKEW: "skew"}
 FORWARD, BOTH = "forward", "forward + backward"
@@ -86,16 +92,21 @@ def short(seconds: float, goals: Sequence[tuple[Sequence[int], float]]) -> list[
     return tables
 
 
-def packed(seconds: float, largest: int, heads: int = 8, size: int = 64, clip: int = 128) -> list[Table]:
-    """32 sequences of log-normal lengths up to `largest`: packed, padded with key_lengths, and one call each."""
+def log_normal(largest: int) -> list[int]:
     torch.manual_seed(0)
     lengths = (torch.randn(32) * 0.6).exp()
-    lengths = (lengths * (largest / lengths.max())).clamp(min=10).long()
+    return (lengths * (largest / lengths.max())).clamp(min=10).long().tolist()
+
+
+def packed(seconds: float, numbers: list[int], heads: int = 8, size: int = 64, clip: int = 128) -> list[Table]:
+    """Sequences of these lengths: packed, padded with key_lengths, and one call each."""
+    torch.manual_seed(0)
+    lengths, largest = torch.tensor(numbers), max(numbers)
     ends, total = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.sum())
     table = torch.randn(2 * clip + 1, size, requires_grad=True)
     inputs = [torch.randn(total, heads, size, requires_grad=True) for _ in range(3)] + [table]
     real = torch.arange(largest) < lengths[:, None]
-    padded = [torch.zeros(32, largest, heads, size) for _ in range(3)]
+    padded = [torch.zeros(len(numbers), largest, heads, size) for _ in range(3)]
     for whole, tensor in zip(padded, inputs, strict=False):
         whole[real] = tensor.detach()
     padded_inputs = [whole.requires_grad_() for whole in padded] + [table]
@@ -120,7 +131,7 @@ def packed(seconds: float, largest: int, heads: int = 8, size: int = 64, clip: i
             "one call a sequence": step(one_by_one, inputs, train),
         }  # fmt: skip
         share = lengths.float().mean() / largest
-        title = f"{kind}, 32 packed sequences, {int(lengths.min())} to {largest} tokens, mean / longest {share:.2f}"
+        title = f"{kind}, {len(numbers)} packed sequences, {min(numbers)} to {largest} tokens, mean / longest {share:.2f}"
         tables.append(speeds(title, OWN, interleave(steps, seconds), {"padded, key_lengths": 1.8, "one call a sequence": 0.9}))
     return tables
 
@@ -136,6 +147,10 @@ def chunked(seconds: float, length: int, size: int = 64, chunk: tuple[int, int] 
         title = f"{kind}, L = {length}, D = {size}, chunks of {chunk[0]} with {chunk[1]} before"
         goal = {"the same, all keys": 20.0} if length >= 8192 else None
         tables.append(speeds(title, OWN, interleave(whole, seconds), goal))
+        call = dict(kind=kind, length=length, heads=8, size=size)
+        (part, _), (all_keys, _) = (in_fresh_process(one_call, call | more) for more in ({"chunk": chunk}, {}))
+        row = {"name": kind, "value": round(part / _MIB, 2), "unit": "MiB"} | judged(part / max(all_keys, 1), 1.05, at_most=True)
+        tables.append({"title": f"extra memory, L = {length}, chunks of {chunk[0]} with {chunk[1]} before", "figure": "times that of the same with all keys", "rows": [row]})
     return tables
 
 
@@ -258,12 +273,13 @@ def _step_with(options: dict[str, Any], inputs: list[Tensor]) -> TensorStep:
 # ---- memory, of a process's first call ----
 
 
-def one_call(kind: str, length: int, heads: int, size: int) -> tuple[int, int]:
+def one_call(kind: str, length: int, heads: int, size: int, chunk: tuple[int, int] | None = None) -> tuple[int, int]:
     """Bytes at the peak beyond inputs and results, and bytes of the results (output, gradients)."""
     # What any first use loads and starts; by another backend, for this one's may keep memory for the next call.
     problem = Problem(length, _PASSES[kind], heads=heads, head_dim=size)
     _steps(problem._replace(length=64, heads=8), [BLOCKED])[BLOCKED]()
-    return extra_memory(_steps(problem, [OWN])[OWN])
+    attention: Any = functools.partial(relattn.relative_attention, chunk=chunk, backend="cpu")
+    return extra_memory(step(attention, problem.inputs(), problem.passed == "train"))
 
 
 def memory(length: int, heads: int, size: int = 64) -> list[Table]:
@@ -370,7 +386,8 @@ def cases(quick: bool) -> list[Case]:
     for keys, most in ((256, 1.3), (1024, 1.3), (4096, 1.0), (16384, 1.0)):
         listed.append(Case("decoding", decoding, dict(dtype="float32", seconds=few, keys=keys, counts=(1,), goal=most)))
     listed.append(Case("short", short, dict(seconds=few, goals=[((8, 4, 16, 32), 1.3), ((4, 8, 64, 64), 1.4), ((1, 16, 125, 64), 1.0)])))
-    listed.append(Case("packed", packed, dict(seconds=1.0 if quick else 8.0, largest=300 if quick else 1000)))
+    listed.append(Case("packed", packed, dict(seconds=1.0 if quick else 8.0, numbers=log_normal(300 if quick else 1000))))
+    listed += [] if quick else [Case("packed", packed, dict(seconds=8.0, numbers=CHORALES))]
     listed.append(Case("chunk", chunked, dict(seconds=1.0 if quick else 8.0, length=1024 if quick else 8192)))
     listed.append(
         Case("layer", layer, dict(lengths=[16, 64, 128], seconds=0.7 if quick else 3.0, goals={"16": 1.0}), threads=1)
