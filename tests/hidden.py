@@ -84,8 +84,8 @@ class Hostile:
         if filled:
             self.fill(tensors)
         torch.manual_seed(self.call.seed)
-        given: dict[str, Any] = tensors | arguments
-        output, lse = relattn.relative_attention(**given, return_lse=True, backend=backend)
+        attend = _packed if is_packed(self.call) else relattn.relative_attention
+        output, lse = attend(**tensors, **arguments, return_lse=True, backend=backend)
         generator = torch.Generator().manual_seed(self.call.seed)
         slopes = [torch.randn(result.shape, generator=generator) for result in (output, lse)]
         slopes[0].masked_fill_(self.ignored[..., None], 0.0)
@@ -100,6 +100,23 @@ class Hostile:
         for (name, tensor), gradient in zip(wanted.items(), gradients, strict=True):
             results[f"gradient of {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
         return {name: result.detach().cpu() for name, result in results.items()}
+
+
+def is_packed(call: Call) -> bool:
+    return call.seed % 5 == 1 and "attn_mask" not in {*call.tensors, *call.arguments}
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """`relative_attention` of batch elements that lie one after the other: what is hidden in one lies beside what is seen in the next."""
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    rows = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    ends = [(torch.arange(batch + 1) * length).to(query.device, torch.int32) for length in (queries, keys)]
+    if queries != keys:
+        arguments |= dict(cu_seqlens_k=ends[1], query_offset=arguments.get("query_offset", 0))
+    if "key_mask" in arguments:
+        arguments["key_mask"] = arguments["key_mask"].flatten()
+    output, lse = relattn.relative_attention_varlen(*rows, cu_seqlens_q=ends[0], **arguments)
+    return output.unflatten(0, (batch, queries)).transpose(1, 2), lse.unflatten(1, (batch, queries)).transpose(0, 1)
 
 
 def _seen(call: Call) -> tuple[Tensor, Tensor]:
@@ -137,8 +154,11 @@ def check_hidden(call: Call, backend: str, dtype: torch.dtype, cut: Any = cut) -
 
 
 def hidden_call(seed: int, backend: str) -> Call:
-    """As tests.fuzz draws them, with something to hide in all of them. None is packed: sequences are calls of their own."""
+    """As tests.fuzz draws them, with something to hide in all of them; every fifth one is then packed."""
     call = decoding_call(seed) if backend == "cpu" and seed % 5 == 0 else random_call(seed)
+    if seed % 5 == 1:
+        for given in (call.tensors, call.arguments):
+            given.pop("attn_mask", None)
     rng = random.Random(seed)
     batch, _, keys, _ = call.tensors["key"].shape
     if "rel_bias" in call.tensors:
