@@ -374,7 +374,8 @@ def test_autotuning_is_asked_for_and_remembered(monkeypatch, tmp_path):
     close(gradients(tensors, "triton", max_relative_position=5), expected)
     found = json.loads((tmp_path / "new" / "autotune.json").read_text())
     kernels = {key.split(" | ")[1] for key in found}
-    assert kernels == {"forward", "prepare", "query_gradient", "key_gradient", "table_gradient"}
+    # The table's has tiles no larger than the queries' gradient: a choice only if that took the larger ones.
+    assert kernels - {"table_gradient"} == {"forward", "prepare", "query_gradient", "key_gradient"}
     assert all(set(times) == {"(32, 4, 1)", "(16, 4, 1)"} and min(times.values()) > 0 for times in found.values())
     gpu.forget()
     (tmp_path / "new" / "autotune.json").write_text("{ half a fi")  # killed while an older version wrote it
