@@ -52,16 +52,26 @@ class Settings(NamedTuple):
     chunk_left: int | None = None  # how many chunks before its own a query sees; None: all
     max_seqlen_q: int | None = None  # of a packed call: no sequence is longer; None: nobody said
     max_seqlen_k: int | None = None
+    # A call may be a block of a larger one (see relattn.distributed), whose dropout and chunks count heads, queries and keys from
+    # here on; first_key is a multiple of 4. query_offset and the tables stay the block's own.
+    first_head: int = 0
+    first_query: int = 0
+    first_key: int = 0
+    # The output and the log-sum-exp that the backward pass is handed are of more keys than it has: neither may be found anew. The output
+    # is then of the dtype of accumulation.
+    is_part: bool = False
 
     def chunk_start(self, position):
         """The first key of those chunks that a query at `position`, an int or a tensor of them, sees; None: no bound."""
         if self.chunk_size is None or self.chunk_left is None:
             return None
-        return (position // self.chunk_size - self.chunk_left) * self.chunk_size
+        return ((position + self.first_key) // self.chunk_size - self.chunk_left) * self.chunk_size - self.first_key
 
     def chunk_stop(self, position):
         """The first key behind its chunk; None: no bound."""
-        return None if self.chunk_size is None else (position // self.chunk_size + 1) * self.chunk_size
+        if self.chunk_size is None:
+            return None
+        return ((position + self.first_key) // self.chunk_size + 1) * self.chunk_size - self.first_key
 
 
 FARTHEST = 2**62  # an offset or a side of a window may be, so that distances fit 64-bit numbers

@@ -38,7 +38,8 @@ _CALL = (
     "Tensor? pos_bias_u, Tensor? pos_bias_v, Tensor? attn_mask, Tensor? key_mask, Tensor? key_lengths, Tensor? query_offsets, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt left, SymInt right, bool is_causal, SymInt? window_left, SymInt? window_right, SymInt query_offset, "
-    "float dropout_p, float scale, SymInt? chunk_size, SymInt? chunk_left, SymInt? max_seqlen_q, SymInt? max_seqlen_k"
+    "float dropout_p, float scale, SymInt? chunk_size, SymInt? chunk_left, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "SymInt first_head=0, SymInt first_query=0, SymInt first_key=0, bool is_part=False"
 )
 _TENSORS = len(Tensors._fields)
 
