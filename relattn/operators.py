@@ -39,7 +39,7 @@ _CALL = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt left, SymInt right, bool is_causal, SymInt? window_left, SymInt? window_right, SymInt query_offset, "
     "float dropout_p, float scale, SymInt? chunk_size, SymInt? chunk_left, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "SymInt first_head=0, SymInt first_query=0, SymInt first_key=0, bool is_part=False"
+    "SymInt first_head, SymInt first_query, SymInt first_key, bool is_part"
 )
 _TENSORS = len(Tensors._fields)
 

@@ -188,11 +188,17 @@ class Plan:
         self.sequences = query.shape[0] if tensors.cu_seqlens_q is None else tensors.cu_seqlens_q.shape[0] - 1
         self.converted = [self.names.index(name) for name in integers if getattr(tensors, name).dtype != torch.int64]
         tensors = tensors._replace(**{name: getattr(tensors, name).to(torch.int64) for name in integers})
-        self.forward_call = None if self.empty else self._call(tensors, (_ABSENT,) * 11, query.dtype)
+        self.forward_call = None if self.empty else self._call(tensors, (_ABSENT,) * 11, self._saved(query.dtype))
         self.backward_calls: dict[tuple, tuple[bytes, list]] = {}
 
-    def _call(self, tensors: Tensors, gradients: tuple[tuple[int, ...], ...], output: torch.dtype) -> bytes:
-        """The Call; addresses come in the order of the inputs, output, lse, and what `gradients` describes."""
+    def _saved(self, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the Call says of output and lse but for their places, as the forward pass makes them."""
+        return (_DTYPES[dtype], *self.output[1]), (0, *self.lse[1], 0)
+
+    def _call(
+        self, tensors: Tensors, gradients: tuple[tuple[int, ...], ...], saved: tuple[tuple[int, ...], tuple[int, ...]]
+    ) -> bytes:  # fmt: skip
+        """The Call; addresses come in the order of the inputs, output, lse (`saved` describes them), and what `gradients` describes."""
         settings, (_, heads, queries, size) = self.settings, tensors.query.shape
         key, value = tensors.key, tensors.value
         place = {name: _NUMBERS + index for index, name in enumerate((*self.names, "output", "lse"))}
@@ -202,7 +208,7 @@ class Plan:
 
         entries = (
             described(_full, "query"), described(_full, "key"), described(_full, "value"),
-            (place["output"], _DTYPES[output], *self.output[1]), (place["lse"], 0, *self.lse[1], 0),
+            (place["output"], *saved[0]), (place["lse"], *saved[1]),
             described(_table, "rel_k"), described(_table, "rel_q"), described(_table, "rel_v"), described(_bias_table, "rel_bias"),
             described(_pos_bias, "pos_bias_u"), described(_pos_bias, "pos_bias_v"), described(_mask, "attn_mask"),
             described(_described, "key_mask", (0, 2)), described(_described, "key_lengths", (0,)),
@@ -264,10 +270,11 @@ class Plan:
         if self.expanded:
             inputs = [tensor.contiguous() if index in self.expanded else tensor for index, tensor in enumerate(inputs)]
         keys = [(tensor.shape, tensor.stride()) for tensor in inputs[1:3]]  # of which the gradients are
-        signature = tuple(needs), output.dtype, *keys, *[(slope.stride(), slope.dtype) for slope in slopes]
+        saved = (_DTYPES[output.dtype], *output.stride()), (0, *lse.stride(), 0)
+        signature = tuple(needs), saved, *keys, *[(slope.stride(), slope.dtype) for slope in slopes]
         found = self.backward_calls.get(signature)
         if found is None:
-            found = self._backward_call(slopes, inputs, needs, output.dtype)
+            found = self._backward_call(slopes, inputs, needs, saved)
             if len(self.backward_calls) >= _MOST_BACKWARD:
                 self.backward_calls.clear()
             self.backward_calls[signature] = found
@@ -277,7 +284,8 @@ class Plan:
         return gradients
 
     def _backward_call(
-        self, slopes: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], output: torch.dtype
+        self, slopes: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool],
+        saved: tuple[tuple[int, ...], tuple[int, ...]],
     ) -> tuple[bytes, list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]]:
         """The Call, and shape, strides and dtype of each gradient."""
         inputs = self._convert(inputs)
@@ -290,7 +298,7 @@ class Plan:
         for name, how in _GRADIENTS.items():
             described.append(how(next(place), gradients[name]) if name in needed else _ABSENT)
         wanted = [(tuple(gradient.shape), gradient.stride(), gradient.dtype) for gradient in gradients.values()]
-        return self._call(tensors, tuple(described), output), wanted
+        return self._call(tensors, tuple(described), saved), wanted
 
 
 # In the order of Call, which is that of Tensors.
