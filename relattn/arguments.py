@@ -57,9 +57,13 @@ class Settings(NamedTuple):
     first_head: int = 0
     first_query: int = 0
     first_key: int = 0
-    # The output and the log-sum-exp that the backward pass is handed are of more keys than it has: neither may be found anew. The output
-    # is then of the dtype of accumulation.
+    # Its output will be joined with those of other keys, and is of the dtype of accumulation (where the backend can). The output and the
+    # log-sum-exp that the backward pass is handed are the joined ones: neither may be found anew.
     is_part: bool = False
+
+    def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The output's, of a query of this dtype."""
+        return lse_dtype(dtype) if self.is_part else dtype
 
     def chunk_start(self, position):
         """The first key of those chunks that a query at `position`, an int or a tensor of them, sees; None: no bound."""
@@ -121,12 +125,12 @@ def heads_last(tensor: Tensor) -> bool:
     return tensor.stride(1) < tensor.stride(2)
 
 
-def empty_with_layout(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised dense (B, H, L, D) tensor of `like`'s dtype and device in the memory order of `like`."""
+def empty_with_layout(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised dense (B, H, L, D) tensor of `like`'s device, dtype (unless one is given) and memory order."""
     if heads_last(like):
         batch, heads, length, size = shape
-        return like.new_empty((batch, length, heads, size)).transpose(1, 2)
-    return like.new_empty(shape)
+        return like.new_empty((batch, length, heads, size), dtype=dtype).transpose(1, 2)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def with_layout(like: Tensor, tensor: Tensor) -> Tensor:

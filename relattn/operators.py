@@ -93,7 +93,7 @@ library.impl("backward", _backward, "CompositeExplicitAutograd")
 def _forward_fake(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
     (query, _, value, *_), settings = _split(call)
     batch, heads, length, _ = query.shape
-    output = empty_with_layout(query, (batch, heads, length, value.shape[3]))
+    output = empty_with_layout(query, (batch, heads, length, value.shape[3]), settings.output_dtype(query.dtype))
     lse = query.new_empty((batch, heads, length), dtype=lse_dtype(query.dtype))
     return output, lse, query.new_empty(() if settings.dropout_p > 0.0 else (0,), dtype=torch.int64)
 

@@ -65,7 +65,7 @@ _torch_attention: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_atten
 def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq)."""
     batch, heads, length, _ = tensors.query.shape
-    output = empty_with_layout(tensors.query, (batch, heads, length, tensors.value.shape[3]))
+    output = empty_with_layout(tensors.query, (batch, heads, length, tensors.value.shape[3]), settings.output_dtype(tensors.query.dtype))
     lse = tensors.query.new_empty((batch, heads, length), dtype=lse_dtype(tensors.query.dtype))
 
     def attend(careful: bool) -> list[Tensor]:

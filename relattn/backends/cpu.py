@@ -176,7 +176,7 @@ class Plan:
     def __init__(self, tensors: Tensors, settings: Settings) -> None:
         query, value = tensors.query, tensors.value
         shape = (*query.shape[:3], value.shape[3])
-        self.settings = settings
+        self.settings, self.dtype = settings, settings.output_dtype(query.dtype)
         self.names = [name for name, tensor in zip(Tensors._fields, tensors, strict=True) if tensor is not None]
         self.empty = query.numel() == 0 or value.numel() == 0
         self.key_mask = self.names.index("key_mask") if "key_mask" in self.names else None
@@ -188,7 +188,7 @@ class Plan:
         self.sequences = query.shape[0] if tensors.cu_seqlens_q is None else tensors.cu_seqlens_q.shape[0] - 1
         self.converted = [self.names.index(name) for name in integers if getattr(tensors, name).dtype != torch.int64]
         tensors = tensors._replace(**{name: getattr(tensors, name).to(torch.int64) for name in integers})
-        self.forward_call = None if self.empty else self._call(tensors, (_ABSENT,) * 11, self._saved(query.dtype))
+        self.forward_call = None if self.empty else self._call(tensors, (_ABSENT,) * 11, self._saved(self.dtype))
         self.backward_calls: dict[tuple, tuple[bytes, list]] = {}
 
     def _saved(self, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -252,7 +252,7 @@ class Plan:
 
     def forward(self, inputs: Sequence[Tensor], offset: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
         query = inputs[0]
-        output = query.new_empty_strided(*self.output)
+        output = query.new_empty_strided(*self.output, dtype=self.dtype)
         lse = query.new_empty_strided(*self.lse, dtype=torch.float32)
         if self.forward_call is None:
             return output.zero_(), lse.fill_(-torch.inf)

@@ -236,7 +236,7 @@ def forward(call: Call, tensors: Tensors, seed: Tensor) -> tuple[Tensor, Tensor]
     """Joined output and log-sum-exp of the local queries, in the dtype of accumulation."""
     query, accumulate = tensors.query, lse_dtype(tensors.query.dtype)
     shape = (*query.shape[:3], tensors.value.shape[3])
-    output = empty_with_layout(query.to(accumulate), shape).zero_()
+    output = empty_with_layout(query, shape, accumulate).zero_()
     lse = output.new_full(shape[:3], -torch.inf)
     attend = backends.implementation(call.backend).forward
     for _, pieces in _Travel(call, pieces_of(call, tensors)).steps():
