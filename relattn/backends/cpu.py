@@ -221,7 +221,8 @@ class Plan:
             settings.left, settings.right,
             settings.window_left is not None, settings.window_left or 0, window_right is not None, window_right or 0,
             settings.chunk_size or 0, -1 if settings.chunk_left is None else settings.chunk_left,
-            0, 0, settings.first_head, settings.first_query, settings.first_key, settings.is_part, 0, 0, 0, 0, settings.scale, settings.dropout_p, *itertools.chain.from_iterable(entries),
+            0, 0, settings.first_head, settings.first_query, settings.first_key, settings.is_part, 0, 0, 0, 0,
+            settings.scale, settings.dropout_p, *itertools.chain.from_iterable(entries),
         )  # fmt: skip
 
     def _convert(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -106,9 +106,9 @@ def relative_attention(
         constant (a mask of -1e9 over all that they see) lose its precision in method "ring".
 
     Raises:
-        ValueError, TypeError: as `relattn.relative_attention` does; an unknown method, layout or table_gradients; local lengths that are not
-            the layout's (on every rank; with query_length or key_length only on those that have them); settings that differ between ranks;
-            heads that the ranks do not divide ("all_to_all"); a group whose backend does not take tensors of this device.
+        ValueError, TypeError: as `relattn.relative_attention` does; an unknown method, layout or table_gradients; local lengths that are
+            not the layout's (on every rank; with query_length and key_length on those that have them); settings that differ between
+            ranks; heads that the ranks do not divide ("all_to_all"); a group whose backend does not take tensors of this device.
         RuntimeError: torch.distributed is not initialised; a second derivative.
 
     If a rank fails the others wait for it until the group's time-out. Packed sequences (cu_seqlens) are not taken. Backward passes
@@ -135,8 +135,8 @@ class Sharding(NamedTuple):
         """Raises:
         ValueError: one of the names is not known.
         """
-        known = (("method", self.method, METHODS), ("layout", self.layout, LAYOUTS), ("table_gradients", self.table_gradients, TABLE_GRADIENTS))
-        for name, value, names in known:
+        for name, names in (("method", METHODS), ("layout", LAYOUTS), ("table_gradients", TABLE_GRADIENTS)):
+            value = getattr(self, name)
             if value not in names:
                 raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {value!r}")
 
@@ -276,8 +276,8 @@ def _ring(shard: _Shard, backend: str | None) -> tuple[Tensor, Tensor]:
     longest = shard.keys.length
     if tensors.key_lengths is not None:
         longest = max([0, *tensors.key_lengths.tolist()])
-    call = ring.Call(name, settings, shard.queries, shard.keys, shard.group, _reach(tensors, settings), longest)
-    return ring.RingAttention.apply(call, shard.seed, *tensors)
+    call = ring.Call(name, settings, shard.queries, shard.keys, shard.rank, _reach(tensors, settings), longest)
+    return ring.RingAttention.apply(call, shard.group, shard.seed, *tensors)
 
 
 def _all_to_all(shard: _Shard, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -287,7 +287,7 @@ def _all_to_all(shard: _Shard, backend: str | None) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{name}: method='all_to_all' needs heads that {ranks} ranks divide, got {tensor.shape[1]}")
     count = tensors.query.shape[1] // ranks
     heads = slice(shard.rank * count, (shard.rank + 1) * count)
-    parts: dict[str, Tensor | None] = {}
+    parts: dict[str, Any] = {}
     for name, dims in _DIMS_PER_HEAD.items():
         table = getattr(tensors, name)
         parts[name] = table[heads] if table is not None and table.dim() == dims else table
@@ -356,7 +356,7 @@ class _WithSeed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name: str, settings: Settings, seed: Tensor, *tensors: Tensor | None):
         with operators.no_autocast(seed.device.type):
-            output, lse = backends.implementation(name).forward(Tensors(*tensors), settings, seed)
+            output, lse = backends.implementation(name).forward(Tensors(*tensors), settings, seed)  # type: ignore[arg-type]
         ctx.name, ctx.settings = name, settings
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output, lse, seed)

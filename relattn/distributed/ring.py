@@ -15,7 +15,7 @@ the joined lse a block's own scores give its weights, and sum_j w_ij dw_ij is do
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,13 +47,9 @@ class Call(NamedTuple):
     settings: Settings
     queries: Layout
     keys: Layout
-    group: Group
+    rank: int
     offsets: tuple[int, int]  # the least and the greatest position of query 0, over the batch
     longest: int  # keys from there on are hidden in every batch element
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank(self.group)
 
     def sees(self, queries: range, keys: range) -> bool:
         """Whether some of these queries may see some of these keys, as far as can be told without the masks."""
@@ -86,8 +82,8 @@ class Call(NamedTuple):
         low, high = (min(max(end, -settings.left), settings.right) for end in (lowest, highest))
         drops = settings.dropout_p > 0.0
         block = settings._replace(
-            left=-low, right=high, query_offset=settings.query_offset + queries.start - keys.start,
-            first_query=queries.start if drops else 0, first_key=keys.start if drops or settings.chunk_size is not None else 0, is_part=True,
+            left=-low, right=high, query_offset=settings.query_offset + queries.start - keys.start, is_part=True,
+            first_query=queries.start if drops else 0, first_key=keys.start if drops or settings.chunk_size is not None else 0,
         )  # fmt: skip
         return block, slice(low + settings.left, high + settings.left + 1)
 
@@ -104,7 +100,7 @@ class Block(NamedTuple):
 
 def block_of(call: Call, tensors: Tensors, queries: range, where: slice, piece: Piece) -> Block:
     settings, rows = call.block_settings(queries, piece.tokens)
-    parts: dict[str, Tensor | None] = dict(query=tensors.query[:, :, where], key=piece.key, value=piece.value, key_mask=piece.mask)
+    parts: dict[str, Any] = dict(query=tensors.query[:, :, where], key=piece.key, value=piece.value, key_mask=piece.mask)
     for name in _TABLES:
         table = getattr(tensors, name)
         if table is not None:
@@ -152,12 +148,12 @@ class _Transfer:
         return self.received
 
 
-class _Travel:
+class Travel:
     """Keys and values of all ranks, step by step, and gradients on their way home. `own`: this rank's pieces."""
 
-    def __init__(self, call: Call, own: list[Piece]) -> None:
-        self.call, self.own = call, own
-        self.rank, self.ranks = call.rank, dist.get_world_size(call.group)
+    def __init__(self, call: Call, own: list[Piece], group: Group) -> None:
+        self.call, self.own, self.group = call, own, group
+        self.rank, self.ranks = call.rank, call.keys.ranks
         self.packed: dict[range, list[Tensor]] = {}
         self.home: list[tuple[list[range], _Transfer]] = []
 
@@ -193,7 +189,7 @@ class _Travel:
             received.append(self._empty(tokens))
             if self.own[0].mask is not None:
                 received.append(received[-1].new_empty((self.own[0].mask.shape[0], len(tokens)), dtype=torch.uint8))
-        return _Transfer(self.call.group, sent, to, received, source)
+        return _Transfer(self.group, sent, to, received, source)
 
     def steps(self) -> Iterator[tuple[int, list[Piece]]]:
         """Each step and the pieces that it needs; the next ones are under way meanwhile."""
@@ -214,7 +210,8 @@ class _Travel:
         """What this rank owes to the step's pieces, to whom they belong; and receive what another one owes to ours."""
         to, source = (self.rank - step) % self.ranks, (self.rank + step) % self.ranks
         tokens = self.call.needed(source, self.rank)
-        self.home.append((tokens, _Transfer(self.call.group, gradients, to, [self._empty(piece) for piece in tokens], source)))
+        received = [self._empty(piece) for piece in tokens]
+        self.home.append((tokens, _Transfer(self.group, gradients, to, received, source)))
 
     def arrived(self) -> Iterator[tuple[range, Tensor, Tensor]]:
         """The oldest gradients of keys and values that are under way."""
@@ -232,14 +229,14 @@ def join(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.copy_(total)
 
 
-def forward(call: Call, tensors: Tensors, seed: Tensor) -> tuple[Tensor, Tensor]:
+def forward(call: Call, travel: Travel, tensors: Tensors, seed: Tensor) -> tuple[Tensor, Tensor]:
     """Joined output and log-sum-exp of the local queries, in the dtype of accumulation."""
     query, accumulate = tensors.query, lse_dtype(tensors.query.dtype)
     shape = (*query.shape[:3], tensors.value.shape[3])
     output = empty_with_layout(query, shape, accumulate).zero_()
     lse = output.new_full(shape[:3], -torch.inf)
     attend = backends.implementation(call.backend).forward
-    for _, pieces in _Travel(call, pieces_of(call, tensors)).steps():
+    for _, pieces in travel.steps():
         for piece in pieces:
             for block in blocks_of(call, tensors, piece):
                 part, part_lse = attend(block.tensors, block.settings, seed)
@@ -269,10 +266,11 @@ class _Sums:
 
 
 def backward(
-    call: Call, tensors: Tensors, seed: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor | None, needs: list[bool]
+    call: Call, travel: Travel, tensors: Tensors, seed: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor | None,
+    needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of the differentiable tensors for which `needs` is True, in their order."""
-    travel, sums, accumulate = _Travel(call, pieces_of(call, tensors)), _Sums(tensors, needs), output.dtype
+    sums, accumulate = _Sums(tensors, needs), output.dtype
     run = backends.implementation(call.backend).backward
     owes = needs[_KEY] or needs[_VALUE]
     local = dict(call.keys.local(call.rank))
@@ -311,14 +309,14 @@ def backward(
 
 
 class RingAttention(torch.autograd.Function):
-    """`apply(call, seed, *tensors) -> (output, lse)`. Nothing is saved but the local tensors, output and log-sum-exp."""
+    """`apply(call, group, seed, *tensors) -> (output, lse)`. Nothing is saved but the local tensors, output and log-sum-exp."""
 
     @staticmethod
-    def forward(ctx, call: Call, seed: Tensor, *tensors: Tensor | None):
-        inputs = Tensors(*tensors)
+    def forward(ctx, call: Call, group: Group, seed: Tensor, *tensors: Tensor | None):
+        inputs = Tensors(*tensors)  # type: ignore[arg-type]
         with no_autocast(inputs.query.device.type):
-            output, lse = forward(call, inputs, seed)
-        ctx.call = call
+            output, lse = forward(call, Travel(call, pieces_of(call, inputs), group), inputs, seed)
+        ctx.call, ctx.group = call, group
         ctx.set_materialize_grads(False)
         result = output.to(inputs.query.dtype)
         ctx.save_for_backward(seed, *tensors, output, lse)
@@ -328,28 +326,30 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx, grad_output, grad_lse):
         check_gradients(grad_output, grad_lse)
         seed, *tensors, output, lse = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[2 : 2 + len(DIFFERENTIABLE)])
+        needs = list(ctx.needs_input_grad[3 : 3 + len(DIFFERENTIABLE)])
         nothing = (None,) * len(tensors)
         if grad_output is None and grad_lse is None:
-            return None, None, *nothing
+            return None, None, None, *nothing
         inputs = Tensors(*tensors)
         if grad_output is None:
             grad_output = torch.zeros(output.shape, dtype=inputs.query.dtype, device=output.device)
         if grad_lse is not None:
             grad_lse = grad_lse.to(lse.dtype)
         run = _FirstDerivative.apply if torch.is_grad_enabled() else _FirstDerivative.forward
-        gradients = iter(run(ctx.call, needs, seed, output, lse, grad_output, grad_lse, *tensors))
+        gradients = iter(run(ctx.call, ctx.group, needs, seed, output, lse, grad_output, grad_lse, *tensors))
         found = [next(gradients) if need else None for need in needs]
-        return None, None, *found, *nothing[len(found) :]
+        return None, None, None, *found, *nothing[len(found) :]
 
 
 class _FirstDerivative(torch.autograd.Function):
     """`backward`, refusing to be differentiated: a gradient penalty would silently lack terms."""
 
     @staticmethod
-    def forward(call, needs, seed, output, lse, grad_output, grad_lse, *tensors):
+    def forward(call, group, needs, seed, output, lse, grad_output, grad_lse, *tensors):
+        inputs = Tensors(*tensors)
         with no_autocast(output.device.type):
-            return tuple(backward(call, Tensors(*tensors), seed, output, lse, grad_output, grad_lse, needs))
+            travel = Travel(call, pieces_of(call, inputs), group)
+            return tuple(backward(call, travel, inputs, seed, output, lse, grad_output, grad_lse, needs))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
