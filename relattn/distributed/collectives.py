@@ -49,7 +49,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _of_bytes(data: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return data.view(dtype).view(*shape)
+    return data.view(dtype).view(*shape) if data.numel() else data.new_empty(tuple(shape), dtype=dtype)
 
 
 def check_device(device: torch.device, group: Group) -> None:

@@ -42,12 +42,9 @@ class Pool:
         return results
 
     def close(self) -> None:
-        for pipe in self.pipes:
-            pipe.send(None)
         for process in self.processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
+            process.kill()
+            process.join()
 
 
 class Failure:
@@ -68,11 +65,10 @@ def _serve(pipe: Any, rank: int, store: str) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=_TIME_OUT / 2)
     )
     groups = {count: dist.new_group(list(range(count))) for count in range(1, RANKS + 1)}
-    while (order := pipe.recv()) is not None:
-        ranks, function, arguments = order
+    while True:
+        ranks, function, arguments = pipe.recv()
         try:
             result = function(groups[ranks], *arguments)
         except Exception as error:
             result = Failure(error)
         pipe.send(result)
-    dist.destroy_process_group()
