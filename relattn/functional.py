@@ -121,8 +121,8 @@ def relative_attention(
 
     Packed sequences: `relative_attention_varlen`. Two-dimensional positions (SAM, Swin) are not supported.
     """
-    if sharding.attend is not None:
-        return sharding.attend(
+    if sharding.active:
+        return sharding.sharded(
             query, key, value, rel_k, rel_q=rel_q, rel_v=rel_v, rel_bias=rel_bias, pos_bias_u=pos_bias_u, pos_bias_v=pos_bias_v,
             max_relative_position=max_relative_position, attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths,
             is_causal=is_causal, window=window, chunk=chunk, query_offset=query_offset, dropout_p=dropout_p, scale=scale,

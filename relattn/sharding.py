@@ -8,11 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# Takes the arguments of `relative_attention`, and its place; None: calls are whole.
-attend: Callable[..., Any] | None = None
+active = False  # a flag beside the function, since torch.compile watches a flag, and of a function not whether it is there
+attend: Callable[..., Any] | None = None  # takes the arguments of `relative_attention`, in its place
+
+
+def use(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """From now on, and what was used before; None: calls are whole."""
+    global active, attend
+    before, attend, active = attend, function, function is not None
+    return before
+
+
+def sharded(*arguments: Any, **others: Any) -> Any:
+    """The call, by `attend`."""
+    assert attend is not None
+    return attend(*arguments, **others)
 
 
 def refuse(what: str) -> None:
     """Raises where `what` would look at one shard only."""
-    if attend is not None:
+    if active:
         raise ValueError(f"{what} not supported under relattn.distributed.context_parallel, where a sequence lies on several ranks")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from relattn import sharding
@@ -26,7 +28,8 @@ def context_parallel(
             loss.backward()
 
     Inputs are this rank's tokens; what else depends on their places (position embeddings, shifted targets) is made whole and sharded too.
-    Keep the backward pass inside where layers are checkpointed: they are computed again.
+    Only attention reaches across ranks: a model that mixes tokens elsewhere (convolutions over time, norms or pooling over the sequence)
+    sees its own part there. Keep the backward pass inside where layers are checkpointed: they are computed again.
 
     Args:
         group_or_mesh: a process group, a DeviceMesh of one dimension, or None = the default group.
@@ -53,8 +56,11 @@ def context_parallel(
         given = dict(rel_k=rel_k, **others)
         return attend(how, query, key, value, given, attn_mask, query_offset, (None, None), return_lse, backend, must_cover=True)
 
-    before, sharding.attend = sharding.attend, attend_sharded
+    call = attend_sharded
+    if "torch._dynamo" in sys.modules:  # somebody compiles; what communicates is not traced
+        call = torch.compiler.disable(attend_sharded)
+    before = sharding.use(call)
     try:
         yield
     finally:
-        sharding.attend = before
+        sharding.use(before)

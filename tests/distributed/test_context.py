@@ -57,7 +57,7 @@ def trained(group: Any, options: dict[str, Any], checkpointed: bool, dropout: fl
         with parallel.context_parallel(group, **options):
             loss = model(parallel.shard(inputs, 1, group=group, layout=options.get("layout", "contiguous"))).square().sum()
             loss.backward()
-        assert sharding.attend is None
+        assert not sharding.active
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     if group is not None:
         loss = loss.detach()
@@ -81,6 +81,32 @@ def test_layers_train_as_on_one_process(pool, options: dict[str, Any], checkpoin
         torch.testing.assert_close(found, loss, rtol=1e-12, atol=0.0)
         for name, gradient in gradients.items():
             torch.testing.assert_close(others[name], gradient, rtol=0.0, atol=1e-11 * float(gradient.abs().max()))
+
+
+def _compiled(group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A compiled layer before, within and after."""
+    import relattn.distributed as parallel
+
+    torch.manual_seed(1)
+    layer = relattn.RelativeMultiheadAttention(16, 4, max_relative_position=9, batch_first=True, dtype=torch.float64)
+    attend = torch.compile(lambda x: layer(x, x, x, need_weights=False)[0], backend="eager")
+    x = parallel.shard(_inputs(), 1, group=group)
+    before = attend(x)
+    with parallel.context_parallel(group):
+        within = attend(x)
+    return before.detach(), within.detach(), attend(x).detach()
+
+
+def test_a_compiled_layer_notices(pool) -> None:
+    torch.manual_seed(1)
+    layer = relattn.RelativeMultiheadAttention(16, 4, max_relative_position=9, batch_first=True, dtype=torch.float64)
+    x = _inputs()
+    right = layer(x, x, x, need_weights=False)[0]
+    parts = pool.values(2, _compiled)
+    torch.testing.assert_close(torch.cat([within for _, within, _ in parts], 1), right, rtol=0.0, atol=1e-12)
+    for before, within, after in parts:
+        assert torch.equal(before, after)
+        assert not torch.allclose(before, within)
 
 
 def _within(group: Any, call: Callable[[], Any]) -> Any:
