@@ -114,13 +114,14 @@ def exact(case: Case) -> dict[str, Tensor]:
     return results | _gradients(output, lse, (slopes[0].double(), slopes[1].double()), tensors)
 
 
-def sharded(group: Any, case: Case, options: dict[str, Any]) -> dict[str, Tensor]:
+def sharded(group: Any, case: Case, options: dict[str, Any], device: torch.device | None = None) -> dict[str, Tensor]:
     """This rank's results and gradients: what a worker runs."""
     import relattn.distributed as parallel
 
     layout = options.get("layout", "contiguous")
     tensors = {}
     for name, tensor in case.tensors().items():
+        tensor = tensor.to(device)
         if name in ("query", "key", "value"):
             tensor = parallel.shard(tensor, 2, group=group, layout=layout)
         elif name == "key_mask":
@@ -129,9 +130,10 @@ def sharded(group: Any, case: Case, options: dict[str, Any]) -> dict[str, Tensor
             tensor = parallel.shard(tensor, -2, group=group, layout=layout)
         tensors[name] = tensor
     tensors = _leaves(tensors)
-    slopes = tuple(parallel.shard(slope, 2, group=group, layout=layout) for slope in case.slopes())
+    slopes = tuple(parallel.shard(slope.to(device), 2, group=group, layout=layout) for slope in case.slopes())
     torch.manual_seed(SEED + dist.get_rank(group))  # dropout's seed is the first rank's, whatever the others' generators
-    output, lse = parallel.relative_attention(**tensors, **case.arguments(), group=group, **options)
+    arguments = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.arguments().items()}
+    output, lse = parallel.relative_attention(**tensors, **arguments, group=group, **options)
     return dict(output=output.detach(), lse=lse.detach()) | _gradients(output, lse, slopes, tensors)  # type: ignore[arg-type]
 
 

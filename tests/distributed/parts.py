@@ -20,6 +20,7 @@ from relattn.distributed import ring
 from relattn.distributed.layout import Layout
 from relattn.philox import draw_seed
 from tests.distributed.cases import SEED, Case, exact, joined, replace, whole
+from tests.oracles import device_of
 
 ALL = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v")
 BASE = Case(queries=50, terms=("rel_k",))
@@ -69,19 +70,21 @@ class _Present:
 
 def by_parts(case: Case, ranks: int, layout: str, backend: str) -> dict[str, Tensor]:
     """Results and gradients as `cases.whole` gives them."""
-    given, arguments = case.tensors(), case.arguments()
-    arguments = {name: value for name, value in arguments.items() if name not in ("backend", "return_lse")}
+    device = device_of(backend)
+    given = {name: tensor.to(device) for name, tensor in case.tensors().items()}
+    arguments = {name: value for name, value in case.arguments().items() if name not in ("backend", "return_lse")}
+    arguments = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
     absent = {name: None for name in Tensors._fields[3:12] if name not in given and name not in arguments}
     numbers: dict[str, Any] = dict(max_relative_position=None, is_causal=False, window=None, chunk=None, dropout_p=0.0, scale=None)
     tensors, settings = functional.validated(**numbers | absent | given | arguments)
     queries, keys = (Layout(layout, tensor.shape[2], ranks) for tensor in tensors[:2])
     torch.manual_seed(SEED)
-    seed = draw_seed(tensors.query.device)
+    seed = draw_seed(torch.device("cpu")).to(device)
     offsets = [0] if tensors.query_offsets is None else tensors.query_offsets.tolist()
     reach = settings.query_offset + min(offsets), settings.query_offset + max(offsets)
     longest = keys.length if tensors.key_lengths is None else max(tensors.key_lengths.tolist())
     accumulate = lse_dtype(case.dtype)
-    of_keys = {f"grad_{name}": torch.zeros(getattr(tensors, name).shape, dtype=accumulate) for name in ("key", "value")}
+    of_keys = {f"grad_{name}": torch.zeros(getattr(tensors, name).shape, dtype=accumulate, device=device) for name in ("key", "value")}
     needs = [tensor is not None and tensor.is_floating_point() for tensor in tensors[: len(DIFFERENTIABLE)]]
     needs[DIFFERENTIABLE.index("attn_mask")] &= backend == "blocked"
     results: list[dict[str, Tensor]] = []
@@ -96,7 +99,7 @@ def by_parts(case: Case, ranks: int, layout: str, backend: str) -> dict[str, Ten
         chosen = backends.select(local, settings._replace(is_part=True, first_key=4 if settings.dropout_p > 0.0 else 0), backend)
         call = ring.Call(chosen, settings, queries, keys, rank, reach, longest)
         output, lse = ring.forward(call, _Present(call, tensors, of_keys), local, seed)  # type: ignore[arg-type]
-        slope, lse_slope = (queries.part(of, 2, rank) for of in case.slopes())
+        slope, lse_slope = (queries.part(of.to(device), 2, rank) for of in case.slopes())
         travel: Any = _Present(call, tensors, of_keys)
         found = ring.backward(call, travel, local, seed, output, lse, slope, lse_slope, needs)
         names = [f"grad_{name}" for name, need in zip(DIFFERENTIABLE, needs, strict=True) if need]
@@ -108,7 +111,8 @@ def by_parts(case: Case, ranks: int, layout: str, backend: str) -> dict[str, Ten
     for result in results:
         result |= {name: results[0][name] for name in result if name[5:] in ALL}
     whole = joined(case, results, layout)
-    return whole | {name: whole[name].to(accumulate) + total for name, total in of_keys.items()}
+    whole |= {name: whole[name].to(accumulate) + total for name, total in of_keys.items()}
+    return {name: tensor.cpu() for name, tensor in whole.items()}
 
 
 def error(case: Case, found: dict[str, Tensor], plain: dict[str, Tensor], right: dict[str, Tensor]) -> str:
