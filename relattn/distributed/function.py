@@ -150,7 +150,6 @@ class _Shard(NamedTuple):
     queries: Layout
     keys: Layout
     seed: Tensor
-    backend: str
     mask_has_rows: bool  # attn_mask has one for each query, on some rank
 
     @property
@@ -173,8 +172,11 @@ def attend(
         query, key, value, attn_mask=None, query_offset=0 if query_offset is None else query_offset, **given
     )
     check_device(query.device, sharding.group)
-    rows = 1 if attn_mask is None or attn_mask.dim() < 2 else attn_mask.shape[-2]
-    queries, keys, most_rows = _lengths(sharding, tensors, settings, lengths, rows)
+    rows = None
+    if attn_mask is not None:
+        functional.check_tensor("attn_mask", attn_mask)
+        rows = attn_mask.shape[-2] if attn_mask.dim() > 1 else 1
+    queries, keys, mask_has_rows = _lengths(sharding, tensors, settings, lengths, rows)
     if query_offset is None and (settings.is_causal or settings.chunk_size is not None) and queries.length != keys.length:
         name = "is_causal" if settings.is_causal else "chunk"
         raise ValueError(functional.ambiguous(name, queries.length, keys.length, False))
@@ -186,26 +188,27 @@ def attend(
     if must_cover and given["max_relative_position"] is None:
         _check_cover(tensors, settings, queries, keys)
     tensors = _replicated(sharding, tensors)
-    shard = _Shard(sharding, tensors, settings, queries, keys, seed, "", most_rows != 1)
+    shard = _Shard(sharding, tensors, settings, queries, keys, seed, mask_has_rows)
     method = dict(ring=_ring, all_to_all=_all_to_all, gather=_gather)[sharding.method]
     output, lse = method(shard, backend)
     return (output, lse) if return_lse else output
 
 
 def _lengths(
-    sharding: Sharding, tensors: Tensors, settings: Settings, lengths: tuple[int | None, int | None], mask_rows: int
-) -> tuple[Layout, Layout, int]:
-    """Layouts of queries and keys, and the number of attn_mask's rows where it has some."""
+    sharding: Sharding, tensors: Tensors, settings: Settings, lengths: tuple[int | None, int | None], mask_rows: int | None
+) -> tuple[Layout, Layout, bool]:
+    """Layouts of queries and keys, and whether attn_mask (of that many rows here) has rows of its own for each query."""
     group, local = sharding.group, (tensors.query.shape[2], tensors.key.shape[2])
     known = all(length is not None for length in lengths) and group in _started
-    if not known or (sharding.method == "all_to_all" and mask_rows != 1):
+    has_rows = mask_rows not in (None, 1)
+    if not known or (sharding.method == "all_to_all" and mask_rows is not None):  # a rank with one query cannot tell
         host = tuple(None if tensor is None else tensor.tolist() for tensor in (tensors.key_lengths, tensors.query_offsets))
-        same = (*sharding[1:], *settings, *host, lengths)
-        of_ranks = same_on_all((*local, mask_rows), same, tensors.query.device, group)
+        same = (*sharding[1:], settings, *host, lengths)
+        of_ranks = same_on_all((*local, 1 if mask_rows is None else mask_rows), same, tensors.query.device, group)
         _started.add(group)
         of_queries, of_keys, of_rows = ([rank[number] for rank in of_ranks] for number in range(3))
         found = fitting("query", of_queries, sharding.layout), fitting("key", of_keys, sharding.layout)
-        mask_rows = next((rows for rows in of_rows if rows != 1), 1)
+        has_rows = any(rows != 1 for rows in of_rows)
     else:
         found = (_fixed(sharding, lengths[0]), _fixed(sharding, lengths[1]))
     for name, layout, have, given in zip(("query", "key"), found, local, lengths, strict=True):
@@ -213,7 +216,7 @@ def _lengths(
             raise ValueError(f"{name}_length: expected {layout.length}, the sum of the ranks' lengths, got {given}")
         if have != layout.local_length(dist.get_rank(group)):
             raise ValueError(f"{name}: expected {layout.local_length(dist.get_rank(group))} of the {layout.describe()}, got {have}")
-    return *found, mask_rows
+    return *found, has_rows
 
 
 def _fixed(sharding: Sharding, length: Any) -> Layout:

@@ -379,6 +379,29 @@ def test_given_lengths_need_no_exchange(pool) -> None:
         assert count == 0
 
 
+def test_a_rank_with_one_query_and_a_mask(pool) -> None:
+    """Whether its mask is one row or the row of its query the other ranks know; with given lengths they waited for each other."""
+    case = Case(queries=9, mask="rows")
+    for method, layout in WAYS:
+        results = pool.values(2, sharded, case, dict(method=method, layout=layout, query_length=9, key_length=9))
+        wrong = error(case, joined(case, results, layout), whole(case), exact(case))
+        assert not wrong, wrong
+
+
+def _autocast(group: Any, case: Case, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = sharded(group, case, options)
+    return found["output"], sharded(group, replace(case, dtype=torch.bfloat16), options)["output"]
+
+
+def test_autocast_casts(pool) -> None:
+    case = Case(queries=20, terms=ALL, mask="float", dtype=torch.float32)
+    for method, layout in WAYS:
+        for cast, half in pool.values(2, _autocast, case, dict(method=method, layout=layout)):
+            assert cast.dtype == torch.bfloat16
+            assert torch.equal(cast, half)
+
+
 def _exchanges(group: Any) -> int:
     import relattn.distributed as parallel
 
