@@ -19,7 +19,8 @@ class Layout:
     """L tokens over P ranks: consecutive pieces of equal size, a multiple of 4, the last ones shorter or empty.
 
     "contiguous": P pieces, rank r has piece r. "zigzag": 2 P pieces, rank r has the pieces r and 2 P - 1 - r: of a causal call every rank
-    then has the same work.
+    then has the same work (Grattafiori et al. 2024, "The Llama 3 herd of models"; to the same end Brandon et al. 2023, "Striped attention",
+    deal single tokens, which would leave no distances of whole blocks).
     """
 
     def __init__(self, name: str, length: int, ranks: int) -> None:

@@ -1,9 +1,10 @@
 """Ring attention: queries stay, keys and values pass, a block of scores at a time (Liu, Zaharia and Abbeel 2023, "Ring attention with
-blockwise transformers for near-infinite context"; of "zigzag", Brandon et al. 2023, "Striped attention", for balance where causal).
+blockwise transformers for near-infinite context").
 
 In step t rank r attends to the pieces of rank r - t, while those of rank r - t - 1 arrive. Every piece is sent by the rank that owns it,
 straight to the one that needs it: as many bytes as by passing them on from neighbour to neighbour, and none where causality, window,
-chunks or lengths hide the piece, on whichever side of the queries it lies. In the backward pass keys and values come once more, and
+chunks or lengths hide the piece, on whichever side of the queries it lies. (Passed on, keys to the right of a window would go all the way
+round.) In the backward pass keys and values come once more, and
 gradients go home in the same way. Bytes sent by a rank, with (K + V) those of its keys and values (one more for each key with key_mask):
 forward (P - 1) (K + V), backward twice that, less the pieces that are not needed.
 
@@ -112,7 +113,7 @@ def block_of(call: Call, tensors: Tensors, queries: range, where: slice, piece: 
         index = (*(full,) * (mask.dim() - 2), *((full if mask.shape[-2] == 1 else where,) if mask.dim() > 1 else ()), columns)
         parts["attn_mask"] = mask[index]
     if tensors.key_lengths is not None:
-        parts["key_lengths"] = (tensors.key_lengths - piece.tokens.start).clamp(min=0)
+        parts["key_lengths"] = (tensors.key_lengths.to(torch.int64) - piece.tokens.start).clamp(min=0)  # small ones would wrap
     return Block(tensors._replace(**parts), settings, where, rows, index)
 
 

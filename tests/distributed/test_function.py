@@ -379,6 +379,21 @@ def test_given_lengths_need_no_exchange(pool) -> None:
         assert count == 0
 
 
+def _small_integers(group: Any, case: Case) -> Tensor:
+    import relattn.distributed as parallel
+
+    local = {name: parallel.shard(tensor, 2, group=group) for name, tensor in case.tensors().items()}
+    lengths = torch.tensor(case.key_lengths, dtype=torch.uint8)
+    return parallel.relative_attention(**local, key_lengths=lengths, group=group)  # type: ignore[return-value]
+
+
+def test_lengths_in_small_integers(pool) -> None:
+    """Less a later rank's first key they wrapped."""
+    case = Case(queries=400, batch=2, heads=1, key_heads=1, terms=(), key_lengths=(250, 3))
+    parts = pool.values(2, _small_integers, case)
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole(case)["output"], rtol=0.0, atol=1e-12)
+
+
 def test_a_rank_with_one_query_and_a_mask(pool) -> None:
     """Whether its mask is one row or the row of its query the other ranks know; with given lengths they waited for each other."""
     case = Case(queries=9, mask="rows")
