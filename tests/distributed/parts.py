@@ -133,13 +133,13 @@ def error(case: Case, found: dict[str, Tensor], plain: dict[str, Tensor], right:
     return ""
 
 
-def check(name: str, backend: str, dtype: torch.dtype) -> str:
-    case = replace(CASES[name], dtype=dtype)
+def check(case: Case, backend: str, dtype: torch.dtype) -> str:
+    case = replace(case, dtype=dtype)
     plain, right = whole(replace(case, backend="blocked")), exact(case)
     for ranks, layout in ((3, "contiguous"), (2, "zigzag")):
         wrong = error(case, by_parts(case, ranks, layout, backend), plain, right)
         if wrong:
-            return f"{name}, {ranks} ranks, {layout}: {wrong}"
+            return f"{ranks} ranks, {layout}: {wrong}"
     return ""
 
 
@@ -149,13 +149,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     failed = False
-    for name in CASES:
+    for name, case in CASES.items():
         try:
-            wrong = check(name, options.backend, getattr(torch, options.dtype))
+            wrong = check(case, options.backend, getattr(torch, options.dtype))
         except ValueError as reason:  # it does not take such calls
             print(f"{name}: {reason}")
             continue
-        print(wrong or f"{name}: good")
+        print(f"{name}: {wrong or 'good'}")
         failed |= bool(wrong)
     raise SystemExit(failed)
 

@@ -100,7 +100,7 @@ def test_blocks_of_every_backend_join(backend: str, name: str) -> None:
     """In float32 too the joined log-sum-exp, not the block's own, makes a block's weights: with large scores, and in half precision,
     backends of whole calls find it anew."""
     for dtype in (torch.float32, torch.bfloat16):
-        assert check(name, backend, dtype) == ""
+        assert check(CASES[name], backend, dtype) == ""
 
 
 def _weights(group: Any, case: Case, options: dict[str, Any]) -> Tensor:
