@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from relattn.arguments import lse_dtype
 
@@ -101,6 +102,7 @@ class _Exchange(torch.autograd.Function):
         return there(tensor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         return ctx.back(gradient), None, None
 
@@ -174,6 +176,7 @@ class Replicated(torch.autograd.Function):
         return tuple(tensor.to(lse_dtype(tensor.dtype)).view_as(tensor) for tensor in tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients: Tensor):
         needs = ctx.needs_input_grad[1:]
         if ctx.group is not None:

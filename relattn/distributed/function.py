@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from relattn import backends, functional, operators
-from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enabled
+from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enabled, with_layout
 from relattn.backends import reference
 from relattn.distributed import ring
 from relattn.distributed.collectives import (
@@ -101,9 +101,9 @@ def relative_attention(
         All others are those of `relattn.relative_attention`.
 
     Returns:
-        (B, Hq, l, Dv) of the query's dtype, and the log-sum-exp as there. Results depend on P by rounding only (partial results are joined
-        and gradients summed in float32, or float64, in a fixed order); two runs give the same bits. Rows of which all scores share a large
-        constant (a mask of -1e9 over all that they see) lose its precision in method "ring".
+        (B, Hq, l, Dv) of the query's dtype and in its memory order, and the log-sum-exp as there. Results depend on P by rounding only
+        (partial results are joined and gradients summed in float32, or float64, in a fixed order); two runs give the same bits. In method
+        "ring" rows of which all scores share a large constant (a mask of -1e9 over all that they see) lose as much precision.
 
     Raises:
         ValueError, TypeError: as `relattn.relative_attention` does; an unknown method, layout or table_gradients; local lengths that are
@@ -191,6 +191,7 @@ def attend(
     shard = _Shard(sharding, tensors, settings, queries, keys, seed, mask_has_rows)
     method = dict(ring=_ring, all_to_all=_all_to_all, gather=_gather)[sharding.method]
     output, lse = method(shard, backend)
+    output = with_layout(tensors.query, output)
     return (output, lse) if return_lse else output
 
 

@@ -83,6 +83,24 @@ def test_layers_train_as_on_one_process(pool, options: dict[str, Any], checkpoin
             torch.testing.assert_close(others[name], gradient, rtol=0.0, atol=1e-11 * float(gradient.abs().max()))
 
 
+def _under_ddp(group: Any) -> dict[str, Tensor]:
+    import relattn.distributed as parallel
+
+    model = nn.parallel.DistributedDataParallel(Model(False, 0.0), process_group=group)
+    with parallel.context_parallel(group):
+        model(parallel.shard(_inputs()[:, :24], 1, group=group)).square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.module.named_parameters()}
+
+
+def test_ddp_over_the_same_ranks_takes_local_gradients(pool) -> None:
+    """The mean of the ranks' means: what DDP averages, tables' gradients among them."""
+    model = Model(False, 0.0)
+    model(_inputs()[:, :24]).square().mean().backward()
+    for found in pool.values(2, _under_ddp):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, rtol=0.0, atol=1e-12)
+
+
 def _compiled(group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """A compiled layer before, within and after."""
     import relattn.distributed as parallel
