@@ -271,10 +271,10 @@ class Plan:
         if self.expanded:
             inputs = [tensor.contiguous() if index in self.expanded else tensor for index, tensor in enumerate(inputs)]
         keys = [(tensor.shape, tensor.stride()) for tensor in inputs[1:3]]  # of which the gradients are
-        saved = (_DTYPES[output.dtype], *output.stride()), (0, *lse.stride(), 0)
-        signature = tuple(needs), saved, *keys, *[(slope.stride(), slope.dtype) for slope in slopes]
+        signature = tuple(needs), output.dtype, output.stride(), lse.stride(), *keys, *[(slope.stride(), slope.dtype) for slope in slopes]
         found = self.backward_calls.get(signature)
         if found is None:
+            saved = (_DTYPES[output.dtype], *output.stride()), (0, *lse.stride(), 0)
             found = self._backward_call(slopes, inputs, needs, saved)
             if len(self.backward_calls) >= _MOST_BACKWARD:
                 self.backward_calls.clear()
