@@ -83,6 +83,45 @@ def test_layers_train_as_on_one_process(pool, options: dict[str, Any], checkpoin
             torch.testing.assert_close(others[name], gradient, rtol=0.0, atol=1e-11 * float(gradient.abs().max()))
 
 
+def _bert(group: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients of a model of transformers, trained with padding and dropout; without a group of one process."""
+    from transformers import BertConfig, BertModel
+
+    import relattn.distributed as parallel
+    from relattn.huggingface import add_relative_positions
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    config = BertConfig(**sizes, max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.2)
+    model = add_relative_positions(BertModel(config), max_relative_position=9, terms=("rel_k", "rel_bias")).double().train()
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, -7:] = 0
+    ids = torch.randint(0, 50, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    inputs = dict(input_ids=ids, attention_mask=mask, position_ids=torch.arange(LENGTH).expand(2, -1))
+    torch.manual_seed(4)
+    if group is None:
+        output = model(**inputs).last_hidden_state * mask[..., None]
+        output.square().sum().backward()
+    else:
+        inputs = {name: parallel.shard(tensor, 1, group=group, layout="zigzag") for name, tensor in inputs.items()}
+        with parallel.context_parallel(group, layout="zigzag"):
+            output = model(**inputs).last_hidden_state * inputs["attention_mask"][..., None]
+            output.square().sum().backward()
+        output = parallel.unshard(output, 1, LENGTH, group=group, layout="zigzag")
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return output.detach(), gradients
+
+
+def test_a_model_of_transformers_runs_as_it_is(pool) -> None:
+    output, gradients = _bert(None)
+    results = pool.values(2, _bert)
+    for found, _ in results:
+        torch.testing.assert_close(found, output, rtol=0.0, atol=1e-12)
+    for name, gradient in gradients.items():
+        total = sum(found[name] for _, found in results)
+        torch.testing.assert_close(total, gradient, rtol=0.0, atol=1e-11)
+
+
 def _under_ddp(group: Any) -> dict[str, Tensor]:
     import relattn.distributed as parallel
 
