@@ -30,6 +30,7 @@ from relattn.philox import draw_seed
 METHODS = ("ring", "all_to_all", "gather")
 TABLE_GRADIENTS = ("sum", "local")
 _REPLICATED = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v")
+_SHARDED = dict(query=2, key=2, value=2, key_mask=1)  # in which dimension
 _DIMS_PER_HEAD = dict(rel_k=3, rel_q=3, rel_v=3, rel_bias=2, pos_bias_u=2, pos_bias_v=2)
 # Groups that made a collective call, before which NCCL has no P2P between some of the ranks.
 _started: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -204,7 +205,7 @@ def _lengths(
     has_rows = mask_rows not in (None, 1)
     if not known or (sharding.method == "all_to_all" and mask_rows is not None):  # a rank with one query cannot tell
         host = tuple(None if tensor is None else tensor.tolist() for tensor in (tensors.key_lengths, tensors.query_offsets))
-        same = (*sharding[1:], settings, *host, lengths)
+        same = (*sharding[1:], settings, *host, lengths, *map(_described, Tensors._fields, tensors))
         of_ranks = same_on_all((*local, 1 if mask_rows is None else mask_rows), same, tensors.query.device, group)
         _started.add(group)
         of_queries, of_keys, of_rows = ([rank[number] for rank in of_ranks] for number in range(3))
@@ -218,6 +219,14 @@ def _lengths(
         if have != layout.local_length(dist.get_rank(group)):
             raise ValueError(f"{name}: expected {layout.local_length(dist.get_rank(group))} of the {layout.describe()}, got {have}")
     return *found, has_rows
+
+
+def _described(name: str, tensor: Tensor | None) -> str:
+    """What ranks must agree on: all but lengths, and whether a gradient will be sent."""
+    if tensor is None:
+        return f"no {name}"
+    sizes = tuple(size for dim, size in enumerate(tensor.shape) if not (name in _SHARDED and dim == _SHARDED[name]))
+    return f"{name} {sizes} {tensor.dtype}" + (" with gradient" if tensor.requires_grad and torch.is_grad_enabled() else "")
 
 
 def _fixed(sharding: Sharding, length: Any) -> Layout:

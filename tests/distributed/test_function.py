@@ -339,6 +339,7 @@ def _attend(group: Any, lengths: list[int], heads: int = 4, options: dict[str, A
         ("table_gradients: expected one of 'sum', 'local', got 'mean'", ([8, 8], 4, dict(table_gradients="mean"))),
         ("backend: 'reference' does not compute blocks of a ring", ([8, 8], 4, dict(backend="reference"))),
         ("relattn.distributed: expected the same settings on every rank", ([8, 8], 4, None, [{}, dict(is_causal=True)])),
+        ("relattn.distributed: expected the same settings on every rank", ([8, 8], 4, None, [{}, dict(rel_k=torch.zeros(3, 8))])),
         ("attn_mask: expected a shape broadcastable to (1, 4, 8, 16), got (8, 8)", ([8, 8], 4, dict(attn_mask=torch.ones(8, 8).bool()))),
         ("mesh: expected group or mesh, got both", ([8, 8], 4, dict(mesh=3))),
     ],
