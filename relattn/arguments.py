@@ -52,16 +52,30 @@ class Settings(NamedTuple):
     chunk_left: int | None = None  # how many chunks before its own a query sees; None: all
     max_seqlen_q: int | None = None  # of a packed call: no sequence is longer; None: nobody said
     max_seqlen_k: int | None = None
+    # A call may be a block of a larger one (see relattn.distributed), whose dropout and chunks count heads, queries and keys from
+    # here on; first_key is a multiple of 4. query_offset and the tables stay the block's own.
+    first_head: int = 0
+    first_query: int = 0
+    first_key: int = 0
+    # Its output will be joined with those of other keys, and is of the dtype of accumulation (where the backend can). The output and the
+    # log-sum-exp that the backward pass is handed are the joined ones: neither may be found anew.
+    is_part: bool = False
+
+    def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The output's, of a query of this dtype."""
+        return lse_dtype(dtype) if self.is_part else dtype
 
     def chunk_start(self, position):
         """The first key of those chunks that a query at `position`, an int or a tensor of them, sees; None: no bound."""
         if self.chunk_size is None or self.chunk_left is None:
             return None
-        return (position // self.chunk_size - self.chunk_left) * self.chunk_size
+        return ((position + self.first_key) // self.chunk_size - self.chunk_left) * self.chunk_size - self.first_key
 
     def chunk_stop(self, position):
         """The first key behind its chunk; None: no bound."""
-        return None if self.chunk_size is None else (position // self.chunk_size + 1) * self.chunk_size
+        if self.chunk_size is None:
+            return None
+        return ((position + self.first_key) // self.chunk_size + 1) * self.chunk_size - self.first_key
 
 
 FARTHEST = 2**62  # an offset or a side of a window may be, so that distances fit 64-bit numbers
@@ -111,12 +125,12 @@ def heads_last(tensor: Tensor) -> bool:
     return tensor.stride(1) < tensor.stride(2)
 
 
-def empty_with_layout(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised dense (B, H, L, D) tensor of `like`'s dtype and device in the memory order of `like`."""
+def empty_with_layout(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised dense (B, H, L, D) tensor of `like`'s device, dtype (unless one is given) and memory order."""
     if heads_last(like):
         batch, heads, length, size = shape
-        return like.new_empty((batch, length, heads, size)).transpose(1, 2)
-    return like.new_empty(shape)
+        return like.new_empty((batch, length, heads, size), dtype=dtype).transpose(1, 2)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def with_layout(like: Tensor, tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from relattn import backends, plans
+from relattn import backends, plans, sharding
 from relattn.arguments import (
     DIFFERENTIABLE,
     FARTHEST,
@@ -121,6 +121,13 @@ def relative_attention(
 
     Packed sequences: `relative_attention_varlen`. Two-dimensional positions (SAM, Swin) are not supported.
     """
+    if sharding.active:
+        return sharding.sharded(
+            query, key, value, rel_k, rel_q=rel_q, rel_v=rel_v, rel_bias=rel_bias, pos_bias_u=pos_bias_u, pos_bias_v=pos_bias_v,
+            max_relative_position=max_relative_position, attn_mask=attn_mask, key_mask=key_mask, key_lengths=key_lengths,
+            is_causal=is_causal, window=window, chunk=chunk, query_offset=query_offset, dropout_p=dropout_p, scale=scale,
+            enable_gqa=enable_gqa, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     if not torch.compiler.is_compiling() and is_tracing():
         output, lse, _ = traced(
             query, key, value, rel_k=rel_k, rel_q=rel_q, rel_v=rel_v, rel_bias=rel_bias, pos_bias_u=pos_bias_u, pos_bias_v=pos_bias_v,
@@ -175,6 +182,7 @@ def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **argument
     `arguments` are `relative_attention`'s, which checks them in the same way.
     """
     arguments = _DEFAULTS | arguments
+    sharding.refuse("weights (need_weights, output_attentions) are")
     if not torch.compiler.is_compiling() and is_tracing():
         return traced(query, key, value, weights=True, **arguments)
     output, lse, weights = _by_reference(*validated(query, key, value, **arguments))
@@ -258,7 +266,7 @@ def validated(
             check_tensor(name, bias)
             if bias.shape != (heads, head_size):
                 raise ValueError(f"{name}: expected ({heads}, {head_size}), got {shape_text(bias)}")
-    _check_masks((batch, heads, query_length, key_length), attn_mask, key_mask)
+    check_masks((batch, heads, query_length, key_length), attn_mask, key_mask)
     sequences = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if key_lengths is not None:
         _check_integers("key_lengths", key_lengths, sequences)
@@ -267,7 +275,7 @@ def validated(
     chunk_size, chunk_left = chunk_sides(chunk)
     if query_offset is None:
         if (is_causal or chunk is not None) and not same:
-            raise ValueError(_ambiguous("is_causal" if is_causal else "chunk", query_length, key_length, cu_seqlens_q is not None))
+            raise ValueError(ambiguous("is_causal" if is_causal else "chunk", query_length, key_length, cu_seqlens_q is not None))
         query_offset = 0
     window_left, window_right = window_sides(window, is_causal)
     _check_numbers(dropout_p, scale)
@@ -276,8 +284,8 @@ def validated(
         query_offsets, cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
     if autocast_enabled(query.device.type):
-        tensors = _autocast(tensors)
-    _check_dtypes(tensors)
+        tensors = autocast(tensors)
+    check_dtypes(tensors)
     if pos_bias_v is not None and rel_k is None:
         raise ValueError("pos_bias_v: it stands in rel_k's product only, and rel_k is None")
     settings = Settings(
@@ -330,7 +338,7 @@ def _check_tables(tables, rel_bias, heads) -> int | None:
     return rows
 
 
-def _check_masks(scores, attn_mask, key_mask) -> None:
+def check_masks(scores, attn_mask, key_mask) -> None:
     """`scores`: their shape (B, Hq, Lq, Lk)."""
     batch, _, _, key_length = scores
     if attn_mask is not None:
@@ -347,7 +355,7 @@ def _check_masks(scores, attn_mask, key_mask) -> None:
             raise ValueError(f"key_mask: expected ({batch}, {key_length}), got {shape_text(key_mask)}")
 
 
-def _ambiguous(name: str, queries, keys, packed: bool) -> str:
+def ambiguous(name: str, queries, keys, packed: bool) -> str:
     """What is said of a query_offset that is None where it must not be."""
     found = "queries and keys of different cu_seqlens" if packed else f"{queries} queries and {keys} keys"
     given = "cu_seqlens_k.diff() - cu_seqlens_q.diff()" if packed else keys - queries
@@ -499,7 +507,7 @@ def chunk_sides(chunk) -> tuple[int | None, int | None]:
     return size, left
 
 
-def _autocast(tensors: Tensors) -> Tensors:
+def autocast(tensors: Tensors) -> Tensors:
     """Cast as torch casts the arguments of scaled_dot_product_attention: all floating tensors but float64."""
     dtype = torch.get_autocast_dtype(tensors.query.device.type)
 
@@ -511,7 +519,7 @@ def _autocast(tensors: Tensors) -> Tensors:
     return Tensors(*(cast(tensor) for tensor in tensors))
 
 
-def _check_dtypes(tensors: Tensors) -> None:
+def check_dtypes(tensors: Tensors) -> None:
     """One dtype; tables, biases and mask may be float32 beside half precision. One device."""
     query = tensors.query
     if query.dtype not in _FLOATS:

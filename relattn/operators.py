@@ -38,7 +38,8 @@ _CALL = (
     "Tensor? pos_bias_u, Tensor? pos_bias_v, Tensor? attn_mask, Tensor? key_mask, Tensor? key_lengths, Tensor? query_offsets, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt left, SymInt right, bool is_causal, SymInt? window_left, SymInt? window_right, SymInt query_offset, "
-    "float dropout_p, float scale, SymInt? chunk_size, SymInt? chunk_left, SymInt? max_seqlen_q, SymInt? max_seqlen_k"
+    "float dropout_p, float scale, SymInt? chunk_size, SymInt? chunk_left, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "SymInt first_head, SymInt first_query, SymInt first_key, bool is_part"
 )
 _TENSORS = len(Tensors._fields)
 
@@ -92,7 +93,7 @@ library.impl("backward", _backward, "CompositeExplicitAutograd")
 def _forward_fake(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
     (query, _, value, *_), settings = _split(call)
     batch, heads, length, _ = query.shape
-    output = empty_with_layout(query, (batch, heads, length, value.shape[3]))
+    output = empty_with_layout(query, (batch, heads, length, value.shape[3]), settings.output_dtype(query.dtype))
     lse = query.new_empty((batch, heads, length), dtype=lse_dtype(query.dtype))
     return output, lse, query.new_empty(() if settings.dropout_p > 0.0 else (0,), dtype=torch.int64)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relattn import functional
+from relattn import functional, sharding
 from relattn.arguments import Settings, Tensors, shape_text
 
 
@@ -71,6 +71,7 @@ def relative_attention_varlen(
             of tokens, or a sequence is longer than max_seqlen. (On a GPU this last kind of check, of what tensors there hold, is made
             there without a synchronisation, and fails as an assertion does.)
     """
+    sharding.refuse("packed sequences (cu_seqlens) are")
     tensors, settings = packed_call(
         query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         rel_k=rel_k, rel_q=rel_q, rel_v=rel_v, rel_bias=rel_bias, pos_bias_u=pos_bias_u, pos_bias_v=pos_bias_v,

@@ -150,7 +150,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, source: Path) -> 
     modules = {file.relative_to(ROOT).as_posix() for file in (ROOT / "relattn").rglob("*.py")}
     modules |= {f"relattn/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "kernels").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
-    rooms = ("", "backends/", "huggingface/", "huggingface/families/", "kernels/", "kernels/gpu/", "kernels/cpu/")
+    rooms = ("", "backends/", "huggingface/", "huggingface/families/", "distributed/", "kernels/", "kernels/gpu/", "kernels/cpu/")
     assert {f"relattn/{room}__init__.py" for room in rooms} <= names
     others = {name for name in names if not name.endswith(".py") and ".dist-info/" not in name}
     assert others == {"relattn/py.typed", *(f"relattn/kernels/cpu/{name}" for name in (build.LIBRARY, build.REPORT))}

@@ -153,7 +153,7 @@ static bool prepare_backward(const Problem& p, const Head& head, const Block& bl
   const Call& call = p.call;
   const Matrix grad_output = matrix(call.grad_output, head.batch, head.head),
                output = matrix(call.output, head.batch, head.head);
-  const bool half = call.output.dtype != kFloat32;
+  const bool half = call.output.dtype != kFloat32;  // a part's is not
   read_block(p, head, block, w);
   for (int64_t row = 0; row < block.rows; ++row)
     read_padded(grad_output, block.first + row, p.value_size, p.padded_value_size,
@@ -179,7 +179,7 @@ static bool prepare_backward(const Problem& p, const Head& head, const Block& bl
     edge_products(lay_over(head.rel_v, block.rows, block.position, 0), block.keys, {w.upstream, p.padded_value_size, 1},
                   w.value_edges, w.scratch);
   }
-  if (half || large) row_statistics(p, head, block, w, half);
+  if (half || (large && !call.is_part)) row_statistics(p, head, block, w, half);
   if (call.grad_lse.data) subtract_lse_gradient(p, head, block, w);
   finish_rows_apart(block, w);
   return true;

@@ -141,7 +141,10 @@ struct AmxBackward {
     transpose_rows(w.upstream, block.rows, p.deep_value_size, w.upstream_t);
     transpose_rows(w.forward.content, block.rows, p.deep_size, w.content_t);
     if (w.position_t != w.content_t) transpose_rows(w.forward.position, block.rows, p.deep_size, w.position_t);
-    statistics(operands, block, w);
+    if (p.call.is_part)
+      given_statistics(head, block, w.forward.base);
+    else
+      statistics(operands, block, w);
     if (p.call.grad_lse.data) subtract_lse_gradient(p, head, block, w.forward.base);
     finish_rows_apart(block, w.forward.base);
     return true;
@@ -167,6 +170,20 @@ struct AmxBackward {
       scale_row(of_row + columns.first, unit, columns.last - columns.first);
       if (operands.bias) add_bias(skew, r, columns, operands.bias, of_row);
       hide(p, head, block, tile, group.row + r, columns, w.forward.base, of_row);
+    }
+  }
+
+  // Of a part: from the output and the log-sum-exp that were handed over.
+  void given_statistics(const Head& head, const Block& block, Workspace& base) const {
+    const Matrix grad_output = matrix(p.call.grad_output, head.batch, head.head),
+                 output = matrix(p.call.output, head.batch, head.head);
+    float *upstream = base.scratch, *row_of_output = base.scratch + p.padded_value_size;
+    for (int64_t row = 0; row < block.rows; ++row) {
+      base.base[row] = (float)(element(p.call.lse, head.batch, head.head, block.first + row) * kLog2E);
+      base.inverse[row] = 1.0f;
+      read_padded(grad_output, block.first + row, p.value_size, p.padded_value_size, upstream);
+      read_padded(output, block.first + row, p.value_size, p.padded_value_size, row_of_output);
+      base.delta[row] = weighted_sum(upstream, row_of_output, p.padded_value_size);
     }
   }
 

@@ -21,7 +21,9 @@ struct Call {
   int64_t has_window_left, window_left, has_window_right, window_right;  // causal calls have window_right = 0
   int64_t chunk_size, chunk_left;                                        // 0: no chunks; -1: all that are earlier
   int64_t query_offset;
-  int64_t first_batch;  // dropout counts batch elements from here on
+  int64_t first_batch;                         // dropout counts batch elements from here on
+  int64_t first_head, first_query, first_key;  // and these; chunks count keys from first_key on, a multiple of 4
+  int64_t is_part;  // output is float32; backward: it and lse are of more keys than these, neither is to be found anew
   int64_t seed;
   int64_t threads;
   int64_t block_queries, block_keys;  // upper bounds of a tile's size; 0: the kernel's own

@@ -322,7 +322,7 @@ int dispatch(const Call& described, const int64_t* numbers, int (*entry)(const C
 }  // namespace relattn
 
 // Changes whenever Call does: the Python side refuses a library of another version.
-EXPORT int64_t relattn_abi_version() { return 4; }
+EXPORT int64_t relattn_abi_version() { return 5; }
 EXPORT int64_t relattn_call_size() { return (int64_t)sizeof(relattn::Call); }
 
 EXPORT const char* relattn_variant() { return relattn::current()->name; }

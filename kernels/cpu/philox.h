@@ -4,8 +4,8 @@
 struct Dropout {
   uint64_t threshold;  // a weight is kept where its random word is at least this; 0: no dropout
   uint32_t key0, key1;
-  float kept_share;     // what sums of kept weights are divided by
-  int64_t first_batch;  // of the call, where it is a part of another
+  float kept_share;                                             // what sums of kept weights are divided by
+  int64_t first_batch, first_head, first_query, first_quarter;  // of the call, where it is a part of another
 
   bool used() const { return threshold > 0; }
 };
@@ -13,8 +13,14 @@ struct Dropout {
 static Dropout make_dropout(const Call& call) {
   const double p = call.dropout_p;
   const double kept = 1.0 - p;
-  return {(uint64_t)__builtin_nearbyint(p * 4294967296.0), (uint32_t)call.seed, (uint32_t)((uint64_t)call.seed >> 32),
-          kept > 0 ? (float)kept : 1.0f, call.first_batch};
+  return {(uint64_t)__builtin_nearbyint(p * 4294967296.0),
+          (uint32_t)call.seed,
+          (uint32_t)((uint64_t)call.seed >> 32),
+          kept > 0 ? (float)kept : 1.0f,
+          call.first_batch,
+          call.first_head,
+          call.first_query,
+          call.first_key / 4};
 }
 
 // 1 or 0 for each of the keys [first, last), at to[0 ...]. Whole counters are written: up to 3 elements before, and 66
@@ -28,9 +34,9 @@ static void dropout_keep(const Dropout& dropout, int64_t batch, int64_t head, in
     uint32_t w0[kLanes], w1[kLanes], w2[kLanes], w3[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       w0[lane] = (uint32_t)(dropout.first_batch + batch);
-      w1[lane] = (uint32_t)head;
-      w2[lane] = (uint32_t)query;
-      w3[lane] = (uint32_t)(quarter + lane);
+      w1[lane] = (uint32_t)(dropout.first_head + head);
+      w2[lane] = (uint32_t)(dropout.first_query + query);
+      w3[lane] = (uint32_t)(dropout.first_quarter + quarter + lane);
     }
     uint32_t key0 = dropout.key0, key1 = dropout.key1;
     for (int round = 0; round < 7; ++round) {

@@ -48,7 +48,7 @@ INLINE Range window_of(const Call& call, const Keys& keys, int64_t query) {
   if (call.has_window_left) from(position - call.window_left);
   if (call.has_window_right) up_to(position + call.window_right + 1);
   if (call.chunk_size) {
-    const __int128 before = position % call.chunk_size,
+    const __int128 before = (position + call.first_key) % call.chunk_size,
                    start = position - (before < 0 ? before + call.chunk_size : before);  // of its own chunk
     if (call.chunk_left >= 0) from(start - (__int128)call.chunk_left * call.chunk_size);
     up_to(start + call.chunk_size);

@@ -65,7 +65,7 @@ _torch_attention: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_atten
 def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, Lq, Dv) and log-sum-exp (B, Hq, Lq)."""
     batch, heads, length, _ = tensors.query.shape
-    output = empty_with_layout(tensors.query, (batch, heads, length, tensors.value.shape[3]))
+    output = empty_with_layout(tensors.query, (batch, heads, length, tensors.value.shape[3]), settings.output_dtype(tensors.query.dtype))
     lse = tensors.query.new_empty((batch, heads, length), dtype=lse_dtype(tensors.query.dtype))
 
     def attend(careful: bool) -> list[Tensor]:
@@ -201,7 +201,8 @@ class _Group:
             or settings.chunk_size is not None or tensors.attn_mask is not None or self.rel_bias is not None or self.hidden is not None
         )  # fmt: skip
         # A row whose scores share a large constant (a mask of -1e9) has an lse that no longer holds the logarithm of its sum.
-        self.lse_is_exact = self.rel_bias is None and (tensors.attn_mask is None or tensors.attn_mask.dtype == torch.bool)
+        moderate = self.rel_bias is None and (tensors.attn_mask is None or tensors.attn_mask.dtype == torch.bool)
+        self.lse_is_exact = settings.is_part or moderate
 
     @functools.cached_property
     def key(self) -> Tensor:
@@ -390,7 +391,7 @@ class _Group:
                 lse_slope = None if grad_lse is None else self.of_strip(grad_lse, strip).reshape(lse_strip.shape)
                 # do_i.o_i, which is sum_j w_ij dw_ij; but a rounded output would not cancel against the unrounded weights.
                 row_sum = None
-                if output.dtype == self.dtype:
+                if output.dtype == self.dtype:  # as it always is of a part, whose own sum is another
                     product = self.of_strip(grad_output, strip) * self.of_strip(output, strip)
                     row_sum = product.sum(-1).reshape(lse_strip.shape)
                 self._backward_strip(strip, upstream, row_sum, lse_strip, lse_slope, grad_key, grad_value, grads)
@@ -640,9 +641,11 @@ class _Group:
     def keep(self, strip: Strip) -> Tensor:
         """Which weights survive dropout, (G, rows, keys)."""
         device = self.device
-        head = self._order(torch.arange(self.heads.start, self.heads.stop, device=device)[None, :, None])
+        settings = self.settings
+        head = self._order((torch.arange(self.heads.start, self.heads.stop, device=device) + settings.first_head)[None, :, None])
         batch = self._order((torch.arange(self.batch.start, self.batch.stop, device=device) + self.first_batch)[:, None, None])
-        query = torch.arange(strip.start, strip.stop, device=device)
+        query = torch.arange(strip.start, strip.stop, device=device) + settings.first_query
         seed = int(self.seed) if self.device.type == "cpu" else self.seed
-        keep = dropout_keep(seed, self.settings.dropout_p, batch, head, query, strip.first, strip.last)
+        first, last = strip.first + settings.first_key, strip.last + settings.first_key
+        keep = dropout_keep(seed, settings.dropout_p, batch, head, query, first, last)
         return keep.reshape(-1, strip.rows, strip.keys)

@@ -23,10 +23,10 @@ from torch import Tensor
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout
 from relattn.backends import blocked
 
-_ABI_VERSION = 4  # as in library.cpp
+_ABI_VERSION = 5  # as in library.cpp
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int64: 4}
 _TENSORS = 28  # in Call
-_CALL = struct.Struct(f"=22q2d{6 * _TENSORS}q")
+_CALL = struct.Struct(f"=26q2d{6 * _TENSORS}q")
 
 # Calls of fewer multiplications than this run on one thread: about 20 microseconds of work. Waking another takes a few, and more where
 # threads have gone to sleep.
@@ -176,7 +176,7 @@ class Plan:
     def __init__(self, tensors: Tensors, settings: Settings) -> None:
         query, value = tensors.query, tensors.value
         shape = (*query.shape[:3], value.shape[3])
-        self.settings = settings
+        self.settings, self.dtype = settings, settings.output_dtype(query.dtype)
         self.names = [name for name, tensor in zip(Tensors._fields, tensors, strict=True) if tensor is not None]
         self.empty = query.numel() == 0 or value.numel() == 0
         self.key_mask = self.names.index("key_mask") if "key_mask" in self.names else None
@@ -188,11 +188,17 @@ class Plan:
         self.sequences = query.shape[0] if tensors.cu_seqlens_q is None else tensors.cu_seqlens_q.shape[0] - 1
         self.converted = [self.names.index(name) for name in integers if getattr(tensors, name).dtype != torch.int64]
         tensors = tensors._replace(**{name: getattr(tensors, name).to(torch.int64) for name in integers})
-        self.forward_call = None if self.empty else self._call(tensors, (_ABSENT,) * 11)
+        self.forward_call = None if self.empty else self._call(tensors, (_ABSENT,) * 11, self._saved(self.dtype))
         self.backward_calls: dict[tuple, tuple[bytes, list]] = {}
 
-    def _call(self, tensors: Tensors, gradients: tuple[tuple[int, ...], ...]) -> bytes:
-        """The Call; addresses come in the order of the inputs, output, lse, and what `gradients` describes."""
+    def _saved(self, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the Call says of output and lse but for their places, as the forward pass makes them."""
+        return (_DTYPES[dtype], *self.output[1]), (0, *self.lse[1], 0)
+
+    def _call(
+        self, tensors: Tensors, gradients: tuple[tuple[int, ...], ...], saved: tuple[tuple[int, ...], tuple[int, ...]]
+    ) -> bytes:  # fmt: skip
+        """The Call; addresses come in the order of the inputs, output, lse (`saved` describes them), and what `gradients` describes."""
         settings, (_, heads, queries, size) = self.settings, tensors.query.shape
         key, value = tensors.key, tensors.value
         place = {name: _NUMBERS + index for index, name in enumerate((*self.names, "output", "lse"))}
@@ -202,7 +208,7 @@ class Plan:
 
         entries = (
             described(_full, "query"), described(_full, "key"), described(_full, "value"),
-            (place["output"], _DTYPES[tensors.query.dtype], *self.output[1]), (place["lse"], 0, *self.lse[1], 0),
+            (place["output"], *saved[0]), (place["lse"], *saved[1]),
             described(_table, "rel_k"), described(_table, "rel_q"), described(_table, "rel_v"), described(_bias_table, "rel_bias"),
             described(_pos_bias, "pos_bias_u"), described(_pos_bias, "pos_bias_v"), described(_mask, "attn_mask"),
             described(_described, "key_mask", (0, 2)), described(_described, "key_lengths", (0,)),
@@ -215,7 +221,8 @@ class Plan:
             settings.left, settings.right,
             settings.window_left is not None, settings.window_left or 0, window_right is not None, window_right or 0,
             settings.chunk_size or 0, -1 if settings.chunk_left is None else settings.chunk_left,
-            0, 0, 0, 0, 0, 0, settings.scale, settings.dropout_p, *itertools.chain.from_iterable(entries),
+            0, 0, settings.first_head, settings.first_query, settings.first_key, settings.is_part, 0, 0, 0, 0,
+            settings.scale, settings.dropout_p, *itertools.chain.from_iterable(entries),
         )  # fmt: skip
 
     def _convert(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -246,7 +253,7 @@ class Plan:
 
     def forward(self, inputs: Sequence[Tensor], offset: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
         query = inputs[0]
-        output = query.new_empty_strided(*self.output)
+        output = query.new_empty_strided(*self.output, dtype=self.dtype)
         lse = query.new_empty_strided(*self.lse, dtype=torch.float32)
         if self.forward_call is None:
             return output.zero_(), lse.fill_(-torch.inf)
@@ -264,10 +271,11 @@ class Plan:
         if self.expanded:
             inputs = [tensor.contiguous() if index in self.expanded else tensor for index, tensor in enumerate(inputs)]
         keys = [(tensor.shape, tensor.stride()) for tensor in inputs[1:3]]  # of which the gradients are
-        signature = tuple(needs), *keys, *[(slope.stride(), slope.dtype) for slope in slopes]
+        signature = tuple(needs), output.dtype, output.stride(), lse.stride(), *keys, *[(slope.stride(), slope.dtype) for slope in slopes]
         found = self.backward_calls.get(signature)
         if found is None:
-            found = self._backward_call(slopes, inputs, needs)
+            saved = (_DTYPES[output.dtype], *output.stride()), (0, *lse.stride(), 0)
+            found = self._backward_call(slopes, inputs, needs, saved)
             if len(self.backward_calls) >= _MOST_BACKWARD:
                 self.backward_calls.clear()
             self.backward_calls[signature] = found
@@ -277,7 +285,8 @@ class Plan:
         return gradients
 
     def _backward_call(
-        self, slopes: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool]
+        self, slopes: Sequence[Tensor], inputs: Sequence[Tensor], needs: Sequence[bool],
+        saved: tuple[tuple[int, ...], tuple[int, ...]],
     ) -> tuple[bytes, list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]]:
         """The Call, and shape, strides and dtype of each gradient."""
         inputs = self._convert(inputs)
@@ -290,7 +299,7 @@ class Plan:
         for name, how in _GRADIENTS.items():
             described.append(how(next(place), gradients[name]) if name in needed else _ABSENT)
         wanted = [(tuple(gradient.shape), gradient.stride(), gradient.dtype) for gradient in gradients.values()]
-        return self._call(tensors, tuple(described)), wanted
+        return self._call(tensors, tuple(described), saved), wanted
 
 
 # In the order of Call, which is that of Tensors.

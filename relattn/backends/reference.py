@@ -129,8 +129,9 @@ def _attention(tensors: Tensors, settings: Settings, seed: Tensor | None, first_
     if settings.dropout_p > 0.0:
         assert seed is not None
         keep = dropout_keep(
-            seed, settings.dropout_p, *_indices(first_batch, batch, heads, query_length, query.device), 0, key_length
-        )
+            seed, settings.dropout_p, *_indices(settings, first_batch, batch, heads, query_length, query.device), settings.first_key,
+            settings.first_key + key_length,
+        )  # fmt: skip
         weights = torch.where(keep, weights, 0.0) / ((1.0 - settings.dropout_p) or 1.0)  # nothing is kept where this is 0
     weights = weights.to(dtype)
     output = products.weighted(weights, value)
@@ -142,11 +143,11 @@ def _attention(tensors: Tensors, settings: Settings, seed: Tensor | None, first_
 
 
 def _indices(
-    first_batch: int, batch: int, heads: int, length: int, device: torch.device
+    settings: Settings, first_batch: int, batch: int, heads: int, length: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch_index = torch.arange(first_batch, first_batch + batch, device=device)[:, None, None]
-    head_index = torch.arange(heads, device=device)[:, None]
-    return batch_index, head_index, torch.arange(length, device=device)
+    head_index = torch.arange(settings.first_head, settings.first_head + heads, device=device)[:, None]
+    return batch_index, head_index, torch.arange(settings.first_query, settings.first_query + length, device=device)
 
 
 def skew(scores: Tensor, *, is_causal: bool = False) -> Tensor:

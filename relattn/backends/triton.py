@@ -100,6 +100,10 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
         return f"head sizes go to 256, and these are {query.shape[3]} and {tensors.value.shape[3]}"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
+    if settings.dropout_p > 0.0 and (settings.first_head, settings.first_query, settings.first_key) != (0, 0, 0):
+        return "its kernels' dropout counts from the first head, query and key of a call, and this is a part of another"
+    if settings.is_part and (tensors.rel_bias is not None or (tensors.attn_mask is not None and tensors.attn_mask.is_floating_point())):
+        return "its backward pass finds a large log-sum-exp anew, and this is a part of another call with rel_bias or a float mask"
     return _FAILED.get(_kind(tensors, settings)) if _FAILED else None
 
 

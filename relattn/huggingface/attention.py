@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from relattn import sharding
 from relattn.functional import attention_with_weights, relative_attention
 from relattn.varlen import relative_attention_varlen
 
@@ -241,6 +242,7 @@ def _with_position_bias(
     """What "sdpa" computes where a model (T5, WavLM, ...) hands over a bias (B or 1, Hq, Lq, Lk); the weights too if
     asked for.
     """
+    sharding.refuse("models that hand over a position_bias (T5, WavLM and their like) are")
     _log_position_bias(type(module).__name__)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)

@@ -19,6 +19,8 @@ import relattn
 from relattn.arguments import Settings, Tensors
 from relattn.backends import triton as gpu
 from relattn.backends.tape import Slot
+from tests.distributed.parts import CASES
+from tests.distributed.parts import check as check_parts
 from tests.edges import edges
 from tests.fuzz import call_of, check, failed_once, packed_call, random_call
 from tests.hidden import check_hidden, hidden_call
@@ -95,6 +97,15 @@ def test_one_packed_sequence_is_the_call_that_is_not_packed(clip):
 def test_what_is_hidden_may_hold_anything(seed):
     """A few; `TRITON_INTERPRET=1 python -m tests.hidden --backend triton` runs as many as wanted."""
     check_hidden(hidden_call(seed, "triton"), "triton", (torch.float32, torch.bfloat16, torch.float16)[seed % 3])
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
+@pytest.mark.parametrize("name", ["window and clip"] if gpu.INTERPRETED else ["no table", "causal", "window and clip", "offsets"])
+def test_parts_join(name):
+    """`TRITON_INTERPRET=1 python -m tests.distributed.parts --backend triton` runs all that it takes."""
+    small = dict(queries=12, batch=1, heads=1, key_heads=1) if gpu.INTERPRETED else {}
+    assert check_parts(dataclasses.replace(CASES[name], **small), "triton", torch.float32) == ""
 
 
 @needs_kernels

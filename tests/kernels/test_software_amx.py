@@ -44,10 +44,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / build.LIBRARY
 
 
-@pytest.mark.parametrize("calls", ["tests.fuzz", "tests.edges", "tests.hidden"])
+@pytest.mark.parametrize("calls", ["tests.fuzz", "tests.edges", "tests.hidden", "tests.distributed.parts"])
 def test_calls(library: Path, calls: str) -> None:
-    """Random ones, those at the edges, and those whose hidden places hold anything."""
-    count = [] if calls == "tests.edges" else ["--count", "20"]
+    """Random ones, those at the edges, those whose hidden places hold anything, and parts of a call that are joined."""
+    count = ["--count", "20"] if calls in ("tests.fuzz", "tests.hidden") else []
     done = subprocess.run(
         [sys.executable, "-m", calls, "--backend", "cpu", "--dtype", "bfloat16", *count],
         env=os.environ | {"RELATTN_CPU_LIBRARY": str(library), "RELATTN_CPU_VARIANT": "amx"},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relattn import sharding
 from relattn.huggingface.attend import attend, projected, split_heads, table_by_head
 from relattn.huggingface.conversion import Plan, Replacement, original, part, replacement, unknown
 
@@ -65,6 +66,7 @@ def _deberta_rows(
     length: int, span: int, device: torch.device, bucket: Callable | None, limit: int
 ) -> tuple[int, Tensor]:
     """k, and the row of the 2 * span embeddings for each distance from -k to k; farther ones share the last rows."""
+    sharding.refuse("DeBERTa's tables, which are made for the length that a layer sees, are")
     k = min(length - 1, limit)
     distance = torch.arange(k, -k - 1, -1, device=device)  # DeBERTa counts query minus key
     position = distance if bucket is None else bucket(distance).to(torch.long)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relattn import sharding
 from relattn.functional import relative_attention
 from relattn.huggingface.conversion import Plan, Replacement, original, part, replacement, unknown
 
@@ -28,6 +29,7 @@ def _xlnet(
 
     The rows of r go from distance -Lk, which no key has, to L - 1, or to 0 where attention is causal.
     """
+    sharding.refuse("XLNet's tables, which are made for the length that a layer sees, are")
     seen = h if mems is None or mems.dim() <= 1 else torch.cat([mems, h], dim=0)
     queries, keys, rows = h.shape[0], seen.shape[0], r.shape[0]
     fits = rows == keys + queries or (rows == keys + 1 and attn_mask_h is not None)
