@@ -22,7 +22,7 @@ from relattn.arguments import (
     shape_text,
 )
 from relattn.backends import reference
-from relattn.operators import RelativeAttentionFunction, no_autocast
+from relattn.operators import PLAIN, RelativeAttentionFunction, no_autocast
 from relattn.philox import draw_seed
 from relattn.tracing import is_tracing, traced
 
@@ -184,10 +184,22 @@ def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **argument
 
 def _by_reference(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
     device = tensors.query.device
-    check_cu_seqlens(tensors, settings)
+    sharded = _sharding(tensors)
+    if sharded is None:
+        check_cu_seqlens(tensors, settings)
     with no_autocast(device.type):
         seed = draw_seed(device) if settings.dropout_p > 0.0 else None
+        if sharded is not None:
+            return sharded.by_reference(tensors, settings, seed)
         return reference.attention(tensors, settings, seed)
+
+
+def _sharding(tensors: Tensors):
+    """The module `relattn.sharding` if a tensor is a DTensor. Where it is not imported there are none."""
+    if all(tensor is None or type(tensor) in PLAIN for tensor in tensors):
+        return None
+    module = sys.modules.get("relattn.sharding")
+    return module if module is not None and module.has_shards(tensors) else None
 
 
 # What an argument is that a call leaves out.
