@@ -81,7 +81,7 @@ class Layout(NamedTuple):
 
     def placements(self, dimensions: Mapping[str, int]) -> list[Placement]:
         """Of a tensor with these dimensions."""
-        return [Shard(dimensions[kind]) if kind in dimensions else Replicate() for kind in self.kinds]
+        return [Shard(dimensions[kind]) if kind is not None and kind in dimensions else Replicate() for kind in self.kinds]
 
     def gradients(self, dimensions: Mapping[str, int]) -> list[Placement]:
         """Of its gradient: what all ranks have whole gets a part of the sum from each."""
@@ -96,7 +96,7 @@ class Layout(NamedTuple):
             size *= max(shape[place], 1)
         return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides))
 
-    def local(self, tensor: Tensor | None, dimensions: Mapping[str, int], differentiable: bool = False) -> Tensor | None:
+    def local(self, tensor: Tensor | None, dimensions: Mapping[str, int], differentiable: bool = False) -> Any:
         """This rank's part. A plain tensor is the same on all ranks."""
         if tensor is None:
             return None
@@ -120,7 +120,8 @@ class Layout(NamedTuple):
             if kind is not None:
                 index[kind] = index[kind] * self.mesh.size(place) + self.mesh.get_local_rank(place)
         first = index[_BATCH] * heads + index[_HEADS] * (heads // _count(self.mesh, self.kinds, _HEADS))
-        return settings._replace(first_head=settings.first_head + first)
+        own: dict[str, Any] = {"first_head": first}
+        return settings._replace(**own)
 
 
 def _kind(tensors: Tensors, dimensions: Sequence[Mapping[str, int]], place: int) -> str | None:
@@ -170,10 +171,9 @@ def _backward(_class, operator, types, args=(), kwargs=None) -> list[Tensor]:
     results = (layout.local(result, _RESULT) for result in (grad_output, grad_lse, output, lse))
     settings = layout.settings(settings, tensors.query.shape[1])
     gradients = operator(backend, *layout.locals(tensors), *settings, *results, layout.local(seed, {}), needs)
-    needed = [of for of, need in zip(zip(tensors, layout.dimensions, strict=True), needs, strict=False) if need]
+    needed = [(tensor, layout.gradients(of)) for tensor, of, need in zip(tensors, layout.dimensions, needs, strict=False) if need]
     return [
-        layout.whole(gradient, layout.gradients(dimensions), tensor.shape)
-        for gradient, (tensor, dimensions) in zip(gradients, needed, strict=True)
+        layout.whole(gradient, of, tensor.shape) for gradient, (tensor, of) in zip(gradients, needed, strict=True) if tensor is not None
     ]
 
 

@@ -18,9 +18,7 @@ def _serve(rank: int, count: int, meeting: str, wait: float, calls) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)  # they share the machine's cores
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=wait)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=wait))
     while (call := calls.recv()) is not None:
         function, args = call
         torch.manual_seed(0)
@@ -36,7 +34,8 @@ class Workers:
     """`run(function, *args)` calls it in every process at once; the function is one of a module, named so that they find it."""
 
     def __init__(self, count: int, wait: float = WAIT) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.tensor.parallel", "relattn"])  # imported once, not in each
         self.folder = tempfile.TemporaryDirectory()
         pipes = [context.Pipe() for _ in range(count)]
         self.calls = [mine for mine, _ in pipes]
