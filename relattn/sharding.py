@@ -102,7 +102,9 @@ class Layout(NamedTuple):
             return None
         if not isinstance(tensor, DTensor):
             tensor = DTensor.from_local(tensor, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
-        tensor = tensor.redistribute(placements=self.placements(dimensions))
+        placements = self.placements(dimensions)
+        if list(tensor.placements) != placements:
+            tensor = tensor.redistribute(placements=placements)
         return tensor.to_local(grad_placements=self.gradients(dimensions)) if differentiable else tensor.to_local()
 
     def locals(self, tensors: Tensors, differentiable: bool = False) -> Tensors:

@@ -156,7 +156,9 @@ class _ParallelAttention(RelativeMultiheadAttention):
         mesh, of_inputs = self.parallel
         if not isinstance(tensor, DTensor):
             tensor = DTensor.from_local(tensor, mesh, [layout or of_inputs], run_check=False)
-        return tensor.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        if not tensor.placements[0].is_replicate():
+            tensor = tensor.redistribute(placements=[Replicate()])
+        return tensor.to_local(grad_placements=[Partial()])
 
     def _masks(self, attn_mask, key_padding_mask, query, batch, length, keys) -> tuple[Tensor | None, Tensor | None]:
         if attn_mask is not None and attn_mask.requires_grad:
