@@ -15,6 +15,7 @@ from tests.distributed.workers import Workers
 
 pytest.importorskip("torch.distributed.tensor")
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -405,6 +406,29 @@ def test_sharded_batch_of_a_whole_layer(workers):
     for found in workers.run(_without_plan):
         for name, parameter in layer.named_parameters():
             torch.testing.assert_close(found[name], parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def _batch_and_heads() -> dict[str, Any]:
+    """FSDP2 over the batch, the plan over the heads."""
+    layer, (inputs,), _ = _layer(Layer(dict(terms=ALL_TERMS), inputs=((RANKS, L, 16),)))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(layer, mesh["tp"], tensor_parallel_plan(layer))
+    fully_shard(layer, mesh=mesh["dp"])
+    part = inputs.chunk(2)[mesh["dp"].get_local_rank()]
+    layer(part, need_weights=False)[0].square().sum().backward()
+    return {name: parameter.grad.full_tensor() * 2 for name, parameter in layer.named_parameters()}  # FSDP averages
+
+
+def test_heads_and_fsdp(workers):
+    layer, (inputs,), _ = _layer(Layer(dict(terms=ALL_TERMS), inputs=((RANKS, L, 16),)))
+    layer(inputs, need_weights=False)[0].square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    parts = gradients.pop("in_proj_weight").chunk(3)
+    gradients |= dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), parts, strict=True))
+    for found in workers.run(_batch_and_heads):
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def _refused_layers() -> list[str]:
