@@ -193,7 +193,7 @@ def test_operators(workers, name, backend):
         _compare(CALLS[name], found, placements=backend is None)
 
 
-@pytest.mark.parametrize("name", ["batch and heads", "grouped queries"])
+@pytest.mark.parametrize("name", ["batch and heads"])
 def test_compiled(workers, name):
     for found in workers.run(_sharded, name, None, True):
         _compare(CALLS[name], found)
