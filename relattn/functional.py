@@ -184,21 +184,21 @@ def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **argument
 
 def _by_reference(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
     device = tensors.query.device
-    sharded = _sharding(tensors)
-    if sharded is None:
+    dtensors = _dtensors(tensors)
+    if dtensors is None:
         check_cu_seqlens(tensors, settings)
     with no_autocast(device.type):
         seed = draw_seed(device) if settings.dropout_p > 0.0 else None
-        if sharded is not None:
-            return sharded.by_reference(tensors, settings, seed)
+        if dtensors is not None:
+            return dtensors.by_reference(tensors, settings, seed)
         return reference.attention(tensors, settings, seed)
 
 
-def _sharding(tensors: Tensors):
-    """The module `relattn.sharding` if a tensor is a DTensor. Where it is not imported there are none."""
+def _dtensors(tensors: Tensors):
+    """The module `relattn.dtensor` if a tensor is a DTensor. Where it is not imported there are none."""
     if all(tensor is None or type(tensor) in PLAIN for tensor in tensors):
         return None
-    module = sys.modules.get("relattn.sharding")
+    module = sys.modules.get("relattn.dtensor")
     return module if module is not None and module.has_shards(tensors) else None
 
 

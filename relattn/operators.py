@@ -295,9 +295,9 @@ def _register_flops() -> None:
     flop_counter.register_flop_formula(torch.ops.relattn.backward, get_raw=True)(_backward_flops)
 
 
-def _register_sharding() -> None:
+def _register_dtensor() -> None:
     try:
-        importlib.import_module("relattn.sharding")
+        importlib.import_module("relattn.dtensor")
     except (ImportError, AttributeError) as error:  # a torch that has it elsewhere: whoever imports DTensor may want nothing of relattn
         warnings.warn(f"relattn: this torch ({torch.__version__}) cannot register operators with DTensor: {error}", stacklevel=2)
 
@@ -334,7 +334,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 for _module, _register in (
     ("torch.utils.flop_counter", _register_flops),  # imports triton
-    ("torch.distributed.tensor", _register_sharding),
+    ("torch.distributed.tensor", _register_dtensor),
 ):
     if _module in sys.modules:
         _register()

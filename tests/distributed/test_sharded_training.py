@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import relattn
-from tests.distributed.workers import Workers
+from tests.distributed.processes import Processes
 
 pytest.importorskip("torch.distributed.tensor")
 import torch.distributed.checkpoint as dcp
@@ -115,8 +115,8 @@ def _one_step_alone(bf16: bool) -> tuple[float, dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def workers():
-    with Workers(2) as started:
+def processes():
+    with Processes(2) as started:
         yield started
 
 
@@ -124,9 +124,9 @@ def workers():
     "how",
     ["ddp", "ddp recomputed", "fsdp", "fsdp compiled", "fsdp recomputed", "fsdp bf16", "fsdp bf16 recomputed"],
 )  # fmt: skip
-def test_gradients_are_those_of_one_process(workers, how):
+def test_gradients_are_those_of_one_process(processes, how):
     loss, gradients = _one_step_alone("bf16" in how)
-    for found_loss, found in workers.run(_one_step, how):
+    for found_loss, found in processes.run(_one_step, how):
         assert found_loss == pytest.approx(loss, rel=1e-6 if "bf16" in how else 1e-12)
         assert found.keys() == gradients.keys()
         for name, gradient in gradients.items():
@@ -187,21 +187,21 @@ def losses() -> list[float]:
 
 
 @pytest.mark.parametrize("how", ["fsdp", "heads"])
-def test_saved_on_two_ranks_resumed_on_three_and_one(workers, losses, how, tmp_path):
-    for found in workers.run(_train, tmp_path / "saved", how, 0, SAVED_AFTER):
+def test_saved_on_two_ranks_resumed_on_three_and_one(processes, losses, how, tmp_path):
+    for found in processes.run(_train, tmp_path / "saved", how, 0, SAVED_AFTER):
         assert found == pytest.approx(losses[:SAVED_AFTER], rel=1e-9)
     for ranks in (3, 1):
         folder = shutil.copytree(tmp_path / "saved", tmp_path / str(ranks))
-        with Workers(ranks) as others:
+        with Processes(ranks) as others:
             for found in others.run(_train, folder, how, SAVED_AFTER, STEPS):
                 assert found == pytest.approx(losses[SAVED_AFTER:], rel=1e-9)
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_dies(workers, losses, by, tmp_path):
+def test_a_rank_dies(processes, losses, by, tmp_path):
     """The others end with an error that says it: at once where the connection ends, else after the time-out. The run resumes."""
     message = r"Connection closed by peer|Connection reset by peer|[Tt]imed out"
-    with Workers(3, wait=3) as three:
+    with Processes(3, wait=3) as three:
         three.start(_train, tmp_path, "fsdp", 0, SAVED_AFTER, 1, by)
         for rank in (0, 2):
             with pytest.raises(RuntimeError) as raised:
@@ -210,5 +210,5 @@ def test_a_rank_dies(workers, losses, by, tmp_path):
         three.processes[1].kill()
         with pytest.raises(RuntimeError, match="process 1 is gone"):
             three.answer(1)
-    for found in workers.run(_train, tmp_path, "fsdp", SAVED_AFTER, STEPS):
+    for found in processes.run(_train, tmp_path, "fsdp", SAVED_AFTER, STEPS):
         assert found == pytest.approx(losses[SAVED_AFTER:], rel=1e-9)

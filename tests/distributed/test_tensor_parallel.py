@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import relattn
-from tests.distributed.workers import Workers
+from tests.distributed.processes import Processes
 
 pytest.importorskip("torch.distributed.tensor")
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,8 +26,8 @@ S, R, P = Shard, Replicate(), Partial()
 
 
 @pytest.fixture(scope="module")
-def workers():
-    with Workers(RANKS) as started:
+def processes():
+    with Processes(RANKS) as started:
         yield started
 
 
@@ -188,14 +188,14 @@ def _compare(call: Call, found, placements: bool = True) -> None:
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("name", CALLS)
-def test_operators(workers, name, backend):
-    for found in workers.run(_sharded, name, backend):
+def test_operators(processes, name, backend):
+    for found in processes.run(_sharded, name, backend):
         _compare(CALLS[name], found, placements=backend is None)
 
 
 @pytest.mark.parametrize("name", ["batch and heads"])
-def test_compiled(workers, name):
-    for found in workers.run(_sharded, name, None, True):
+def test_compiled(processes, name):
+    for found in processes.run(_sharded, name, None, True):
         _compare(CALLS[name], found)
 
 
@@ -222,8 +222,8 @@ def _refused(placed: dict[str, Any]) -> str:
         (dict(mesh=(2, 2)), r"rel_k: expected the mesh of the others"),
     ],
 )
-def test_what_does_not_fit_is_named(workers, placed, message):
-    for found in workers.run(_refused, placed):
+def test_what_does_not_fit_is_named(processes, placed, message):
+    for found in processes.run(_refused, placed):
         assert re.match(message, found), found
 
 
@@ -317,9 +317,9 @@ def _parallel(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer(workers, name):
+def test_layer(processes, name):
     expected = _train(*_layer(LAYERS[name]))
-    for found in workers.run(_parallel, name):
+    for found in processes.run(_parallel, name):
         sharded = found.pop("sharded")
         assert found.keys() == expected.keys()
         for of, tensor in expected.items():
@@ -341,8 +341,8 @@ def _decode() -> tuple[torch.Tensor, torch.Tensor]:
     return whole, torch.cat(steps, dim=1)
 
 
-def test_layer_decodes(workers):
-    for whole, steps in workers.run(_decode):
+def test_layer_decodes(processes):
+    for whole, steps in processes.run(_decode):
         torch.testing.assert_close(steps, whole)
 
 
@@ -358,8 +358,8 @@ def _compiled_layer() -> tuple[dict[str, Any], dict[str, Any]]:
     return found[0], found[1]
 
 
-def test_layer_compiled(workers):
-    for eager, compiled in workers.run(_compiled_layer):
+def test_layer_compiled(processes):
+    for eager, compiled in processes.run(_compiled_layer):
         torch.testing.assert_close(compiled, eager)
 
 
@@ -377,8 +377,8 @@ def _dropout() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return first, second, torch.get_rng_state()
 
 
-def test_dropout_differs_from_head_to_head(workers):
-    found = workers.run(_dropout)
+def test_dropout_differs_from_head_to_head(processes):
+    found = processes.run(_dropout)
     first, second, _ = found[0]
     heads = first.unflatten(-1, (4, 4))
     for head in range(1, 4):
@@ -400,10 +400,10 @@ def _without_plan() -> dict[str, Any]:
     return {name: parameter.grad.full_tensor() for name, parameter in layer.named_parameters()}
 
 
-def test_sharded_batch_of_a_whole_layer(workers):
+def test_sharded_batch_of_a_whole_layer(processes):
     layer, inputs, call = _layer(Layer(dict(terms=ALL_TERMS), inputs=((RANKS, L, 16),)))
     _train(layer, inputs, call)
-    for found in workers.run(_without_plan):
+    for found in processes.run(_without_plan):
         for name, parameter in layer.named_parameters():
             torch.testing.assert_close(found[name], parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -419,13 +419,13 @@ def _batch_and_heads() -> dict[str, Any]:
     return {name: parameter.grad.full_tensor() * 2 for name, parameter in layer.named_parameters()}  # FSDP averages
 
 
-def test_heads_and_fsdp(workers):
+def test_heads_and_fsdp(processes):
     layer, (inputs,), _ = _layer(Layer(dict(terms=ALL_TERMS), inputs=((RANKS, L, 16),)))
     layer(inputs, need_weights=False)[0].square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
     parts = gradients.pop("in_proj_weight").chunk(3)
     gradients |= dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), parts, strict=True))
-    for found in workers.run(_batch_and_heads):
+    for found in processes.run(_batch_and_heads):
         assert found.keys() == gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
@@ -447,8 +447,8 @@ def _refused_layers() -> list[str]:
     return messages
 
 
-def test_layers_that_do_not_fit_are_named(workers):
-    for found in workers.run(_refused_layers):
+def test_layers_that_do_not_fit_are_named(processes):
+    for found in processes.run(_refused_layers):
         assert found == [
             "ValueError: num_heads: expected a multiple of the mesh's 4 devices, got 6",
             "ValueError: module: expected a layer that is not parallel already",

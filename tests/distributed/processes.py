@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import multiprocessing
+import os
 import pickle
 import tempfile
 import traceback
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+# What tests need, imported once and not in each process.
+_IMPORTED = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "relattn.distributed"]
 WAIT = 60  # seconds after which a collective gives up: what hangs ends as a failure
 
 
@@ -19,6 +22,7 @@ def _serve(rank: int, count: int, meeting: str, patience: float, calls) -> None:
     import torch
     import torch.distributed as dist
 
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine's own name need not resolve
     torch.set_num_threads(1)  # they share the machine's cores
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=patience)
@@ -34,7 +38,7 @@ def _serve(rank: int, count: int, meeting: str, patience: float, calls) -> None:
     dist.destroy_process_group()
 
 
-class Workers:
+class Processes:
     """`run(function, *args)` calls it in every process at once; the function is one of a module, named so that they find it."""
 
     def __init__(self, count: int, wait: float = WAIT) -> None:
@@ -50,7 +54,7 @@ class Workers:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor.parallel", "relattn"])  # imported once, not in each
+        context.set_forkserver_preload(_IMPORTED)
         self.folder = tempfile.TemporaryDirectory()
         pipes = [context.Pipe() for _ in range(self.count)]
         self.calls = [mine for mine, _ in pipes]
@@ -101,7 +105,7 @@ class Workers:
             self.folder.cleanup()
         self.calls, self.processes = [], []
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *_) -> None:
