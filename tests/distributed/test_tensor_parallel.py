@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import relattn
+from relattn.arguments import Settings
 from tests.distributed.processes import Processes
 
 pytest.importorskip("torch.distributed.tensor")
@@ -225,6 +226,30 @@ def _refused(placed: dict[str, Any]) -> str:
 def test_what_does_not_fit_is_named(processes, placed, message):
     for found in processes.run(_refused, placed):
         assert re.match(message, found), found
+
+
+def _alike(mesh_shape: tuple[int, ...] | None) -> torch.Tensor:
+    """Output and query gradient, under dropout, of batch elements and heads that are all alike."""
+    torch.manual_seed(4)
+    query = torch.randn(L, D, dtype=torch.float64).expand(4, 4, L, D).contiguous()
+    if mesh_shape is not None:
+        query = distribute_tensor(query, init_device_mesh("cpu", mesh_shape), [S(0), S(1)])
+    query.requires_grad_()
+    output = relattn.relative_attention(query, query, query, dropout_p=0.5)
+    output.square().sum().backward()
+    found = torch.stack((output.detach(), query.grad))
+    return found.full_tensor() if isinstance(found, DTensor) else found
+
+
+@pytest.mark.skipif("first_head" not in Settings._fields, reason="dropout does not count heads from elsewhere yet")
+def test_dropout(processes):
+    """Heads have their own masks, those of one process; batches of another rank have others."""
+    expected = _alike(None)
+    for found in processes.run(_alike, (2, 2)):
+        torch.testing.assert_close(found[:, :2], expected[:, :2])
+        masks = found.flatten(1, 2).unbind(1)
+        for place, one in enumerate(masks):
+            assert not any(torch.equal(one, other) for other in masks[:place])
 
 
 # ---- the layer ----
