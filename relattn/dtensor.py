@@ -4,6 +4,9 @@ Importing this registers `relattn::forward` and `relattn::backward` with DTensor
 `torch.distributed.tensor`, not before. A rule brings the tensors into place, runs the operator on this rank's parts and says how its
 results lie. Nothing is communicated where query, key, value and what belongs to them are sharded alike.
 
+Dropout: the seed is each rank's own draw, so that ranks of the same heads and batch elements must be seeded alike, as DTensor asks for its
+own random operators; masks of other heads are those of one process, and shards of the batch have different ones.
+
 The rules are registered with `torch.library.register_torch_dispatch`. `torch.distributed.tensor.experimental.register_sharding`, which is
 for operators of fixed results, gives all tensors of a list (the gradients) one placement, and hands the same settings to every rank.
 """
@@ -113,7 +116,8 @@ class Layout(NamedTuple):
     def settings(self, settings: Settings, heads: int) -> Settings:
         """This rank's: dropout's mask is a function of the head's number among all of them.
 
-        There is no such number for the batch: a shard of it counts as further heads, so that no two shards have one mask.
+        There is no such number for the batch: a shard of it counts as further heads, so that no two shards have one mask. (Where settings
+        have no `first_head`, dropout counts from 0 on each rank: seed ranks differently.)
         """
         if settings.dropout_p == 0.0 or "first_head" not in Settings._fields:
             return settings

@@ -50,8 +50,8 @@ class HeadsParallel(ParallelStyle):
     Everything the layer takes is taken, and means the same: masks, lengths and offsets are plain tensors, the same on all devices, of
     all heads; weights come back for all heads. A cache holds this device's heads.
 
-    Dropout: each device draws its own mask, from a seed that all draw alike; they must be seeded alike, as for all dropout outside
-    sharded parts. The masks are others than those of one device.
+    Dropout: each device has its own mask, from a seed that all draw alike: they must be seeded alike, as is needed for all dropout outside
+    of what is sharded. The masks are others than those of one device. torch.compile leaves its graph where it draws.
 
     Args:
         input_layouts: how query, key and value lie if they are plain tensors: Replicate(), or Shard of the length for sequence
@@ -80,7 +80,7 @@ class HeadsParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, RelativeMultiheadAttention):
             raise TypeError(f"module: expected a RelativeMultiheadAttention, got {type(module).__name__}")
-        if isinstance(module, _ParallelAttention):
+        if isinstance(module, ParallelAttention):
             raise ValueError("module: expected a layer that is not parallel already")
         if device_mesh.ndim != 1:
             raise ValueError(f'device_mesh: expected one dimension (of a larger mesh: mesh["tp"]), got {device_mesh.ndim}')
@@ -95,12 +95,9 @@ class HeadsParallel(ParallelStyle):
         for name, parameter in module.named_parameters(recurse=False):
             placement = _placement(name, parameter)
             placed = distribute_tensor(parameter.detach(), device_mesh, [placement], src_data_rank=self.src_data_rank)
-            shared = nn.Parameter(placed, parameter.requires_grad)
-            if placement.is_replicate() and shared.requires_grad:
-                shared.register_hook(_summed)
-            module.register_parameter(name, shared)
+            module.register_parameter(name, nn.Parameter(placed, parameter.requires_grad))
         # After the parameters: it reads them where they are.
-        module.__class__ = _ParallelAttention
+        module.__class__ = ParallelAttention
         module.parallel = device_mesh, self.input_layouts  # type: ignore[assignment]
         out = RowwiseParallel(output_layouts=self.output_layouts, use_local_output=self.use_local_output)
         out.src_data_rank = self.src_data_rank
@@ -118,12 +115,7 @@ def _placement(name: str, parameter: Tensor) -> Placement:
     return Replicate()
 
 
-def _summed(gradient: Tensor) -> Tensor:
-    """Optimizers and clipping want numbers, not parts of sums; and the sum is cheaper once than in each of their products."""
-    return gradient.redistribute(placements=[Replicate()]) if isinstance(gradient, DTensor) else gradient
-
-
-class _ParallelAttention(RelativeMultiheadAttention):
+class ParallelAttention(RelativeMultiheadAttention):
     """The layer on one of the devices: a layer of its heads, whose parameters and output are parts of DTensors."""
 
     parallel: tuple[DeviceMesh, Placement]  # and how plain inputs lie
@@ -140,7 +132,8 @@ class _ParallelAttention(RelativeMultiheadAttention):
             return parameter
         if not parameter.placements[0].is_replicate():
             return parameter.to_local()
-        whole = parameter.to_local(grad_placements=[Partial()])
+        # Of no effect but on the gradient, which each device has a part of: it is summed here, not in each of an optimizer's products.
+        whole = parameter.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         if name != "in_proj_bias":  # one vector for the three projections
             return whole
         return whole.view(3, self.num_heads, self.head_dim)[:, self._heads_here()].flatten()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -489,3 +491,32 @@ def test_plan():
     assert list(tensor_parallel_plan(model["a"])) == [""]
     with pytest.raises(ValueError, match="module: expected one with a RelativeMultiheadAttention in it, got Linear without"):
         tensor_parallel_plan(model["b"])
+
+
+_REGISTERED = """
+import sys, warnings
+import torch
+{before}
+import relattn
+assert "torch.distributed.tensor" not in sys.modules
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch.distributed.tensor
+print([str(warning.message) for warning in caught if "relattn" in str(warning.message)], "relattn.dtensor" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ("", r"\[\] True"),
+        (
+            "del torch.library.register_torch_dispatch",
+            r"\[.relattn: this torch \(.*\) cannot register operators with DTensor: .*register_torch_dispatch.*\] False",
+        ),
+    ],
+)
+def test_registered_when_dtensor_is_imported(before, expected):
+    """Not before, and a torch without what that takes says so and goes on."""
+    run = subprocess.run([sys.executable, "-c", _REGISTERED.format(before=before)], capture_output=True, text=True, check=True)
+    assert re.fullmatch(expected, run.stdout.strip()), run.stdout
