@@ -119,6 +119,9 @@ def relative_attention(
     Under autocast all floating tensors but float64 ones are cast to autocast's dtype, as torch's own attention does. Outside it tables
     and biases may be float32 beside half-precision query, key and value.
 
+    DTensors that are sharded by batch and heads are computed where they lie, what else is sharded is gathered. All floating-point
+    tensors are DTensors then; a mask without a gradient may be plain.
+
     Packed sequences: `relative_attention_varlen`. Two-dimensional positions (SAM, Swin) are not supported.
     """
     if not torch.compiler.is_compiling() and is_tracing():

@@ -24,6 +24,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from relattn.distributed import HeadsParallel, tensor_parallel_plan
 
+pytestmark = pytest.mark.xdist_group("tensor_parallel")  # whose processes they share
+
 RANKS = 4
 S, R, P = Shard, Replicate(), Partial()
 

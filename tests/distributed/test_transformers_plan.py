@@ -20,6 +20,8 @@ from transformers.distributed import DistributedConfig
 import relattn.huggingface
 from relattn.huggingface.families import FAMILIES
 
+pytestmark = pytest.mark.xdist_group("transformers_plan")  # whose processes they share
+
 RANKS = 2
 SIZES = dict(vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 LAYER = "bert.encoder.layer.*"
