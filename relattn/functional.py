@@ -22,7 +22,7 @@ from relattn.arguments import (
     shape_text,
 )
 from relattn.backends import reference
-from relattn.operators import RelativeAttentionFunction, no_autocast
+from relattn.operators import PLAIN, RelativeAttentionFunction, no_autocast
 from relattn.philox import draw_seed
 from relattn.tracing import is_tracing, traced
 
@@ -119,6 +119,9 @@ def relative_attention(
     Under autocast all floating tensors but float64 ones are cast to autocast's dtype, as torch's own attention does. Outside it tables
     and biases may be float32 beside half-precision query, key and value.
 
+    DTensors that are sharded by batch and heads are computed where they lie, what else is sharded is gathered. All floating-point
+    tensors are DTensors then; a mask without a gradient may be plain.
+
     Packed sequences: `relative_attention_varlen`. Two-dimensional positions (SAM, Swin) are not supported.
     """
     if sharding.active:
@@ -192,10 +195,22 @@ def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, **argument
 
 def _by_reference(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
     device = tensors.query.device
-    check_cu_seqlens(tensors, settings)
+    dtensors = _dtensors(tensors)
+    if dtensors is None:
+        check_cu_seqlens(tensors, settings)
     with no_autocast(device.type):
         seed = draw_seed(device) if settings.dropout_p > 0.0 else None
+        if dtensors is not None:
+            return dtensors.by_reference(tensors, settings, seed)
         return reference.attention(tensors, settings, seed)
+
+
+def _dtensors(tensors: Tensors):
+    """The module `relattn.dtensor` if a tensor is a DTensor. Where it is not imported there are none."""
+    if all(tensor is None or type(tensor) in PLAIN for tensor in tensors):
+        return None
+    module = sys.modules.get("relattn.dtensor")
+    return module if module is not None and module.has_shards(tensors) else None
 
 
 # What an argument is that a call leaves out.

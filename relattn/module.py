@@ -353,15 +353,19 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             cache.forget(max(0, first - (cache.seen - cache.length)))
 
         if not batched:
-            output = output[0].transpose(0, 1).reshape(length, self.embed_dim)
+            output = output[0].transpose(0, 1).flatten(1)
         elif self.batch_first:
-            output = output.transpose(1, 2).reshape(batch, length, self.embed_dim)
+            output = output.transpose(1, 2).flatten(2)
         else:
-            output = output.permute(2, 0, 1, 3).reshape(length, batch, self.embed_dim)
+            output = output.permute(2, 0, 1, 3).flatten(2)
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if batched else weights[0]
         return self.out_proj(output), weights
+
+    def _part(self, name: str) -> Any:
+        """A parameter as this process computes with it: whole, or, of a layer whose heads are on many devices, its heads' part."""
+        return getattr(self, name)
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         # The layer's own: hooks that fill parameters late (accelerate's offloading) fill out_proj's when that is called.
@@ -424,12 +428,12 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value projected, (N, H, L, D) each: views of the results of as few products as possible."""
-        size, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        size, weight, bias = self.embed_dim, self._part("in_proj_weight"), self._part("in_proj_bias")
         if weight is not None and key is query and value is key:
             return self._heads(F.linear(query, weight, bias), 3)
         biases = (None, None, None) if bias is None else bias.chunk(3)
         if weight is None:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            weights = tuple(self._part(name) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"))
         elif value is key:
             (q,) = self._heads(F.linear(query, weight[:size], biases[0]), 1)
             return q, *self._heads(F.linear(key, weight[size:], None if bias is None else bias[size:]), 2)
@@ -438,8 +442,9 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         return tuple(self._heads(F.linear(*of), 1)[0] for of in zip((query, key, value), weights, biases, strict=True))
 
     def _heads(self, projected: Tensor, count: int) -> tuple[Tensor, ...]:
-        """Split the last size, `count` * E, into `count` tensors (N, H, L, D)."""
-        split = projected.view(*projected.shape[:-1], count, self.num_heads, self.head_dim)
+        """Split the last size, `count` * H * D, into `count` tensors (N, H, L, D)."""
+        heads = projected.shape[-1] // (count * self.head_dim)
+        split = projected.view(*projected.shape[:-1], count, heads, self.head_dim)
         parts = split.unbind(-3)  # first this, then the transpositions: its gradient then joins the parts in one copy
         if projected.dim() == 2:
             return tuple(part.transpose(0, 1).unsqueeze(0) for part in parts)
@@ -450,8 +455,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
     def _attend(self, q, k, v, masks, need_weights, packing) -> tuple[Tensor, Tensor | None]:
         """Attention of the projected heads: (N, H, L, D), and the weights (N, H, L, S) if needed. `masks`: the function's arguments."""
         arguments: dict[str, Any] = dict(
-            rel_k=self.rel_k, rel_q=self.rel_q, rel_v=self.rel_v, rel_bias=self.rel_bias,
-            pos_bias_u=self.pos_bias_u, pos_bias_v=self.pos_bias_v,
+            **{name: self._part(name) for name in _PARAMETERS},
             max_relative_position=None if self.terms in ((), ("pos_bias",)) else self.max_relative_position,
             window=self.window, chunk=self.chunk, dropout_p=self.dropout if self.training else 0.0, **masks,
         )  # fmt: skip
@@ -474,8 +478,9 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         """
         scores = []
         if self.bias_k is not None:
-            content = q if self.pos_bias_u is None else q + self.pos_bias_u.to(q.dtype)[:, None, :]
-            bias_key = self.bias_k.view(self.num_heads, self.head_dim, 1).to(q.dtype)
+            pos_bias_u = self._part("pos_bias_u")
+            content = q if pos_bias_u is None else q + pos_bias_u.to(q.dtype)[:, None, :]
+            bias_key = self._part("bias_k").view(-1, self.head_dim, 1).to(q.dtype)
             scores.append((content @ bias_key).to(lse.dtype) * self.head_dim**-0.5)
         if self.add_zero_attn:
             scores.append(torch.zeros_like(lse)[..., None])  # a key of zeros and a value of zeros
@@ -485,7 +490,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
         extra_weights = F.dropout((extra - total).exp(), self.dropout, self.training)
         merged = output * share
         if self.bias_v is not None:
-            merged = merged + extra_weights[..., :1] * self.bias_v.view(self.num_heads, 1, self.head_dim)
+            merged = merged + extra_weights[..., :1] * self._part("bias_v").view(-1, 1, self.head_dim)
         if weights is not None:
             weights = torch.cat((weights * share, extra_weights), dim=-1).to(weights.dtype)
         return merged.to(output.dtype), weights

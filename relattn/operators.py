@@ -12,7 +12,8 @@ import importlib.abc
 import importlib.util
 import itertools
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -288,16 +289,27 @@ def _lengths(tensors: Tensors) -> Iterator[tuple[int, int, int]]:
         yield from zip(ends.diff().tolist(), key_ends.diff().tolist(), itertools.repeat(1))
 
 
-def _register_flops(flop_counter) -> None:
+def _register_flops() -> None:
+    from torch.utils import flop_counter
+
     flop_counter.register_flop_formula(torch.ops.relattn.forward, get_raw=True)(_forward_flops)
     flop_counter.register_flop_formula(torch.ops.relattn.backward, get_raw=True)(_backward_flops)
 
 
-class _WhenImported(importlib.abc.MetaPathFinder):
-    """Registers the formulas when torch's FLOP counter is imported, not before: it imports triton, which `import relattn` must not."""
+def _register_dtensor() -> None:
+    try:
+        importlib.import_module("relattn.dtensor")
+    except (ImportError, AttributeError) as error:  # a torch that has it elsewhere: whoever imports DTensor may want nothing of relattn
+        warnings.warn(f"relattn: this torch ({torch.__version__}) cannot register operators with DTensor: {error}", stacklevel=2)
 
-    module = "torch.utils.flop_counter"
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Registers what is for a module of torch when that is imported, not before: they import what `import relattn` must not."""
+
     searching = False
+
+    def __init__(self, module: str, register: Callable[[], None]) -> None:
+        self.module, self.register = module, register
 
     def find_spec(self, name, path=None, target=None):
         if name != self.module or self.searching:
@@ -307,19 +319,25 @@ class _WhenImported(importlib.abc.MetaPathFinder):
             spec: Any = importlib.util.find_spec(name)
         finally:
             self.searching = False
+        if spec is None:
+            return None
         execute = spec.loader.exec_module
 
         def execute_and_register(module) -> None:
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
             execute(module)
-            _register_flops(module)
+            self.register()
 
         spec.loader.exec_module = execute_and_register
         return spec
 
 
-if _WhenImported.module in sys.modules:
-    _register_flops(sys.modules[_WhenImported.module])
-else:
-    sys.meta_path.insert(0, _WhenImported())
+for _module, _register in (
+    ("torch.utils.flop_counter", _register_flops),  # imports triton
+    ("torch.distributed.tensor", _register_dtensor),
+):
+    if _module in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _WhenImported(_module, _register))

@@ -1,4 +1,4 @@
-"""Context parallelism: one sequence over the ranks of a torch.distributed process group.
+"""Many devices, on torch.distributed: one sequence over the ranks of a process group, or heads over the devices of a mesh.
 
 `import relattn` does not import it.
 """
@@ -6,5 +6,6 @@
 from relattn.distributed.context import context_parallel
 from relattn.distributed.function import relative_attention
 from relattn.distributed.layout import shard, unshard
+from relattn.distributed.tensor_parallel import HeadsParallel, tensor_parallel_plan
 
-__all__ = ["context_parallel", "relative_attention", "shard", "unshard"]
+__all__ = ["HeadsParallel", "context_parallel", "relative_attention", "shard", "tensor_parallel_plan", "unshard"]

@@ -67,12 +67,14 @@ class RelativeTables(nn.Module):
             table = torch.randn(shape, device=like.device, dtype=like.dtype) * std
             self.register_parameter(name, nn.Parameter(table) if name in settings.terms else None)
 
-    def terms(self) -> dict[str, Tensor]:
-        """The tables there are, as arguments of `relattn.relative_attention`."""
+    def forward(self) -> dict[str, Tensor]:
+        """The tables there are, as arguments of `relattn.relative_attention`. A call, so that hooks see it: transformers' tensor
+        parallelism sums gradients of what ranks share by one.
+        """
         return dict(self.named_parameters(recurse=False))
 
     def extra_repr(self) -> str:
-        return f"max_relative_position={self.max_relative_position}, {', '.join(self.terms())}"
+        return f"max_relative_position={self.max_relative_position}, {', '.join(dict(self.named_parameters(recurse=False)))}"
 
 
 class _WithoutPositions(nn.Module):

@@ -214,7 +214,7 @@ def relattn_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    arguments |= masks | ({} if tables is None else tables.terms())
+    arguments |= masks | ({} if tables is None else tables())
     output: Any
     weights = None
     wanted = bool(kwargs.get("output_attentions") or getattr(config, "output_attentions", False))
