@@ -366,7 +366,7 @@ def query_gradient_kernel(
     inverse = None
     if saved.inverse is not None:
         inverse = tl.load(saved.inverse + place, mask=row < own, other=0.0)
-    dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
+    dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head, inputs.origin)
     left, right = base, base
     side = all_rows(inputs.query_ends, batches, heads, queries)
     if TILE.CLIPPED:
@@ -558,7 +558,7 @@ def _key_gradient(
             at(grad_output, batch, head, from_query),
             Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), past(saved.edges, rows), None), side,
             key_start, tables, visible,
-            Dropout(drawn, threshold, units.keep_scale, batch, head), units, key_sums is not None, CAREFUL, TILE,
+            Dropout(drawn, threshold, units.keep_scale, batch, head, inputs.origin), units, key_sums is not None, CAREFUL, TILE,
         )  # fmt: skip
         if key_sums is not None:
             column = key_start + tl.arange(0, TILE.BLOCK)

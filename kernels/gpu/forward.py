@@ -369,7 +369,7 @@ def forward_kernel(
     )  # fmt: skip
     query = Queries(at(inputs.query_u, batch, head, from_query), at(inputs.query_v, batch, head, from_query))
     key, value = at(inputs.key, batch, head // group, from_key), at(inputs.value, batch, head // group, from_key)
-    dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head)
+    dropout = Dropout(drawn_seed(inputs, TILE), threshold, units.keep_scale, batch, head, inputs.origin)
 
     to, to_lse = at(output, batch, head, from_query), lse + rows_before(inputs.query_ends, batch, head, heads, queries)
     rows = all_rows(inputs.query_ends, batches, heads, queries)

@@ -58,24 +58,37 @@ class Inputs(NamedTuple):
     offsets: Any  # (B,), on top of what table_start, first and last hold
     seed: Any
     chunk: Any = None  # Chunk
+    origin: Any = None  # Origin: the call is a part of another, whose dropout counts from there
     query_ends: Any = None  # pointers (N + 1,), of packed sequences: a tensor's rows are all tokens, and what is said of batch elements
     key_ends: Any = None  # is said of sequences, of which number n has the tokens ends[n] ... ends[n + 1] - 1
 
 
+class Origin(NamedTuple):
+    """The first head, query and key of a call, as a part of another; that of keys is a multiple of 4."""
+
+    head: Any
+    query: Any
+    key: Any
+
+
 class Chunk(NamedTuple):
-    """Chunks of `size` positions: a query at i + offset sees its own and `left` before it, or if that is negative all before it."""
+    """Chunks of `size` positions, counted from key -first on: a query at i + offset sees its own and `left` before it, or if that is
+    negative all before it."""
 
     size: Any
     left: Any
     offset: Any
+    first: Any
 
 
 class Chunks(NamedTuple):
     """Chunks of one batch element: of query i the first key is lower + t, and the first that is hidden behind it upper + t, where t is
-    (i + shift) rounded down to a multiple of `size`. 64-bit, but for size and shift, which is less than size."""
+    (i + shift) rounded down to a multiple of `size`; and of key j it is j + phase that is rounded. 64-bit, but for size, and shift and
+    phase, which are less than size."""
 
     size: Any
     shift: Any
+    phase: Any
     lower: Any
     upper: Any
 
@@ -149,6 +162,7 @@ class Dropout(NamedTuple):
     keep_scale: Any
     batch: Any
     head: Any
+    origin: Any  # Origin or None
 
 
 class Part(NamedTuple):
@@ -289,11 +303,12 @@ def chunks_of(inputs, batch):
         offset, size = tl.cast(inputs.chunk.offset, tl.int64), tl.cast(inputs.chunk.size, tl.int64)
         if inputs.offsets is not None:
             offset += tl.load(inputs.offsets + batch).to(tl.int64)
-        rest = offset % size  # of the sign of `offset`
+        phase = tl.cast(inputs.chunk.first, tl.int64) % size
+        rest = (offset % size + phase) % size  # of the sign of `offset`, perhaps
         shift = tl.where(rest < 0, rest + size, rest)
         left = tl.cast(inputs.chunk.left, tl.int64)
         lower = tl.where(left < 0, -(1 << 62), offset - shift - left * size)
-        return Chunks(tl.cast(inputs.chunk.size, tl.int32), shift.to(tl.int32), lower, offset - shift + size)
+        return Chunks(tl.cast(inputs.chunk.size, tl.int32), shift.to(tl.int32), phase.to(tl.int32), lower, offset - shift + size)
 
 
 @triton.jit
@@ -308,9 +323,9 @@ def chunk_bounds(query, chunks):
 def chunk_queries(first_key, last_key, chunks):
     """Which queries some keys' chunks are seen from: the first one, and the first behind them."""
     size, last = tl.cast(chunks.size, tl.int64), tl.maximum(last_key, 0)
-    # Of query i the chunk begins at i + shift - (upper - size), rounded down.
-    start = first_key // chunks.size * size - chunks.shift - (chunks.upper - size)
-    stop = last // chunks.size * size + size - chunks.shift - chunks.lower
+    # Of query i the chunk begins at i + shift, rounded down, plus upper - size.
+    start = (first_key + chunks.phase) // chunks.size * size - chunks.phase - chunks.shift - (chunks.upper - size)
+    stop = (last + chunks.phase) // chunks.size * size - chunks.phase + size - chunks.shift - chunks.lower
     stop = tl.where(chunks.lower <= -(1 << 62), 1 << 30, stop)
     start = tl.minimum(tl.maximum(start, -(1 << 30)), 1 << 30).to(tl.int32)
     return start, tl.minimum(tl.maximum(stop, -(1 << 30)), 1 << 30).to(tl.int32)

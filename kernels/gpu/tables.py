@@ -177,7 +177,7 @@ def table_gradient_kernel(
                                 at(given_grad, element, head, from_query),
                                 Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), None, None), tables, window,
                                 visible,
-                                Dropout(drawn, threshold, units.keep_scale, element, head),
+                                Dropout(drawn, threshold, units.keep_scale, element, head, given.origin),
                                 begin.to(tl.int32), stop.to(tl.int32), FAR_BLOCK, lead.to(tl.int32), units,
                                 TABLE, partial_sums is not None, given.offsets is None, True, TILE,
                             )  # fmt: skip
@@ -189,7 +189,7 @@ def table_gradient_kernel(
                                 at(given_grad, element, head, from_query),
                                 Saved(saved.delta + rows, saved.base + rows, past(saved.inverse, rows), None, None), tables, window,
                                 visible,
-                                Dropout(drawn, threshold, units.keep_scale, element, head),
+                                Dropout(drawn, threshold, units.keep_scale, element, head, given.origin),
                                 begin.to(tl.int32), stop.to(tl.int32), FAR_BLOCK, lead.to(tl.int32), units,
                                 TABLE, partial_sums is not None, given.offsets is None, False, TILE,
                             )  # fmt: skip

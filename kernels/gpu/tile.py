@@ -303,13 +303,16 @@ def _philox(seed, batch, head, query, quarter):
 def dropout_keep(dropout, query_start, key_start, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr):
     """Which weights of a tile survive dropout, bool. ALIGNED: key_start is a multiple of 4, and four keys share the work."""
     limit = tl.cast(dropout.threshold, tl.int32).to(tl.uint32, bitcast=True)
+    head = dropout.head
+    if dropout.origin is not None:
+        head, query_start, key_start = head + dropout.origin.head, query_start + dropout.origin.query, key_start + dropout.origin.key
     query = query_start + tl.arange(0, BLOCK)
     if ALIGNED and BLOCK >= 32:  # with less, Triton 3.6 gives threads that share an element different ones
         quarter = key_start // 4 + tl.arange(0, BLOCK // 4)
         if TRANSPOSED:
-            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[None, :], quarter[:, None])
+            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, head, query[None, :], quarter[:, None])
         else:
-            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[:, None], quarter[None, :])
+            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, head, query[:, None], quarter[None, :])
         keep0, keep1 = (word0 >= limit).to(tl.int8), (word1 >= limit).to(tl.int8)
         keep2, keep3 = (word2 >= limit).to(tl.int8), (word3 >= limit).to(tl.int8)
         four = tl.join(tl.join(keep0, keep2), tl.join(keep1, keep3))  # [..., high bit, low bit] of the key's place among four
@@ -319,10 +322,10 @@ def dropout_keep(dropout, query_start, key_start, BLOCK: tl.constexpr, TRANSPOSE
     else:
         key = tl.maximum(key_start + tl.arange(0, BLOCK), 0)  # keys before the first are hidden anyway
         if TRANSPOSED:
-            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[None, :], (key // 4)[:, None])
+            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, head, query[None, :], (key // 4)[:, None])
             place = (key % 4)[:, None]
         else:
-            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, dropout.head, query[:, None], (key // 4)[None, :])
+            word0, word1, word2, word3 = _philox(dropout.seed, dropout.batch, head, query[:, None], (key // 4)[None, :])
             place = (key % 4)[None, :]
         keep = tl.where(place < 2, tl.where(place == 0, word0, word1), tl.where(place == 2, word2, word3)) >= limit
     return keep

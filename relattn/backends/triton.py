@@ -100,10 +100,6 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
         return f"head sizes go to 256, and these are {query.shape[3]} and {tensors.value.shape[3]}"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
-    if settings.dropout_p > 0.0 and (settings.first_head, settings.first_query, settings.first_key) != (0, 0, 0):
-        return "its kernels' dropout counts from the first head, query and key of a call, and this is a part of another"
-    if settings.is_part and (tensors.rel_bias is not None or (tensors.attn_mask is not None and tensors.attn_mask.is_floating_point())):
-        return "its backward pass finds a large log-sum-exp anew, and this is a part of another call with rel_bias or a float mask"
     return _FAILED.get(_kind(tensors, settings)) if _FAILED else None
 
 
@@ -115,7 +111,7 @@ def forward(tensors: Tensors, settings: Settings, seed: Tensor) -> tuple[Tensor,
     """
     query = tensors.query
     batch, heads, length, _ = query.shape
-    output = empty_with_layout(query, (batch, heads, length, tensors.value.shape[3]))
+    output = empty_with_layout(query, (batch, heads, length, tensors.value.shape[3]), settings.output_dtype(query.dtype))
     lse = query.new_empty((batch, heads, length), dtype=torch.float32)
     if output.numel() == 0 or tensors.key.numel() == 0:
         return output.zero_(), lse.fill_(-torch.inf)
@@ -277,9 +273,11 @@ class Call:
             if left is not None:
                 self.first = max(self.first, settings.query_offset - left * size - (size - 1), 1 - _UNBOUNDED)
         self.table_start = settings.query_offset - settings.left  # the tables' first row, as key index minus query index
-        # Only a mask or a bias that is added makes scores so large that the log-sum-exp does not hold what it should.
+        # Only a mask or a bias that is added makes scores so large that the log-sum-exp does not hold what it should. That of a whole call
+        # cannot be found anew by a part of it.
         mask = named.get("mask")
-        self.exact = "rel_bias" not in named and (mask is None or mask.dtype == torch.uint8)
+        self.plain = "rel_bias" not in named and (mask is None or mask.dtype == torch.uint8)
+        self.exact = self.plain or settings.is_part
         # Whether a key that one query sees may be hidden from another, or from all.
         self.hides = bool({"key_mask", "mask"} & self.names) or self.first > -_UNBOUNDED or self.last < _UNBOUNDED
         self.hides |= "rel_v" in self.names  # whose rows may be hidden
@@ -295,7 +293,7 @@ class Call:
             *(self._operand(name, "hrc") for name in ("rel_k", "rel_q", "rel_v")),
             self._operand("rel_bias", "hr"), self._operand("key_mask", "br"), self._operand("mask", "bhrc"),
             *(Slot(name) if name in names else None for name in ("key_lengths", "offsets", "seed")),
-            self._chunk(), *(Slot(name) if name in names else None for name in ("query_ends", "key_ends")),
+            self._chunk(), self._origin(), *(Slot(name) if name in names else None for name in ("query_ends", "key_ends")),
         )  # fmt: skip
         threshold = min(round(settings.dropout_p * 2**32), 2**32 - 1)  # at p = 1 what is kept all the same is multiplied by 0
         return dict(
@@ -308,7 +306,12 @@ class Call:
 
     def _chunk(self) -> Any:
         size, left = self.settings.chunk_size, self.settings.chunk_left
-        return None if size is None else _kernels().operands.Chunk(size, -1 if left is None else left, self.settings.query_offset)
+        left = -1 if left is None else left
+        return None if size is None else _kernels().operands.Chunk(size, left, self.settings.query_offset, self.settings.first_key)
+
+    def _origin(self) -> Any:
+        first = (self.settings.first_head, self.settings.first_query, self.settings.first_key)
+        return _kernels().operands.Origin(*first) if self.settings.dropout_p > 0.0 and any(first) else None
 
     def _operand(self, name: str | None, dims: str = "bhrc") -> Any:
         """An Operand of some of the dimensions batch, head, row and column, with stride 0 where a tensor broadcasts. Of none it is None."""
@@ -406,7 +409,7 @@ class Call:
         precision = "interpreter" if INTERPRETED else "tf32" if self.dtype == torch.float32 and _tf32() else "ieee"
         return dict(
             BLOCK=configuration.block, SIZE=self.size, COLUMNS=_columns(self.size), VALUE_SIZE=self.value_size,
-            VALUE_COLUMNS=_columns(self.value_size), LATE=self.exact and self.settings.scale > 0.0,
+            VALUE_COLUMNS=_columns(self.value_size), LATE=self.plain and self.settings.scale > 0.0,
             DROPOUT=self.settings.dropout_p > 0.0, PRECISION=precision,
         )  # fmt: skip
 
