@@ -267,9 +267,8 @@ def _with_position_bias(
 def _log_position_bias(name: str) -> None:
     _logger.warning(
         "%s hands over a position_bias, which was made outside the attention: attn_implementation='relattn' saves "
-        "nothing there, and torch's scaled_dot_product_attention computes it, as with 'sdpa'. If it depends on the "
-        "content, as in w2v-BERT, "
-        "relattn.huggingface.convert(model) spares it",
+        "nothing there, and torch's scaled_dot_product_attention computes it, as with 'sdpa'. "
+        "relattn.huggingface.convert(model) spares it, where it knows the model",
         name,
     )
 

@@ -62,10 +62,11 @@ def test_signatures_stay(name: str) -> None:
 
 
 BIASES = ("t5", "umt5", "mpnet", "wavlm")
+TRACED = ("wav2vec2-bert", "parakeet", "speecht5", "xlnet", "vits", "deberta", "deberta-long", "deberta-v2", *BIASES)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["wav2vec2-bert", "parakeet", "speecht5", "xlnet", "vits", "deberta", "deberta-long", "deberta-v2", *BIASES])
+@pytest.mark.parametrize("name", TRACED)
 def test_traced_and_saved(name: str, tmp_path) -> None:
     """Under torch.jit.trace sizes are tensors: "max_relative_position: got tensor(7)", which no user had given."""
     model, inputs = convert(built(name, torch.float32)).requires_grad_(False), given(name, torch.float32)
