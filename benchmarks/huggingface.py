@@ -126,6 +126,25 @@ def _deberta(version: str) -> Callable[[int], nn.Module]:
     return build
 
 
+def _t5(layers: int) -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(num_layers=layers, d_model=768, num_heads=12, d_ff=3072, vocab_size=1000))
+
+
+def _mpnet(layers: int) -> nn.Module:
+    from transformers import MPNetConfig, MPNetModel
+
+    return MPNetModel(MPNetConfig(num_hidden_layers=layers, vocab_size=1000, max_position_embeddings=10000))
+
+
+def _wavlm(layers: int) -> nn.Module:
+    from transformers import WavLMConfig, WavLMModel
+
+    sizes: dict[str, Any] = dict(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, feat_extract_norm="layer")
+    return WavLMModel(WavLMConfig(num_hidden_layers=layers, conv_bias=True, do_stable_layer_norm=True, **sizes))
+
+
 def _features(name: str, rate: float, size: int) -> Callable[[float], dict[str, Tensor]]:
     return lambda seconds: {name: torch.randn(1, round(rate * seconds), size)}
 
@@ -136,6 +155,11 @@ def _samples(seconds: float) -> dict[str, Tensor]:
 
 def _text(seconds: float) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(3, 900, (1, TOKENS.get(round(seconds), max(8, round(12.8 * seconds)))))}
+
+
+def _long_text(seconds: float) -> dict[str, Tensor]:
+    """Four times as many tokens."""
+    return {"input_ids": torch.randint(3, 900, (1, 4 * _text(seconds)["input_ids"].shape[1]))}
 
 
 def _characters(seconds: float) -> dict[str, Tensor]:
@@ -167,6 +191,9 @@ MODELS = {
     "xlnet": Model("XLNet, text", _xlnet, _text, "XLNetRelativeAttention"),
     "deberta": Model("DeBERTa, text", _deberta(""), _text, "DisentangledSelfAttention"),
     "deberta-v3": Model("DeBERTa v3, text", _deberta("V2"), _text, "DisentangledSelfAttention"),
+    "t5": Model("T5, text", _t5, _long_text, "T5Attention"),
+    "mpnet": Model("MPNet, text", _mpnet, _text, "MPNetSelfAttention"),
+    "wavlm": Model("WavLM", _wavlm, _samples, "WavLMAttention"),
 }
 
 

@@ -176,6 +176,7 @@ def relattn_attention(
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences, as a flattening collator has them: computed one by
             one in one call (`relattn.relative_attention_varlen`), whatever the mask. Without them `position_ids` that start anew say the
             same: of causal models through their mask, of others of batch size 1.
+        by_distance: arguments of `relattn.relative_attention` that stand for a `position_bias`, from a converted layer.
 
     Returns:
         The output (B, Lq, Hq, D), and with `output_attentions` (an argument, or the configuration's) the weights
@@ -190,8 +191,8 @@ def relattn_attention(
     for name, reason in _REFUSED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: attn_implementation='relattn' {reason}")
-    tables = getattr(module, "relative_tables", None)
-    if tables is None and kwargs.get("position_bias") is not None:
+    tables, by_distance = getattr(module, "relative_tables", None), kwargs.get("by_distance")
+    if tables is None and by_distance is None and kwargs.get("position_bias") is not None:
         return _with_position_bias(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     config = getattr(module, "config", None)
     if tables is None and getattr(config, "relative_attention", None) is not None:
@@ -214,7 +215,7 @@ def relattn_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    arguments |= masks | ({} if tables is None else tables())
+    arguments |= masks | ({} if tables is None else tables()) | (by_distance or {})
     output: Any
     weights = None
     wanted = bool(kwargs.get("output_attentions") or getattr(config, "output_attentions", False))
@@ -268,9 +269,8 @@ def _with_position_bias(
 def _log_position_bias(name: str) -> None:
     _logger.warning(
         "%s hands over a position_bias, which was made outside the attention: attn_implementation='relattn' saves "
-        "nothing there, and torch's scaled_dot_product_attention computes it, as with 'sdpa'. If it depends on the "
-        "content, as in w2v-BERT, "
-        "relattn.huggingface.convert(model) spares it",
+        "nothing there, and torch's scaled_dot_product_attention computes it, as with 'sdpa'. "
+        "relattn.huggingface.convert(model) spares it, where it knows the model",
         name,
     )
 

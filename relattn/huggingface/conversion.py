@@ -44,7 +44,8 @@ def convert(model: nn.Module, strict: bool = True) -> nn.Module:
 
     Converted are the self-attention layers of Wav2Vec2-BERT, Wav2Vec2-Conformer and SeamlessM4T v1
     (``position_embeddings_type`` "relative" and "relative_key"), SeamlessM4T v2, Parakeet, Nemotron ASR streaming,
-    FastSpeech2-Conformer, SpeechT5's encoder, XLNet, VITS, DeBERTa and DeBERTa v2, wherever they stand in `model`.
+    FastSpeech2-Conformer, SpeechT5's encoder, XLNet, VITS, DeBERTa and DeBERTa v2, WavLM, MPNet, and T5, mT5, UMT5,
+    Switch Transformers, Pop2Piano and LongT5's decoder, wherever they stand in `model`.
     Parameters, state dicts and files stay as they are; results change by rounding only, in training and evaluation,
     with padding, under autocast, gradient checkpointing and torch.compile. Except that
 
@@ -128,8 +129,8 @@ def revert(model: nn.Module) -> nn.Module:
 # ---- which class has which plan ----
 
 _POSITION_BIAS = (
-    "its position_bias, of (batch, heads, length, length), does not depend on the content and is made once for all "
-    "layers: there is no relative product to save; attn_implementation='sdpa' takes it"
+    "its position_bias is made outside the attention, and relattn has no plan for this class; attn_implementation='sdpa' "
+    "takes it, where the model has that"
 )
 
 
@@ -148,7 +149,7 @@ def _plan_of(module: nn.Module) -> Plan | None:
 
 
 def _has_position_bias(module: nn.Module) -> bool:
-    """T5, WavLM, MPNet and their like."""
+    """UDOP, LongT5's encoder and their like."""
     if not type(module).__module__.startswith("transformers.models.") or "Attention" not in type(module).__name__:
         return False
     return "position_bias" in inspect.signature(type(module).forward).parameters

@@ -171,17 +171,34 @@ def deberta(name: str, **more) -> nn.Module:
     return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
 
 
+T5: dict[str, Any] = dict(vocab_size=29, d_model=HIDDEN, d_kv=8, d_ff=32, num_layers=2, num_heads=HEADS, dropout_rate=0.0)
+T5 |= dict(relative_attention_num_buckets=8, relative_attention_max_distance=10, decoder_start_token_id=0)
+
+
+def t5(name: str, kind: str = "EncoderModel", **more) -> nn.Module:
+    return getattr(transformers, f"{name}{kind}")(getattr(transformers, f"{name}Config")(**(T5 | more)))
+
+
+def mpnet(**more) -> nn.Module:
+    settings = COMMON | dict(vocab_size=29, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) | more
+    return transformers.MPNetModel(transformers.MPNetConfig(**settings))
+
+
+def wavlm(**more) -> nn.Module:
+    settings = COMMON | without(*NO_DROPOUT, "feat_quantizer") | dict(conv_dim=(8, 8), conv_stride=(4, 2), conv_kernel=(8, 4))
+    settings |= dict(feat_extract_norm="layer", num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, apply_spec_augment=False)
+    return transformers.WavLMModel(transformers.WavLMConfig(**(settings | dict(num_buckets=8, max_bucket_distance=10) | more)))
+
+
+def waves(length: int) -> dict[str, Tensor]:
+    return {"input_values": torch.randn(2, 8 * length + 8), "attention_mask": mask_of(8 * length + 8, 8 * PADDED)}
+
+
 part = functools.partial
 CASES = {
     "wav2vec2-bert": Case(wav2vec2_bert, features(10)),
     "wav2vec2-bert-relative": Case(part(wav2vec2_bert, "relative"), features(10)),
-    "wav2vec2-conformer": Case(
-        wav2vec2_conformer,
-        lambda length: {
-            "input_values": torch.randn(2, 8 * length + 8),
-            "attention_mask": mask_of(8 * length + 8, 8 * PADDED),
-        },
-    ),
+    "wav2vec2-conformer": Case(wav2vec2_conformer, waves),
     "seamless-v1": Case(part(seamless, modeling_seamless_m4t, "", "relative"), features(10)),
     "seamless-v2": Case(part(seamless, modeling_seamless_m4t_v2, "v2", "relative_key"), features(10)),
     "seamless-v2-chunks": Case(
@@ -226,6 +243,11 @@ CASES = {
         1e-6,
     ),
     "deberta-v2-c2p": Case(part(deberta, "DebertaV2", pos_att_type=["c2p"]), tokens, True, True, 1e-6),
+    "t5": Case(part(t5, "T5"), tokens),
+    "umt5": Case(part(t5, "UMT5"), tokens),
+    "mpnet": Case(mpnet, tokens, True),
+    "wavlm": Case(wavlm, waves, True),
+    "wavlm-stable": Case(part(wavlm, do_stable_layer_norm=True), waves, True),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
