@@ -2,7 +2,7 @@
 
 On Bach chorales (music21's corpus, or --data FILE), or on any folder of MIDI files (--midi DIR; MAESTRO's table of
 splits is followed). Interrupted or killed, the same command continues where it was. Under torchrun several processes
-share each batch. Results: --out DIR/results.json, loss.png, and a model per kind of positions, for
+share each batch, and with --context-parallel each window. Results: --out DIR/results.json, loss.png, and a model per kind of positions, for
 examples.chorales.generate.
 """
 
@@ -59,6 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="DIR", type=Path, help="default: runs/decoder-<preset>")
     add("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
     add("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
+    add("--context-parallel", type=int, default=1, metavar="P", help="processes that share each window, for long ones (default 1)")
     for field, kind, text in _OVERRIDES:
         choices = PRECISIONS if field.endswith("precision") else None
         add(f"--{field.replace('_', '-')}", dest=field, type=kind, choices=choices, help=text)
@@ -92,6 +93,9 @@ def run(options: argparse.Namespace) -> dict:
     if settings.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--precision fp16: needs a GPU; bf16 also works on CPUs")
     state = PartialState(cpu=not torch.cuda.is_available())
+    ranks = options.context_parallel
+    if ranks < 1 or state.num_processes % ranks:
+        raise ValueError(f"--context-parallel: expected a divisor of the {state.num_processes} processes, got {ranks}")
     with state.main_process_first():  # the first process parses and caches, the others read the cache
         music = load_music(options.data, options.midi)
     config = {
@@ -106,7 +110,7 @@ def run(options: argparse.Namespace) -> dict:
     state.wait_for_everyone()
     models = {}
     for positions in options.positions:
-        models[positions] = train_one(positions, music, settings, options.out / positions, state, options.workers)
+        models[positions] = train_one(positions, music, settings, options.out / positions, state, options.workers, ranks)
     results = {}
     if state.is_main_process:
         results = {"models": models, "config": config, "environment": environment(state.num_processes)}

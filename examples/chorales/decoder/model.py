@@ -164,6 +164,7 @@ class MusicTransformer(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int = 0,
+        position_ids: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Predict.
@@ -177,6 +178,7 @@ class MusicTransformer(PreTrainedModel, GenerationMixin):
             use_cache: return a cache.
             output_attentions: return every layer's weights, (B, heads, L, keys).
             logits_to_keep: only for the last so many tokens; 0: for all.
+            position_ids: (B, L), where the tokens stand; None: behind those before, of which padding does not count.
 
         Returns:
             `logits` (B, L, vocabulary); `loss`, the mean over the labels in nats; `past_key_values`; `attentions`.
@@ -199,7 +201,9 @@ class MusicTransformer(PreTrainedModel, GenerationMixin):
             )
         hidden = self.embedding(input_ids) * self.config.hidden_size**0.5
         if self.config.positions != "relative":
-            if attention_mask is None:
+            if position_ids is not None:
+                position = position_ids
+            elif attention_mask is None:
                 position = torch.arange(past, keys, device=input_ids.device)
             else:  # padding on the left does not count
                 position = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]

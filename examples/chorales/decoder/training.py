@@ -1,6 +1,8 @@
 """Training and testing one decoder."""
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,8 +41,10 @@ def build_model(positions: str, settings: DecoderSettings, music: Music) -> Musi
     return MusicTransformer(config)
 
 
-def train_one(positions: str, music: Music, settings: DecoderSettings, folder: Path, state, workers: int = 0) -> dict:
-    """Train and test one model in `folder`, or continue, or return the result that is already there.
+def train_one(
+    positions: str, music: Music, settings: DecoderSettings, folder: Path, state, workers: int = 0, ranks: int = 1
+) -> dict:
+    """Train and test one model in `folder`, or continue, or return the result that is already there. `ranks` processes share a window.
 
     `folder` gets the checkpoints while training, then `model/` (the one with the best validation loss) and
     `result.json`.
@@ -59,7 +63,7 @@ def train_one(positions: str, music: Music, settings: DecoderSettings, folder: P
         print(f"{positions}: {parameters:,} parameters", flush=True)
     clock = Clock()
     precision = {"bf16": settings.precision == "bf16", "fp16": settings.precision == "fp16"}
-    trainer = ChoraleTrainer(
+    trainer = _trainer_class(ranks)(
         model=model,
         args=training_arguments(settings, checkpoints, len(windows), state.num_processes, workers, **precision),
         train_dataset=windows,
@@ -86,6 +90,14 @@ def train_one(positions: str, music: Music, settings: DecoderSettings, folder: P
         shutil.rmtree(checkpoints, ignore_errors=True)
     state.wait_for_everyone()
     return result
+
+
+def _trainer_class(ranks: int) -> Callable[..., ChoraleTrainer]:
+    if ranks == 1:
+        return ChoraleTrainer
+    from .long_windows import LongWindowsTrainer  # it needs torch.distributed
+
+    return functools.partial(LongWindowsTrainer, ranks=ranks)
 
 
 def _score(trainer: ChoraleTrainer, collator: ScoredCollator) -> dict:

@@ -100,6 +100,21 @@ def test_two_processes_share_the_batches(small_json, tmp_path, trained, run_comm
     assert two["tokens_per_second"] > 0
 
 
+def test_two_processes_share_the_windows(small_json, tmp_path, run_command):
+    """Without dropout (of which attention's alone is the same for any number of processes) the curve of one process, but for rounding."""
+    # Windows that fill their batches: of the last ones of an epoch, several processes take some of the first ones again.
+    options = [*LONGER, "--dropout=0", "--positions=both", "--batch=2", "--epochs=2"]
+    assert train_decoder.main(command(small_json, tmp_path / "one", *options)[3:]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = run_command(*launcher, *command(small_json, tmp_path / "two", *options, "--context-parallel=2")[1:])
+    assert done.returncode == 0, done.stderr
+    one, two = (read(tmp_path / name / "results.json")["models"]["both"] for name in ("one", "two"))
+    for found, expected in zip(two["validation"], one["validation"], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    assert two["test"]["nll"] == pytest.approx(one["test"]["nll"], rel=1e-3)
+    assert train_decoder.main(command(small_json, tmp_path / "three", *options, "--context-parallel=2")[3:]) == 2
+
+
 def test_mixed_precision_and_midi_folders(midi_folder, tmp_path, capsys):
     """bfloat16 training on performances, then music from the model, whose tokenizer lies beside it."""
     out = tmp_path / "run"
