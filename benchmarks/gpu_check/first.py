@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -142,6 +143,18 @@ def same_bits(lengths: list[int], head_dims: list[int], clips: list[int | None])
     return verdict(found, [name for name, alike in found.items() if not alike])
 
 
+def ranks(processes: int | None = None) -> dict[str, Any]:
+    """relattn.distributed by NCCL, a rank for each GPU, or one by itself; on so many CPU processes by gloo."""
+    here = ["--cpu"] if processes else []
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes or torch.cuda.device_count())]
+    command = [sys.executable, "-m", *launch, "-m", "tests.distributed.ranks", *here]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in ended.stdout.splitlines() if ": " in line]
+    wrong = [line for line in lines if not line.endswith(": good")]
+    found = {"ranks": processes or torch.cuda.device_count(), "calls": len(lines), "wrong": wrong}
+    return verdict(found, wrong or ([] if ended.returncode == 0 else [ended.stderr[-1000:]]))
+
+
 def one_call(
     length: int, head_dim: int, clip: int | None, configuration: tuple[int, int, int] | None
 ) -> dict[str, Any]:
@@ -179,6 +192,7 @@ def plan(dry: bool) -> list[Group]:
         for dtype in _DTYPES
     ]
     wide.append(Job("device tests", device_tests, {}, seconds + 50))
+    wide.append(Job("ranks", ranks, {}, seconds + 50))
     bits = dict(lengths=[1000, 4096], head_dims=[64, 128], clips=[None, 64])
     wide.append(Job("same bits", same_bits, bits, seconds + 50))
     small = [dict(length=256, head_dim=64, clip=clip, configuration=(64, 4, 1)) for clip in (None, 16)]
@@ -208,6 +222,7 @@ def _dry() -> list[Group]:
         Job("fuzz", fuzz, dict(dtype="bfloat16", first=4, every=1, seconds=0.0)),
         Job("edges", at_the_edges, dict(dtype="float32", part=50, parts=100, seconds=0.0)),
         Job("device tests", device_tests, dict(collect_only=True)),
+        Job("ranks", ranks, dict(processes=1)),
         Job("same bits", same_bits, dict(lengths=[9], head_dims=[16], clips=[3])),
         Job("sanitized", one_call, small),
     ]

@@ -3,6 +3,8 @@
 Batches are dealt to all processes as always; a group puts its own together again, and each process computes some tokens of all of them.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
@@ -27,7 +29,7 @@ class LongWindowsTrainer(ChoraleTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         whole = {name: self._joined(tensor) for name, tensor in inputs.items()}
         whole["position_ids"] = (whole["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        part = {name: shard(tensor, 1, group=self.group, layout=LAYOUT) for name, tensor in whole.items()}
+        part: dict[str, Any] = {name: shard(tensor, 1, group=self.group, layout=LAYOUT) for name, tensor in whole.items()}
         labels = part.pop("labels")
         with context_parallel(self.group, layout=LAYOUT):
             logits = model(**part).logits
