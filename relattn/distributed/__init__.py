@@ -4,8 +4,9 @@
 """
 
 from relattn.distributed.context import context_parallel
+from relattn.distributed.convolution import halo
 from relattn.distributed.function import relative_attention
 from relattn.distributed.layout import shard, unshard
 from relattn.distributed.tensor_parallel import HeadsParallel, tensor_parallel_plan
 
-__all__ = ["HeadsParallel", "context_parallel", "relative_attention", "shard", "tensor_parallel_plan", "unshard"]
+__all__ = ["HeadsParallel", "context_parallel", "halo", "relative_attention", "shard", "tensor_parallel_plan", "unshard"]
