@@ -101,9 +101,10 @@ def known_class(module: nn.Module, plans: Callable[[type], Mapping[str, Any] | N
         named = plans(known)
         if named is None or known.__name__ not in named:
             continue
-        for name, value in vars(known).items():
-            if inspect.isfunction(value) and name != "__init__" and getattr(type(module), name) is not value:
-                raise unknown(module, f"a subclass of {known.__name__} with a {name} of its own")
+        for base in known.__mro__[: known.__mro__.index(nn.Module)]:
+            for name, value in vars(base).items():
+                if inspect.isfunction(value) and name != "__init__" and getattr(type(module), name) is not getattr(known, name):
+                    raise unknown(module, f"a subclass of {known.__name__} with a {name} of its own")
         return named[known.__name__]
     return None
 

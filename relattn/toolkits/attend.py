@@ -55,7 +55,7 @@ def legacy_arguments(query: Tensor, key: Tensor, rel_k: Tensor, u: Tensor, v: Te
     term for d = 1, and for d >= 2 the *next* query's product with row d - 2. Two queries side by side, each with a table
     that is zero where the other's is not, give exactly that.
     """
-    heads, keys, size = rel_k.shape
+    _, keys, size = rel_k.shape
     ahead = F.pad(rel_k[:, : max(keys - 2, 0)], (0, 0, min(keys + 1, 2 * keys - 1), 0))
     return dict(
         query=torch.cat([query, F.pad(query[:, :, 1:], (0, 0, 0, 1))], dim=-1),

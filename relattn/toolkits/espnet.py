@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ _LINEAR: dict[str, Any] = dict(
 _BIASES: dict[str, Any] = dict(pos_bias_u=Tensor, pos_bias_v=Tensor)
 
 
-def _plan(legacy: bool) -> Plan:
+def _plan(legacy: bool) -> Callable[[Any], list[Replacement]]:
     def plan(module: Any) -> list[Replacement]:
         attributes = _LINEAR | _BIASES | dict(h=int, zero_triu=bool, dropout=nn.Dropout)
         planned = replacement(module, "forward", _rel_position, "query key value pos_emb mask", **attributes)
