@@ -7,9 +7,9 @@ files of the layers load with torch alone: their code is what runs, unchanged.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 import types
+from importlib.machinery import PathFinder
 from types import SimpleNamespace
 
 from torch import nn
@@ -26,7 +26,7 @@ def _bare(*names: str) -> None:
             module.__path__ = [f"{folder}/{last}" for folder in sys.modules[parent].__path__]
             setattr(sys.modules[parent], last, module)
         else:
-            module.__path__ = list(importlib.util.find_spec(name).submodule_search_locations)
+            module.__path__ = list(PathFinder.find_spec(name).submodule_search_locations)
         sys.modules[name] = module
 
 
@@ -101,6 +101,6 @@ _TOOLKITS = dict(espnet=_espnet, nemo=_nemo, speechbrain=_speechbrain, torchaudi
 def layers() -> SimpleNamespace:
     found: dict[str, type] = {}
     for name, load in _TOOLKITS.items():
-        if importlib.util.find_spec(name) is not None:
+        if PathFinder.find_spec(name) is not None:
             found |= load()
     return SimpleNamespace(**found)

@@ -250,8 +250,8 @@ def test_revert_is_exact(name: str, source: str) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision(name: str, source: str, autocast: bool) -> None:
     case = CASES[name]
-    if source == "real" and (case.layer == "RelPosMHAXL" or "sdpa" in name):
-        pytest.skip("its own softmax in float32 is not for values of half precision; wenet's masks keep float32 there")
+    if source == "real" and (case.layer == "RelPosMHAXL" or "sdpa" in name or (not autocast and "zero_triu" in name)):
+        pytest.skip("the original fails: its weights, mask or triangle are float32 beside values of half precision")
     layer = layer_of(case, source)
     exact = case.call(layer, inputs("padding"))
     layer, dtype = (layer.float(), torch.float32) if autocast else (layer.bfloat16(), torch.bfloat16)
@@ -291,8 +291,7 @@ def test_a_stream_is_the_whole(source: str) -> None:
         keys = cache.shape[1] + part.shape[1]
         frames = torch.arange(keys)
         mask = (frames[cache.shape[1] :, None] // CHUNK < frames // CHUNK).expand(BATCH, -1, -1)
-        output, new_cache = layer(part, part, part, mask, table[:, LENGTH - keys : LENGTH + keys - 1], cache)
-        assert new_cache.shape == cache.shape  # it slides: frames as many as before
+        output, _ = layer(part, part, part, mask, table[:, LENGTH - keys : LENGTH + keys - 1], cache)
         cache = torch.cat([cache, part], dim=1)
         parts.append(output)
     close([torch.cat(parts, dim=1)], [whole], 1e-12)
@@ -424,7 +423,7 @@ def test_what_has_no_relative_attention_is_refused(name: str, source: str, caplo
         convert(model)
     assert "forward" not in vars(refused)
     assert caplog.messages[0].startswith("nothing to convert")
-    assert "converted 1 RelPositionMultiHeadedAttention" in caplog.messages or "left as it is" not in caplog.text
+    assert "converted 1 RelPositionMultiHeadedAttention" in caplog.messages
 
 
 def test_nothing_known() -> None:
