@@ -52,7 +52,8 @@ def convert(model: nn.Module, strict: bool = True) -> nn.Module:
       `return_attn_weights` is given as an argument; there, and in icefall, the original makes them;
     - a query that may see nothing gets zeros where icefall's gives NaN.
 
-    The original runs where a call does not have the shapes of relative attention. `revert` before torch.jit.script.
+    The original runs where a call does not have the shapes of relative attention, and for fewer than 512 keys with the
+    shift of old (ESPnet's legacy form, Squeezeformer), which costs twice. `revert` before torch.jit.script.
 
     Args:
         model: any module.

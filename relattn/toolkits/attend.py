@@ -48,6 +48,14 @@ def without_future(rel_k: Tensor) -> Tensor:
     return rel_k * (rows <= rel_k.shape[1] // 2)[:, None]
 
 
+# The shift of old costs twice the products: with fewer keys the original is as fast, in training by a fifth faster.
+LEGACY_PAYS_FROM = 512
+
+
+def legacy_pays(keys: int) -> bool:
+    return keys >= LEGACY_PAYS_FROM
+
+
 def legacy_arguments(query: Tensor, key: Tensor, rel_k: Tensor, u: Tensor, v: Tensor) -> dict[str, Any]:
     """Query, key and tables of the shift of old: pad, view and cut of (Lq, Lk), for embeddings with a row per key.
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from relattn.conversion import Plan, Replacement, original, replacement, unknown
-from relattn.toolkits.attend import attend, by_head, check_shift, dropout_of, is_table, legacy_arguments, without_future
+from relattn.toolkits.attend import attend, by_head, check_shift, dropout_of, is_table, legacy_arguments, legacy_pays, without_future
 
 
 def _rel_position(
@@ -17,7 +17,8 @@ def _rel_position(
     """mask: (B, 1 or Lq, Lk), zero where hidden."""
     keys = key.shape[1]
     legacy = type(module).__name__.startswith("Legacy")
-    if keys < query.shape[1] or not is_table(pos_emb, keys if legacy else 2 * keys - 1):
+    short = legacy and not module.zero_triu and not legacy_pays(keys)
+    if short or keys < query.shape[1] or not is_table(pos_emb, keys if legacy else 2 * keys - 1):
         return original(module)(query, key, value, pos_emb, mask)
     q, k, v = module.forward_qkv(query, key, value)
     rel_k = by_head(module.linear_pos(pos_emb), module.h)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from relattn.conversion import Plan, Replacement, original, replacement
-from relattn.toolkits.attend import attend, by_head, check_shift, dropout_of, is_table, legacy_arguments
+from relattn.toolkits.attend import attend, by_head, check_shift, dropout_of, is_table, legacy_arguments, legacy_pays
 
 _ANY = torch.ones((0, 0, 0), dtype=torch.bool)  # wenet's mask that hides nothing
 _NONE = (torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0, 0))
@@ -69,7 +69,7 @@ def _squeezeformer(
 ) -> Any:
     cached = cache.shape[2] if cache.shape[0] > 0 else 0
     keys = cached + key.shape[1]
-    if keys < query.shape[1] or not is_table(pos_emb, keys):
+    if not legacy_pays(keys) or keys < query.shape[1] or not is_table(pos_emb, keys):
         return original(module)(query, key, value, mask, pos_emb, cache)
     if module.adaptive_scale:
         query, key, value = (module.ada_scale * given + module.ada_bias for given in (query, key, value))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from importlib import metadata
 from importlib.machinery import PathFinder
 from types import SimpleNamespace
 
@@ -26,24 +27,25 @@ def _bare(*names: str) -> None:
             module.__path__ = [f"{folder}/{last}" for folder in sys.modules[parent].__path__]
             setattr(sys.modules[parent], last, module)
         else:
-            module.__path__ = list(PathFinder.find_spec(name).submodule_search_locations)
+            spec = PathFinder.find_spec(name)
+            assert spec is not None
+            module.__path__ = list(spec.submodule_search_locations or [])
         sys.modules[name] = module
 
 
 def _version(package: str, distribution: str) -> None:
-    from importlib import metadata
-
     try:
-        sys.modules[package].__version__ = metadata.version(distribution)
+        version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        sys.modules[package].__version__ = "(a clone)"
+        version = "(a clone)"
+    vars(sys.modules[package])["__version__"] = version
 
 
 def _nemo() -> dict[str, type]:
     _bare("nemo", "nemo.utils")
     _version("nemo", "nemo_toolkit")
     casts = importlib.import_module("nemo.utils.cast_utils")
-    sys.modules["nemo.utils"].avoid_float16_autocast_context = casts.avoid_float16_autocast_context
+    vars(sys.modules["nemo.utils"])["avoid_float16_autocast_context"] = casts.avoid_float16_autocast_context
     folder = "nemo.collections.asr.parts.submodules"
     _bare("nemo.collections", "nemo.collections.asr", "nemo.collections.asr.parts", folder)
     module = importlib.import_module(f"{folder}.multi_head_attention")
@@ -85,7 +87,7 @@ class _Functional:
 def _speechbrain() -> dict[str, type]:
     _torchaudio()  # which it imports, and does not need for its layers
     module = importlib.import_module("speechbrain.nnet.attention")
-    module.F = _Functional()
+    vars(module)["F"] = _Functional()
     return {"RelPosMHAXL": module.RelPosMHAXL}
 
 

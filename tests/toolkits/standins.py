@@ -81,7 +81,8 @@ _NEMO = "nemo.collections.asr.parts.submodules.multi_head_attention"
 class RelPositionMultiHeadAttention(_Layer):
     def __init__(self, n_head: int, n_feat: int, dropout_rate: float, pos_bias_u: Any, pos_bias_v: Any) -> None:
         super().__init__(n_head, n_feat, dropout_rate)
-        self.dropout_rate, self.cache_drop_size = dropout_rate, None
+        self.dropout_rate = dropout_rate
+        self.cache_drop_size: Any = None  # its encoder sets it
 
     def update_cache(self, key: Tensor, value: Tensor, query: Tensor, cache: Tensor | None) -> tuple:
         if cache is not None:
@@ -135,7 +136,8 @@ class RelPositionMultiHeadedAttention(_Layer):
 
     def __init__(self, n_head: int, n_feat: int, dropout_rate: float, zero_triu: bool = False) -> None:
         super().__init__(n_head, n_feat, dropout_rate)
-        self.zero_triu, self.attn = zero_triu, None
+        self.zero_triu = zero_triu
+        self.attn: Tensor | None = None
 
     def rel_shift(self, x):
         shifted = gathered(x, x.shape[-1] // 2 + 1)
@@ -165,7 +167,8 @@ class TransducerAttention(_Layer):
 
     def __init__(self, num_heads, embed_size, dropout_rate=0.0, simplified_attention_score=False) -> None:
         super().__init__(num_heads, embed_size, dropout_rate, positions=not simplified_attention_score)
-        self.num_heads, self.attn = num_heads, None
+        self.num_heads = num_heads
+        self.attn: Tensor | None = None
         if simplified_attention_score:
             self.linear_pos = nn.Linear(embed_size, num_heads)
             self.compute_att_score = self.compute_simplified_attention_score
@@ -349,11 +352,13 @@ class ScaledLinear(nn.Linear):
 class IcefallAttention(nn.Module):
     """(L, B, E). The newer form scales the query before it adds u and v, and has parameters with scales of their own."""
 
+    linear: type[nn.Linear] = ScaledLinear
+
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.num_heads, self.dropout, self.head_dim = num_heads, dropout, embed_dim // num_heads
-        self.in_proj, self.out_proj = ScaledLinear(embed_dim, 3 * embed_dim), ScaledLinear(embed_dim, embed_dim)
-        self.linear_pos = ScaledLinear(embed_dim, embed_dim, bias=False)
+        self.in_proj, self.out_proj = self.linear(embed_dim, 3 * embed_dim), self.linear(embed_dim, embed_dim)
+        self.linear_pos = self.linear(embed_dim, embed_dim, bias=False)
         self.pos_bias_u, self.pos_bias_v = (nn.Parameter(torch.randn(num_heads, self.head_dim)) for _ in range(2))
         self.pos_bias_u_scale, self.pos_bias_v_scale = (nn.Parameter(torch.tensor(0.1)) for _ in range(2))
 
@@ -396,10 +401,10 @@ class IcefallAttention(nn.Module):
 class OldIcefallAttention(IcefallAttention):
     """Scaled after the sum; `streaming_conformer_ctc` calls the frames before the queries `offset`."""
 
+    linear = nn.Linear
+
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim, num_heads, dropout)
-        self.in_proj, self.out_proj = nn.Linear(embed_dim, 3 * embed_dim), nn.Linear(embed_dim, embed_dim)
-        self.linear_pos = nn.Linear(embed_dim, embed_dim, bias=False)
         del self.pos_bias_u_scale, self.pos_bias_v_scale
 
     _pos_bias_u = property()  # type: ignore[assignment]  # as if it were not there

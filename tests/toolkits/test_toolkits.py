@@ -17,12 +17,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relattn.toolkits import convert, revert
+from relattn.toolkits import attend, convert, revert
 from tests.toolkits import real, standins
 
 BATCH, LENGTH, SIZE, HEADS, CACHED, CHUNK = 2, 13, 16, 4, 5, 4
 MODES = ("all", "padding", "chunks", "cached")
 LAYERS = {"stand-in": standins, "real": real.layers()}
+
+
+@pytest.fixture(autouse=True)
+def _always(monkeypatch) -> None:
+    """Also where the original is as fast."""
+    monkeypatch.setattr(attend, "LEGACY_PAYS_FROM", 0)
 
 
 class Inputs(NamedTuple):
