@@ -35,7 +35,8 @@ def convert(model: nn.Module, strict: bool = True) -> nn.Module:
     Converted are, wherever they stand in `model`,
 
     - NeMo: ``RelPositionMultiHeadAttention`` (with caches and chunked masks), its local form
-      ``RelPositionMultiHeadAttentionLongformer`` without global tokens, as a window;
+      ``RelPositionMultiHeadAttentionLongformer`` without global tokens, as a window, and the newer Transformer encoder's
+      ``MultiHeadAttention`` with ``rel_pos``;
     - ESPnet 1 and 2: ``RelPositionMultiHeadedAttention``, ``LegacyRelPositionMultiHeadedAttention``, and the
       transducers' own, its simplified score too;
     - wenet: ``ShawRelPositionMultiHeadedAttention``, ``FiredRelPositionMultiHeadedAttention``, Squeezeformer's with

@@ -75,18 +75,20 @@ def legacy_arguments(query: Tensor, key: Tensor, rel_k: Tensor, u: Tensor, v: Te
     )
 
 
-def check_shift(module: Any, legacy: bool = False, zero_triu: bool = False, lengths: tuple[int, ...] = (2, 3)) -> None:
-    """Raise unless `rel_shift` moves numbers as a plan has it: for so many queries, the last ones of 3 keys."""
+def check_shift(
+    module: Any, legacy: bool = False, zero_triu: bool = False, lengths: tuple[int, ...] = (2, 3), method: str = "rel_shift"
+) -> None:
+    """Raise unless its shift moves numbers as a plan has it: for so many queries, the last ones of 3 keys."""
     for queries in lengths:
         rows = 3 if legacy else 5
         probe = torch.arange(1.0, queries * rows + 1, device="cpu").view(1, 1, queries, rows)
         try:
-            found = module.rel_shift(probe)[0, 0, :, :3].tolist()
+            found = getattr(module, method)(probe)[0, 0, :, :3].tolist()
         except Exception as error:  # whatever it is, it is not the shift that is known
-            raise unknown(module, f"its rel_shift raises {type(error).__name__}") from error
+            raise unknown(module, f"its {method} raises {type(error).__name__}") from error
         expected = [[_shifted(probe[0, 0], i, j - i - (3 - queries), legacy, zero_triu) for j in range(3)] for i in range(queries)]
         if found != expected:
-            raise unknown(module, "its rel_shift is another one")
+            raise unknown(module, f"its {method} is another one")
 
 
 def _shifted(products: Tensor, i: int, distance: int, legacy: bool, zero_triu: bool) -> float:

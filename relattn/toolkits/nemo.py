@@ -1,4 +1,4 @@
-"""NeMo's conformers: Transformer-XL's form over all frames or chunks of them, and in a window."""
+"""NeMo: Transformer-XL's form over all frames or chunks of them, and in a window; the newer Transformer encoder's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_mask
 
 from relattn.conversion import Plan, Replacement, original, replacement
 from relattn.toolkits.attend import attend, by_head, check_shift, dropout_of, is_table
@@ -61,6 +62,24 @@ def _local(
     return module.linear_out(output.masked_fill(pad_mask[..., None], 0.0))
 
 
+def _transformer(module: Any, x: Tensor, block_mask: Any = None, pos_emb: Tensor | None = None) -> Tensor:
+    """block_mask: FlexAttention's, of which the function that made it is asked again."""
+    batch, length, _ = x.shape
+    if not is_table(pos_emb, 2 * length - 1):
+        return original(module)(x, block_mask, pos_emb)
+    q, k, v = module.w_qkv(x).view(batch, length, 3, module.n_heads, module.head_dim).permute(2, 0, 3, 1, 4)
+    if module.qk_norm:
+        q, k = module.q_norm(q).to(v.dtype), module.k_norm(k).to(v.dtype)
+    seen = None
+    if block_mask is not None:
+        seen = create_mask(block_mask.mask_mod, batch, 1, length, length, device=x.device)[:, 0]
+    output, _ = attend(
+        q, k, v, seen, 0.0, rel_k=by_head(module.linear_pos(pos_emb), module.n_heads), pos_bias_u=module.pos_bias_u,
+        pos_bias_v=module.pos_bias_v,
+    )  # fmt: skip
+    return module.out_proj(output)
+
+
 def _half_autocast(query: Tensor) -> bool:
     """NeMo leaves float16's autocast for another dtype, which it chooses."""
     kind = query.device.type
@@ -90,7 +109,21 @@ def _local_plan(module: Any) -> list[Replacement] | str:
     return [planned]
 
 
+def _transformer_plan(module: Any) -> list[Replacement] | str:
+    """The conformers' absolute form has this name too."""
+    if not getattr(module, "_uses_rel_pos", False):
+        return "its positions are not relative"
+    attributes: dict[str, Any] = dict(
+        w_qkv=nn.Module, out_proj=nn.Module, linear_pos=nn.Module, pos_bias_u=Tensor, pos_bias_v=Tensor, n_heads=int,
+        head_dim=int, qk_norm=bool,
+    )  # fmt: skip
+    planned = replacement(module, "forward", _transformer, "x block_mask pos_emb", **attributes)
+    check_shift(module, method="_rel_shift")
+    return [planned]
+
+
 PLANS: dict[str, Plan | str] = {
+    "MultiHeadAttention": _transformer_plan,
     "RelPositionMultiHeadAttention": _plan,
     "RelPositionMultiHeadAttentionLongformer": _local_plan,
     "RelPositionMultiHeadAttentionAdapter": "an adapter of NeMo's calls the class's own forward, not the layer's",

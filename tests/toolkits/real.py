@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from collections.abc import Callable
 from importlib import metadata
 from importlib.machinery import PathFinder
 from types import SimpleNamespace
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def _bare(*names: str) -> None:
@@ -50,7 +53,37 @@ def _nemo() -> dict[str, type]:
     _bare("nemo.collections", "nemo.collections.asr", "nemo.collections.asr.parts", folder)
     module = importlib.import_module(f"{folder}.multi_head_attention")
     names = ("RelPositionMultiHeadAttention", "RelPositionMultiHeadAttentionLongformer")
-    return {name: getattr(module, name) for name in names}
+    # The newer encoder's file, with stand-ins for what it takes from the rest of NeMo beside its attention.
+    _of_names(f"{folder}.subsampling", "FeatureStacking", "StackingSubsampling")
+    _of_names("nemo.utils.decorators", "experimental")
+    _bare("nemo.core", "nemo.core.classes")
+    _of_names("nemo.core.classes.module", "freeze", "unfreeze")
+    _bare("nemo.collections.asr.modules")
+    transformer = importlib.import_module("nemo.collections.asr.modules.transformer_encoder")
+    vars(transformer)["flex_attention"] = _with_gradients(transformer.flex_attention)
+    return {name: getattr(module, name) for name in names} | {"NemoTransformer": transformer.MultiHeadAttention}
+
+
+def _with_gradients(flex_attention: Callable) -> Callable:
+    """FlexAttention, which has no backward pass on CPUs: where one may come it is written out."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, score_mod: Callable) -> Tensor:
+        if not torch.is_grad_enabled():
+            return flex_attention(query, key, value, block_mask=block_mask, score_mod=score_mod)
+        b, h, i, j = torch.meshgrid(*(torch.arange(size) for size in (*query.shape[:3], key.shape[2])), indexing="ij")
+        scores = score_mod(query @ key.mT * query.shape[-1] ** -0.5, b, h, i, j)
+        if block_mask is not None:
+            scores = scores.masked_fill(~block_mask.mask_mod(b, h, i, j), float("-inf"))
+        return scores.softmax(-1) @ value
+
+    return attention
+
+
+def _of_names(module: str, *names: str) -> None:
+    """A module in which each of the names is a decorator that changes nothing."""
+    if module not in sys.modules:
+        sys.modules[module] = types.ModuleType(module)
+        vars(sys.modules[module]).update(dict.fromkeys(names, lambda decorated: decorated))
 
 
 def _espnet() -> dict[str, type]:

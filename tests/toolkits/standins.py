@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_mask
 
 
 def gathered(products: Tensor, keys: int) -> Tensor:
@@ -123,6 +124,37 @@ class RelPositionMultiHeadAttentionLongformer(RelPositionMultiHeadAttention):
         scores = (content + columns.gather(-1, index)) / math.sqrt(self.d_k)
         hidden = (distance < -left) | (distance > right) | pad_mask[:, None, None] | pad_mask[:, None, :, None]
         return self.linear_out(weighted(scores, v, hidden, self.dropout)[0])
+
+
+@known_as("nemo.collections.asr.modules.transformer_encoder", "MultiHeadAttention")
+class NemoTransformer(nn.Module):
+    """On FlexAttention, which has a mask by blocks."""
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim, self.d_model = cfg.n_heads, cfg.d_model // cfg.n_heads, cfg.d_model
+        self._uses_rel_pos, self.qk_norm = cfg.self_attention_model == "rel_pos", cfg.qk_norm
+        self.w_qkv, self.out_proj = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=cfg.qkv_bias), nn.Linear(cfg.d_model, cfg.d_model)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = nn.LayerNorm(self.head_dim), nn.LayerNorm(self.head_dim)
+        if self._uses_rel_pos:
+            self.linear_pos = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+            self.pos_bias_u, self.pos_bias_v = (nn.Parameter(torch.zeros(self.n_heads, self.head_dim)) for _ in range(2))
+
+    def _rel_shift(self, x):
+        return gathered(x, x.shape[-1] // 2 + 1)
+
+    def forward(self, x, block_mask=None, pos_emb=None):
+        q, k, v = self.w_qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        table = self.linear_pos(pos_emb).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
+        position = self._rel_shift((q + self.pos_bias_v[:, None]) @ table.mT)
+        scores = ((q + self.pos_bias_u[:, None]) @ k.mT + position) * self.head_dim**-0.5
+        hidden = None
+        if block_mask is not None:
+            hidden = ~create_mask(block_mask.mask_mod, x.shape[0], 1, x.shape[1], x.shape[1], device="cpu")
+        return self.out_proj(weighted(scores, v, hidden, nn.Identity())[0])
 
 
 # ---- ESPnet ----

@@ -11,16 +11,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 from relattn.toolkits import attend, convert, revert
 from tests.toolkits import real, standins
 
-BATCH, LENGTH, SIZE, HEADS, CACHED, CHUNK = 2, 13, 16, 4, 5, 4
+BATCH, LENGTH, SIZE, HEADS, CACHED, CHUNK = 2, 13, 64, 4, 5, 4
 MODES = ("all", "padding", "chunks", "cached")
 LAYERS = {"stand-in": standins, "real": real.layers()}
 
@@ -77,6 +79,15 @@ def _nemo_local(layer: Any, given: Inputs) -> Tensor:
     return layer(given.x, given.x, given.x, pad_mask=hidden, pos_emb=given.positions(sum(layer.att_context_size) + 1))
 
 
+def _nemo_transformer(layer: Any, given: Inputs) -> Tensor:
+    seen = given.both
+    blocks = None
+    if seen is not None:
+        seen = seen.expand(BATCH, LENGTH, LENGTH)
+        blocks = create_block_mask(lambda b, h, q, k: seen[b, q, k], BATCH, 1, LENGTH, LENGTH, device="cpu")
+    return layer(given.x, block_mask=blocks, pos_emb=given.positions(2 * LENGTH - 1))
+
+
 def _espnet(layer: Any, given: Inputs, legacy: bool = False) -> Tensor:
     rows = LENGTH if legacy else 2 * LENGTH - 1
     return layer(given.x[:, given.start :], given.x, given.x, given.positions(rows), given.both)
@@ -97,7 +108,8 @@ def _wenet(layer: Any, given: Inputs, rows: int = 2 * LENGTH - 1) -> Tensor:
         options["mask"] = nn.functional.pad(given.both, (0, 3))
     if getattr(layer, "use_sdpa", False):
         seen = torch.ones(BATCH, 1, LENGTH, dtype=torch.bool) if given.both is None else given.both
-        options["mask"] = torch.zeros(seen.shape, dtype=x.dtype).masked_fill(~seen, -1e10)
+        added = torch.linspace(-1, 1, seen.numel(), dtype=x.dtype).view(seen.shape)  # before the scale
+        options["mask"] = added.masked_fill(~seen, -1e10)
     if given.start:
         _, keys, values = layer.forward_qkv(given.x, given.x, given.x)
         cache = (keys[:, :, : given.start], values[:, :, : given.start])
@@ -147,6 +159,11 @@ def _with_biases(rate: float) -> tuple:
     return (HEADS, SIZE, rate, None, None)
 
 
+def _config(**more: Any) -> SimpleNamespace:
+    settings = dict(d_model=64, n_heads=HEADS, qkv_bias=True, qk_norm=False, self_attention_model="rel_pos")  # heads of 16 at least
+    return SimpleNamespace(**settings | more)
+
+
 CASES = {
     "NeMo": Case("RelPositionMultiHeadAttention", _nemo, _with_biases),
     **{
@@ -155,6 +172,8 @@ CASES = {
         )
         for sides in ([3, 3], [4, 2], [1, 3], [0, 2], [20, 20])
     },
+    "NeMo transformer": Case("NemoTransformer", _nemo_transformer, lambda rate: (_config(),), {}, MODES[:3]),
+    "NeMo transformer qk_norm": Case("NemoTransformer", _nemo_transformer, lambda rate: (_config(qk_norm=True),), {}, MODES[:3]),
     "ESPnet": Case("RelPositionMultiHeadedAttention", _espnet, _sizes),
     "ESPnet zero_triu": Case("RelPositionMultiHeadedAttention", _espnet, _sizes, {"zero_triu": True}),
     "ESPnet legacy": Case("LegacyRelPositionMultiHeadedAttention", partial(_espnet, legacy=True), _sizes),
@@ -409,6 +428,7 @@ REFUSED: dict[str, tuple[str, tuple, dict[str, Any], str]] = {
     "NeMo's local form of any size": (
         "RelPositionMultiHeadAttentionLongformer", (HEADS, SIZE, 0.0, None, None, [-1, -1]), {}, r"\[-1, -1\] is no window"
     ),
+    "NeMo's transformer without": ("NemoTransformer", (_config(self_attention_model="abs_pos"),), {}, "its positions are not relative"),
     "icefall's Zipformer": ("Zipformer", (), {}, "Zipformer makes its weights once"),
     "torchaudio": ("ConformerLayer", (SIZE, SIZE, HEADS, 3), {}, "torchaudio's Conformer has no relative term"),
 }  # fmt: skip
