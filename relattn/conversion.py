@@ -80,11 +80,10 @@ def undo(model: nn.Module, package: str) -> None:
     """Take away the replacements that `package` made; raise before the first of them if they can't be."""
     for module in model.modules():
         if any(is_bound(value, package) for name, value in vars(module).items() if name == "_old_forward"):
-            raise RuntimeError(
-                f"model: a converted {type(module).__name__} was wrapped since; remove accelerate's hooks first"
-            )
+            raise RuntimeError(f"model: a converted {type(module).__name__} was wrapped since; remove accelerate's hooks first")
     for module in model.modules():
-        for name in [name for name, value in vars(module).items() if is_bound(value, package)]:
+        names = [name for name, value in vars(module).items() if is_bound(value, package)]
+        for name in [*names, "_replicate_for_data_parallel"] if names else []:
             delattr(module, name)
 
 
@@ -157,8 +156,7 @@ def replacement(
     present = vars(module).get(method)
     if present is not None and not is_bound(present):
         raise ValueError(
-            f"model: {method} of a {type(module).__name__} was replaced already (by accelerate's hooks?); "
-            "convert the model before that"
+            f"model: {method} of a {type(module).__name__} was replaced already (by accelerate's hooks?); convert the model before that"
         )
     return Replacement(module, method, function, is_attention)
 
@@ -194,9 +192,9 @@ def _bound(module: nn.Module, method: str, function: Callable) -> _Bound:
 
 
 def is_bound(value: object, package: str = "relattn") -> bool:
-    """Whether an attribute of a module is a replacement that `package` made (or what is set beside it, for all packages)."""
+    """Whether an attribute of a module is a replacement that `package` made."""
     defined_in = getattr(value.func, "__module__", None) if isinstance(value, functools.partial) else None
-    return (defined_in or "").startswith(f"{package}.") or defined_in == __name__
+    return (defined_in or "").startswith(f"{package}.")
 
 
 def _replicate(module: nn.Module) -> nn.Module:

@@ -11,9 +11,7 @@ from relattn.conversion import Plan, Replacement, original, replacement, unknown
 from relattn.toolkits.attend import attend, by_head, check_shift, dropout_of, is_table, legacy_arguments, legacy_pays, without_future
 
 
-def _rel_position(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Tensor | None
-) -> Tensor:
+def _rel_position(module: Any, query: Tensor, key: Tensor, value: Tensor, pos_emb: Tensor, mask: Tensor | None) -> Tensor:
     """mask: (B, 1 or Lq, Lk), zero where hidden."""
     keys = key.shape[1]
     legacy = type(module).__name__.startswith("Legacy")

@@ -29,7 +29,7 @@ def _rel_position(
     key, value, query, cache = module.update_cache(key=key, value=value, query=query, cache=cache)
     q, k, v = module.forward_qkv(query, key, value)
     output, _ = attend(
-        q, k, v, None if mask is None else ~mask, dropout_of(module, module.dropout_rate),
+        q, k, v, None if mask is None else ~mask, _dropout(module),
         rel_k=by_head(module.linear_pos(pos_emb), module.h), pos_bias_u=module.pos_bias_u, pos_bias_v=module.pos_bias_v,
     )  # fmt: skip
     output = module.linear_out(output)
@@ -56,7 +56,7 @@ def _local(
     side = max(left, right)
     rel_k = torch.cat([rows[:, :left], rows.new_zeros(rows.shape[0], 2 * side - left - right, rows.shape[2]), rows[:, left:]], dim=1)
     output, _ = attend(
-        q, k, v, ~pad_mask[:, None], dropout_of(module, module.dropout_rate), window=(left, right),
+        q, k, v, ~pad_mask[:, None], _dropout(module), window=(left, right),
         rel_k=rel_k, pos_bias_u=module.pos_bias_u, pos_bias_v=module.pos_bias_v,
     )  # fmt: skip
     return module.linear_out(output.masked_fill(pad_mask[..., None], 0.0))
@@ -80,6 +80,11 @@ def _transformer(module: Any, x: Tensor, block_mask: Any = None, pos_emb: Tensor
     return module.out_proj(output)
 
 
+def _dropout(module: Any) -> float:
+    """NeMo has the rate twice, and takes it from where the implementation that is chosen looks."""
+    return dropout_of(module, module.dropout_rate if getattr(module, "use_pytorch_sdpa", False) else module.dropout.p)
+
+
 def _half_autocast(query: Tensor) -> bool:
     """NeMo leaves float16's autocast for another dtype, which it chooses."""
     kind = query.device.type
@@ -88,7 +93,7 @@ def _half_autocast(query: Tensor) -> bool:
 
 _ATTRIBUTES: dict[str, Any] = dict(
     linear_q=nn.Module, linear_k=nn.Module, linear_v=nn.Module, linear_out=nn.Module, linear_pos=nn.Module,
-    pos_bias_u=Tensor, pos_bias_v=Tensor, h=int, d_k=int, dropout_rate=(int, float), update_cache=Callable,
+    pos_bias_u=Tensor, pos_bias_v=Tensor, h=int, d_k=int, dropout=nn.Dropout, dropout_rate=(int, float), update_cache=Callable,
     forward_qkv=Callable,
 )  # fmt: skip
 

@@ -84,19 +84,18 @@ def _squeezeformer(
 
 
 def _attended(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **arguments: Any) -> Tensor:
-    seen: Tensor | None = None
+    seen, dropout = None, module.dropout.p
     if getattr(module, "use_sdpa", False):
-        # Here the mask is added, (B, 1 or Lq, Lk), and before the scale.
+        # Here the mask is added, (B, 1 or Lq, Lk), and before the scale; the rate is another attribute.
+        dropout = module.dropout_rate
         arguments["attn_mask"] = (mask[:, None] * module.d_k**-0.5).to(query.dtype)
     elif mask.shape[-1] > 0:
         seen = mask[..., : key.shape[2]] != 0
     grouped = query.shape[1] != key.shape[1]
-    return attend(query, key, value, seen, dropout_of(module, module.dropout.p), enable_gqa=grouped, **arguments)[0]
+    return attend(query, key, value, seen, dropout_of(module, dropout), enable_gqa=grouped, **arguments)[0]
 
 
-_ATTRIBUTES: dict[str, Any] = dict(
-    linear_out=nn.Module, dropout=nn.Dropout, h=int, d_k=int, forward_qkv=Callable
-)
+_ATTRIBUTES: dict[str, Any] = dict(linear_out=nn.Module, dropout=nn.Dropout, h=int, d_k=int, forward_qkv=Callable)
 _BIASES: dict[str, Any] = dict(linear_pos=nn.Module, pos_bias_u=Tensor, pos_bias_v=Tensor)
 _PARAMETERS = "query key value mask pos_emb cache"
 _NEVER_SHIFTS = (
@@ -107,14 +106,19 @@ _NEVER_SHIFTS = (
 
 def _shaw_plan(module: Any) -> list[Replacement]:
     attributes = _ATTRIBUTES | dict(
-        rel_k_embed=nn.Module, max_left_rel_pos=int, max_right_rel_pos=int, use_sdpa=bool, _update_kv_and_cache=Callable
+        rel_k_embed=nn.Module,
+        max_left_rel_pos=int,
+        max_right_rel_pos=int,
+        use_sdpa=bool,
+        dropout_rate=(int, float),
+        _update_kv_and_cache=Callable,
     )
     return [replacement(module, "forward", _shaw, _PARAMETERS, **attributes)]
 
 
 def _fired_plan(module: Any) -> list[Replacement]:
     norms = dict(layer_norm_q=nn.Module, layer_norm_k=nn.Module, layer_norm_v=nn.Module)
-    attributes = _ATTRIBUTES | _BIASES | norms | dict(use_sdpa=bool, _update_kv_and_cache=Callable)
+    attributes = _ATTRIBUTES | _BIASES | norms | dict(use_sdpa=bool, dropout_rate=(int, float), _update_kv_and_cache=Callable)
     planned = replacement(module, "forward", _fired, _PARAMETERS, **attributes)
     check_shift(module)
     return [planned]

@@ -235,7 +235,7 @@ class _Wenet(_Layer):
 
     def __init__(self, n_head: int, n_feat: int, dropout_rate: float, use_sdpa: bool = False, positions: bool = True) -> None:
         super().__init__(n_head, n_feat, dropout_rate, positions)
-        self.use_sdpa = use_sdpa
+        self.use_sdpa, self.dropout_rate = use_sdpa, dropout_rate
 
     def _update_kv_and_cache(self, k, v, cache):
         if self.training:

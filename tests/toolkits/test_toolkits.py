@@ -131,9 +131,7 @@ def _icefall(layer: Any, given: Inputs, name: str = "left_context") -> Tensor:
     x = given.x.transpose(0, 1)
     rows = 2 * LENGTH - (1 if name == "offset" else given.start + 1)
     options: dict[str, Any] = {name: given.start} if given.start else {}
-    output = layer(
-        x[given.start :], x, x, given.positions(rows), key_padding_mask=keys, need_weights=False, attn_mask=chunks, **options
-    )
+    output = layer(x[given.start :], x, x, given.positions(rows), key_padding_mask=keys, need_weights=False, attn_mask=chunks, **options)
     return output[0].transpose(0, 1)
 
 
@@ -177,18 +175,14 @@ CASES = {
     "ESPnet": Case("RelPositionMultiHeadedAttention", _espnet, _sizes),
     "ESPnet zero_triu": Case("RelPositionMultiHeadedAttention", _espnet, _sizes, {"zero_triu": True}),
     "ESPnet legacy": Case("LegacyRelPositionMultiHeadedAttention", partial(_espnet, legacy=True), _sizes),
-    "ESPnet legacy zero_triu": Case(
-        "LegacyRelPositionMultiHeadedAttention", partial(_espnet, legacy=True), _sizes, {"zero_triu": True}
-    ),
+    "ESPnet legacy zero_triu": Case("LegacyRelPositionMultiHeadedAttention", partial(_espnet, legacy=True), _sizes, {"zero_triu": True}),
     "ESPnet transducer": Case("TransducerAttention", _transducer, _sizes),
     "ESPnet transducer simplified": Case("TransducerAttention", _transducer, _sizes, {"simplified_attention_score": True}),
     "wenet Shaw": Case("ShawRelPositionMultiHeadedAttention", _wenet, _sizes),
     "wenet Shaw sdpa": Case("ShawRelPositionMultiHeadedAttention", _wenet, _sizes, {"use_sdpa": True}),
     "wenet FireRed": Case("FiredRelPositionMultiHeadedAttention", _wenet, _sizes, {}, MODES[:3]),
     "wenet FireRed sdpa": Case("FiredRelPositionMultiHeadedAttention", _wenet, _sizes, {"use_sdpa": True}, MODES[:3]),
-    "wenet Squeezeformer": Case(
-        "Squeezeformer", partial(_wenet, rows=LENGTH), _sizes, {"do_rel_shift": True, "adaptive_scale": True}
-    ),
+    "wenet Squeezeformer": Case("Squeezeformer", partial(_wenet, rows=LENGTH), _sizes, {"do_rel_shift": True, "adaptive_scale": True}),
     "SpeechBrain": Case("RelPosMHAXL", _speechbrain, _turned),
     "SpeechBrain vbias": Case("RelPosMHAXL", _speechbrain, _turned, {"vbias": True, "mask_pos_future": True}),
     "icefall": Case("IcefallAttention", _icefall, _turned),
