@@ -10,6 +10,7 @@ float32, random weights. Each case is a process of its own, in which both sides 
 from __future__ import annotations
 
 import argparse
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import interleave
 from benchmarks.processes import Watch, attempt, is_out_of_memory, limit_memory
-from relattn.toolkits import convert, revert
+from relattn.toolkits import convert
 
 _SECONDS = (10, 30, 300)
 
@@ -90,15 +91,15 @@ def case(name: str, seconds: int, train: bool, memory: int) -> dict[str, Any]:
     x = torch.randn(1, round(subject.rate * seconds), subject.size, requires_grad=train)
     factor = torch.randn(x.shape)
 
-    def step(change: Any) -> Tensor:
-        change(layer)
+    def step(layer: nn.Module) -> Tensor:
         with torch.set_grad_enabled(train):
             output = _call(subject.layer, layer, x, subject.size)
             if train:
                 output.backward(factor if output.shape == factor.shape else factor.transpose(0, 1))
         return output.detach()
 
-    steps = {"after": lambda: step(convert), "before": lambda: step(revert)}
+    converted = convert(copy.deepcopy(layer))
+    steps = {"after": lambda: step(converted), "before": lambda: step(layer)}
     outputs = {}
     for side in list(steps):
         torch.manual_seed(1)
