@@ -31,7 +31,7 @@ export HF_HUB_OFFLINE ?= 1
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## the chorale comparison (PRESET=quick|seed|tiny, DEMO_ARGS="--out DIR ...")
 	$(BIN)/python -m examples.chorales.compare --preset $(PRESET) $(DEMO_ARGS)
