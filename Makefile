@@ -2,6 +2,7 @@
 
 PYTHON    ?= python3
 VENV      ?= .venv
+TOOLKITS  ?= .venv-toolkits
 PRESET    ?= quick
 DEMO_ARGS ?=
 TEST_ARGS ?=
@@ -22,15 +23,15 @@ NATIVE    := kernels/cpu/build.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 # A waiting OpenMP thread sleeps instead of spinning: on busy cores, spinning made small steps a hundred times slower.
 # (Not for benchmarks, which want idle cores and what a user's program would get.)
-demo test explore sanitize emulate: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-toolkits explore sanitize emulate: export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing is fetched from a model hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test explore sanitize emulate bench figures resources lint clean
+.PHONY: help demo test test-toolkits explore sanitize emulate bench figures resources lint clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## the chorale comparison (PRESET=quick|seed|tiny, DEMO_ARGS="--out DIR ...")
 	$(BIN)/python -m examples.chorales.compare --preset $(PRESET) $(DEMO_ARGS)
@@ -39,6 +40,9 @@ test: $(INSTALLED) ## ruff and the test suite (TEST_ARGS="-k name ...")
 	$(BIN)/python -m ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup $(TEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 tests/backends/test_triton.py $(TEST_ARGS) || [ $$? = 5 ] # 5: none selected
+
+test-toolkits: $(TOOLKITS)/.ready ## relattn.toolkits on the layers of ESPnet, NeMo and SpeechBrain, in an environment of their own
+	OMP_NUM_THREADS=1 $(TOOLKITS)/bin/python -m pytest tests/toolkits $(TEST_ARGS)
 
 explore: $(INSTALLED) ## examples that no run had before, for MINUTES=10; what fails is kept for `make test`
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.explore --minutes $(MINUTES)
@@ -81,6 +85,14 @@ $(STAMP): requirements-dev.txt constraints.txt pyproject.toml setup.py
 	$(BIN)/python -m pip install -c constraints.txt $$(grep '^torch==' requirements-dev.txt)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@rm $(VENV)/.unfinished && touch $@
+
+# torch from the pinned requirements, the toolkits without the torch that they ask for.
+$(TOOLKITS)/.ready: requirements-toolkits.txt requirements-dev.txt constraints.txt pyproject.toml setup.py $(NATIVE)
+	$(PYTHON) -m venv $(TOOLKITS)
+	$(TOOLKITS)/bin/python -m pip install --quiet -c constraints.txt $$(grep -E '^(torch|numpy|pytest|ninja|setuptools|tqdm|packaging)==' requirements-dev.txt) requests pyyaml huggingface_hub
+	$(TOOLKITS)/bin/python -m pip install --quiet --no-deps -r requirements-toolkits.txt
+	$(TOOLKITS)/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
 
 # A change of the C++ sources alone comes here: ninja compiles what it concerns.
 $(INSTALLED): $(STAMP) $(NATIVE)

@@ -1,0 +1,153 @@
+"""What `relattn.toolkits.convert` gains: one attention layer of each speech toolkit before and after, at 10 s, 30 s and 5 min.
+
+The layers are the toolkits' own where they are installed (`make test-toolkits` makes an environment, wenet from a clone
+on PYTHONPATH), else the stand-ins of tests/toolkits, which gather instead of shifting and are no measure of a toolkit's
+speed: `source` says which. Sizes are those of a released model, frames come of its stride; one sequence without padding,
+float32, random weights. Each case is a process of its own, in which both sides take turns; a side that runs out of
+`--memory` is left out. `--train` is forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import interleave
+from benchmarks.processes import Watch, attempt, is_out_of_memory, limit_memory
+from relattn.toolkits import convert
+
+_SECONDS = (10, 30, 300)
+
+
+class Subject(NamedTuple):
+    layer: str  # its name in tests.toolkits
+    size: int
+    heads: int
+    rate: float  # frames in a second
+
+
+SUBJECTS = {
+    "NeMo FastConformer": Subject("RelPositionMultiHeadAttention", 512, 8, 12.5),
+    "NeMo FastConformer, local [128, 128]": Subject("RelPositionMultiHeadAttentionLongformer", 512, 8, 12.5),
+    "ESPnet Conformer": Subject("RelPositionMultiHeadedAttention", 256, 4, 25),
+    "ESPnet Conformer, legacy": Subject("LegacyRelPositionMultiHeadedAttention", 256, 4, 25),
+    "ESPnet Conformer transducer": Subject("TransducerAttention", 256, 4, 25),
+    "wenet Conformer, Shaw": Subject("ShawRelPositionMultiHeadedAttention", 256, 4, 25),
+    "wenet FireRed": Subject("FiredRelPositionMultiHeadedAttention", 1280, 20, 25),
+    "SpeechBrain Conformer": Subject("RelPosMHAXL", 512, 8, 25),
+    "icefall Conformer": Subject("IcefallAttention", 512, 8, 25),
+}
+
+
+def _call(name: str, layer: Any, x: Tensor, size: int) -> Tensor:
+    """As its encoder calls it."""
+    length = x.shape[1]
+    positions = torch.randn(1, 2 * length - 1, size)
+    if name == "RelPositionMultiHeadAttention":
+        return layer(x, x, x, None, positions)
+    if name.endswith("Longformer"):
+        return layer(x, x, x, torch.zeros(1, length, dtype=torch.bool), torch.randn(1, 257, size))
+    if name.startswith("Legacy"):
+        return layer(x, x, x, positions[:, :length], None)
+    if name == "RelPositionMultiHeadedAttention":
+        return layer(x, x, x, positions, None)
+    if name == "TransducerAttention":
+        return layer(x, x, x, positions, torch.zeros(1, length, dtype=torch.bool))
+    if name == "IcefallAttention":
+        x = x.transpose(0, 1)
+        return layer(x, x, x, positions, need_weights=False)[0]
+    if name == "RelPosMHAXL":
+        return layer(x, x, x, positions)[0]
+    return layer(x, x, x, pos_emb=positions)[0]
+
+
+def _layer(subject: Subject) -> tuple[str, nn.Module]:
+    from tests.toolkits import real, standins
+
+    installed = real.layers()
+    source = installed if hasattr(installed, subject.layer) else standins
+    arguments: tuple = (subject.heads, subject.size, 0.0)
+    if subject.layer in ("RelPosMHAXL", "IcefallAttention"):
+        arguments = (subject.size, subject.heads, 0.0)
+    elif subject.layer.startswith("RelPositionMultiHeadAttention"):
+        arguments += (None, None, [128, 128]) if subject.layer.endswith("Longformer") else (None, None)
+    layer = getattr(source, subject.layer)(*arguments)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.05)
+    return "stand-in" if source is standins else "real", layer.eval()
+
+
+def case(name: str, seconds: int, train: bool, memory: int) -> dict[str, Any]:
+    """Medians of both sides in milliseconds, and how far apart their results are."""
+    limit_memory(memory)
+    subject = SUBJECTS[name]
+    torch.manual_seed(0)
+    source, layer = _layer(subject)
+    x = torch.randn(1, round(subject.rate * seconds), subject.size, requires_grad=train)
+    factor = torch.randn(x.shape)
+
+    def step(layer: nn.Module) -> Tensor:
+        with torch.set_grad_enabled(train):
+            output = _call(subject.layer, layer, x, subject.size)
+            if train:
+                output.backward(factor if output.shape == factor.shape else factor.transpose(0, 1))
+        return output.detach()
+
+    converted = convert(copy.deepcopy(layer))
+    steps = {"after": lambda: step(converted), "before": lambda: step(layer)}
+    outputs = {}
+    for side in list(steps):
+        torch.manual_seed(1)
+        try:
+            outputs[side] = steps[side]()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            del steps[side]
+    apart = None
+    if len(outputs) == 2:
+        before = outputs["before"]
+        apart = ((before - outputs["after"]).abs().max() / before.abs().max()).item()
+    outputs.clear()
+    timed = interleave(steps, 2.0, warm=False)
+    return {"source": source, "frames": x.shape[1], "apart": apart} | {side: timed[side]["median_ms"] for side in steps}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, nargs="+", default=_SECONDS)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="of the subjects those with such a word")
+    parser.add_argument("--train", action="store_true", help="forward and backward")
+    parser.add_argument("--memory", type=float, default=10.0, help="GiB of a process (default: 10)")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    print("| layer | | audio | frames | before, ms | after, ms | | apart | other cores busy |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name in SUBJECTS:
+        if options.only and not any(word in name for word in options.only):
+            continue
+        for seconds in options.seconds:
+            arguments = dict(name=name, seconds=seconds, train=options.train, memory=round(options.memory * 2**30))
+            with Watch() as watch:
+                found = attempt(case, arguments, 600.0, options.threads)
+            if "status" in found:
+                print(f"| {name} | | {seconds} s | | {found['status']}: {found['detail']} | | | | |", flush=True)
+                continue
+            before, after = found.get("before"), found.get("after")
+            times = [f"{value:,.1f}" if value is not None else "out of memory" for value in (before, after)]
+            ratio = f"{before / after:.1f} x" if before and after else ""
+            apart = "" if found["apart"] is None else f"{found['apart']:.0e}"
+            busy = watch.seen["other_processes_cores"]
+            print(
+                f"| {name} | {found['source']} | {seconds} s | {found['frames']} | {times[0]} | {times[1]} | {ratio} | {apart} | {busy} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
