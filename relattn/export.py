@@ -14,46 +14,93 @@ what has a column per distance becomes what has a column per key by reading it w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop_op
 
 from relattn.arguments import Settings, Tensors, hidden_from, lse_dtype, with_layout
 from relattn.backends.reference import relative_position, visible
 
 
-def decompositions() -> dict[Any, Callable]:
+def decompositions(rows: int | None = None) -> dict[Any, Callable]:
     """For `ExportedProgram.run_decompositions`: relattn's operator as plain ATen operations. All else stays as it is.
 
     The graph computes what `relative_attention` does, with all its arguments, and for all batch sizes and lengths that the program was
-    exported for; but
+    exported for; but it is for inference:
 
-    - nothing in it loops: it holds (B, H, Lq, Lk) scores and, before the skew, (B, H, Lq, Lq + Lk) products with the table. Where that is too
-      much, call it for some hundred queries at a time (`query_offset` as an input of the model, or a cache);
-    - it is for inference: no dropout. Export after ``model.eval()``;
+    - no dropout, and no packed sequences (their number is data);
     - what keys hold that `key_mask` and `key_lengths` hide has no influence, whatever it is; but values that are not finite do have one where
-      only `is_causal`, `window`, `chunk` or `attn_mask` hides them (0 * NaN);
-    - there is none for packed sequences, whose number of queries is data.
+      only `is_causal`, `window`, `chunk` or `attn_mask` hides them (0 * NaN).
 
-    Raises (when the program is decomposed):
-        ValueError: a call has dropout or is packed.
+    Args:
+        rows: None = no loop: fast while sequences are short, and every target takes it, but the graph holds (B, H, Lq, Lk) scores and, before
+            the skew, (B, H, Lq, Lq + Lk) products with the table. A number: so many queries at a time in a `torch.while_loop` (`Loop` in
+            ONNX), so that memory is O(rows x L); fewer queries than that are computed as if there were so many.
+
+    Raises:
+        ValueError: when the program is decomposed: a call has dropout or is packed.
     """
-    return {torch.ops.relattn.forward.default: _forward}
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows: expected None or a number of at least 1, got {rows}")
+    return {torch.ops.relattn.forward.default: functools.partial(_forward, rows)}
 
 
-def _forward(backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(rows: int | None, backend: str, *call) -> tuple[Tensor, Tensor, Tensor]:
     """As `relattn::forward`; the backend's name is that of the machine that exported, and of no consequence."""
-    tensors = Tensors(*call[: len(Tensors._fields)])
-    settings = Settings(*call[len(Tensors._fields) :])
+    tensors, settings = Tensors(*call[: len(Tensors._fields)]), Settings(*call[len(Tensors._fields) :])
     if settings.dropout_p > 0.0:
         raise ValueError(f"dropout_p: expected 0 in a program that is decomposed, got {settings.dropout_p}; export after model.eval()")
     if tensors.cu_seqlens_q is not None:
         raise ValueError("cu_seqlens_q: packed sequences have no decomposition; export a model that pads them")
-    output, lse = _attention(tensors, settings)
+    queries = tensors.query.shape[2]
+    whole = rows is None or (isinstance(queries, int) and queries <= rows)
+    output, lse = _attention(tensors, settings) if whole else _in_strips(rows, tensors, settings)
     return with_layout(tensors.query, output), lse, tensors.query.new_empty((0,), dtype=torch.int64)
+
+
+def _in_strips(rows: Any, tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor]:
+    """So many queries at a time.
+
+    No tensor is cut to a length that is a multiple of `rows` or back, which would be a condition on the length: rows behind the last are the
+    last one, and are left behind.
+    """
+    batch, heads, queries, _ = tensors.query.shape
+    count = (queries + rows - 1) // rows
+    # Query, key and value are often views of one product, and a loop's operands must not share memory.
+    mask = tensors.attn_mask
+    present = [tensor if tensor is mask else tensor.clone() for tensor in tensors if tensor is not None]
+    sizes = [number for number in settings if isinstance(number, torch.SymInt)]
+
+    def unfinished(index, output, lse, count, *others):
+        return index < count
+
+    def strip(index, output, lse, count, *others):
+        given = iter(others)  # what a loop's body knows is what it is handed
+        inner = Tensors(*(None if tensor is None else next(given) for tensor in tensors))
+        numbers = Settings(*(next(given) if isinstance(number, torch.SymInt) else number for number in settings))
+        own = index * rows + torch.arange(rows, device=index.device)
+        taken = own.clamp(max=inner.query.shape[2] - 1)
+        inner = inner._replace(query=inner.query.index_select(2, taken))
+        if mask is not None and mask.dim() > 1 and mask.shape[-2] != 1:
+            assert inner.attn_mask is not None
+            inner = inner._replace(attn_mask=inner.attn_mask.index_select(-2, taken))
+        part, part_lse = _attention(inner, numbers._replace(query_offset=numbers.query_offset + index * rows))
+        return index + 1, output.index_copy(2, own, part), lse.index_copy(2, own, part_lse)
+
+    query = tensors.query
+    start = (
+        torch.zeros((), dtype=torch.int64, device=query.device),
+        query.new_zeros((batch, heads, count * rows, tensors.value.shape[3])),
+        query.new_zeros((batch, heads, count * rows), dtype=lse_dtype(query.dtype)),
+    )
+    _, output, lse = while_loop_op(unfinished, strip, start, (count, *present, *sizes))
+    real = torch.arange(queries, device=query.device)
+    return output.index_select(2, real), lse.index_select(2, real)
 
 
 def _attention(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor]:
