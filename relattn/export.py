@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._higher_order_ops.while_loop import while_loop_op
 
 from relattn.arguments import Settings, Tensors, hidden_from, lse_dtype, with_layout
 from relattn.backends.reference import relative_position, visible
@@ -34,13 +33,13 @@ def decompositions(rows: int | None = None) -> dict[Any, Callable]:
     exported for; but it is for inference:
 
     - no dropout, and no packed sequences (their number is data);
-    - what keys hold that `key_mask` and `key_lengths` hide has no influence, whatever it is; but values that are not finite do have one where
-      only `is_causal`, `window`, `chunk` or `attn_mask` hides them (0 * NaN).
+    - what keys hold that `key_mask` and `key_lengths` hide has no influence, whatever it is; but values that are not finite do have one
+      where only `is_causal`, `window`, `chunk` or `attn_mask` hides them (0 * NaN).
 
     Args:
-        rows: None = no loop: fast while sequences are short, and every target takes it, but the graph holds (B, H, Lq, Lk) scores and, before
-            the skew, (B, H, Lq, Lq + Lk) products with the table. A number: so many queries at a time in a `torch.while_loop` (`Loop` in
-            ONNX), so that memory is O(rows x L); fewer queries than that are computed as if there were so many.
+        rows: None = no loop: fast while sequences are short, and every target takes it, but the graph holds (B, H, Lq, Lk) scores and,
+            before the skew, (B, H, Lq, Lq + Lk) products with the table. A number: so many queries at a time in a `torch.while_loop`
+            (`Loop` in ONNX), so that memory is O(rows x L); fewer queries than that are computed as if there were so many.
 
     Raises:
         ValueError: when the program is decomposed: a call has dropout or is packed.
@@ -66,34 +65,37 @@ def _forward(rows: int | None, backend: str, *call) -> tuple[Tensor, Tensor, Ten
 def _in_strips(rows: Any, tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor]:
     """So many queries at a time.
 
-    No tensor is cut to a length that is a multiple of `rows` or back, which would be a condition on the length: rows behind the last are the
-    last one, and are left behind.
+    No tensor is padded to a multiple of `rows` or cut back, which would be a condition on its length: rows beyond the last repeat it, and
+    are not taken into the results.
     """
+    from torch._higher_order_ops.while_loop import while_loop_op  # `torch.while_loop` would compile what is being traced
+
     batch, heads, queries, _ = tensors.query.shape
     count = (queries + rows - 1) // rows
     # Query, key and value are often views of one product, and a loop's operands must not share memory.
     mask = tensors.attn_mask
     present = [tensor if tensor is mask else tensor.clone() for tensor in tensors if tensor is not None]
-    sizes = [number for number in settings if isinstance(number, torch.SymInt)]
+    sizes: list[Any] = [number for number in settings if isinstance(number, torch.SymInt)]
 
     def unfinished(index, output, lse, count, *others):
         return index < count
 
     def strip(index, output, lse, count, *others):
         given = iter(others)  # what a loop's body knows is what it is handed
-        inner = Tensors(*(None if tensor is None else next(given) for tensor in tensors))
-        numbers = Settings(*(next(given) if isinstance(number, torch.SymInt) else number for number in settings))
+        operands: list[Any] = [None if tensor is None else next(given) for tensor in tensors]
+        numbers: list[Any] = [next(given) if isinstance(number, torch.SymInt) else number for number in settings]
+        inner, of_strip = Tensors(*operands), Settings(*numbers)
         own = index * rows + torch.arange(rows, device=index.device)
         taken = own.clamp(max=inner.query.shape[2] - 1)
         inner = inner._replace(query=inner.query.index_select(2, taken))
         if mask is not None and mask.dim() > 1 and mask.shape[-2] != 1:
             assert inner.attn_mask is not None
             inner = inner._replace(attn_mask=inner.attn_mask.index_select(-2, taken))
-        part, part_lse = _attention(inner, numbers._replace(query_offset=numbers.query_offset + index * rows))
+        part, part_lse = _attention(inner, of_strip._replace(query_offset=of_strip.query_offset + index * rows))
         return index + 1, output.index_copy(2, own, part), lse.index_copy(2, own, part_lse)
 
     query = tensors.query
-    start = (
+    start: Any = (
         torch.zeros((), dtype=torch.int64, device=query.device),
         query.new_zeros((batch, heads, count * rows, tensors.value.shape[3])),
         query.new_zeros((batch, heads, count * rows), dtype=lse_dtype(query.dtype)),

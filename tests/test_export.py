@@ -88,7 +88,7 @@ def test_precision_is_the_references(dtype, rows):
     assert [part.dtype for part in actual] == [part.dtype for part in expected]
 
 
-@pytest.mark.parametrize("queries, keys", [(0, 3), (3, 0), (0, 0)])
+@pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
 def test_nothing(queries, keys):
     call: dict[str, Any] = everything(query_length=queries, key_length=keys) | dict(is_causal=True, query_offset=0)
     tensors, settings = functional.validated(**(functional._DEFAULTS | call))
@@ -97,13 +97,26 @@ def test_nothing(queries, keys):
     torch.testing.assert_close(operator("any", *tensors, *settings)[:2], expected)
 
 
-@pytest.mark.parametrize("options, rows", [({}, None), (FULL, 4)], ids=["plain", "full, in a loop"])
+@pytest.mark.parametrize(("options", "rows"), [({}, None), (FULL, 4)], ids=["plain", "full, in a loop"])
 def test_a_program_of_any_size(options, rows):
     model = randomised(Layer(**options))
     program = decomposed(model, layer_inputs(2, 5), layer_sizes(), rows).module()
     for batch, length in ((3, 9), (1, 1), (2, 40)):
         inputs = layer_inputs(batch, length)
         torch.testing.assert_close(program(*inputs), model(*inputs), atol=1e-5, rtol=1e-4)
+
+
+def test_a_program_with_weights():
+    """"length <= 1023": the warning of long ones was a condition of the program."""
+
+    class Weights(Layer):
+        def forward(self, inputs, padding):
+            return self.attention(inputs, inputs, inputs, padding)
+
+    model = randomised(Weights(**FULL))
+    inputs = layer_inputs(3, 9)
+    program = decomposed(model, layer_inputs(2, 5), layer_sizes()).module()
+    torch.testing.assert_close(program(*inputs), model(*inputs))
 
 
 def test_other_lengths_and_an_offset_that_is_a_size():
@@ -213,7 +226,9 @@ def onnx_runs(file: str) -> Callable[..., list[Tensor]]:
     return run
 
 
-def check_onnx(model: nn.Module, inputs: Callable[..., tuple], traced: tuple, sizes: Any, others: list[tuple], path: Path, rows=None) -> None:
+def check_onnx(
+    model: nn.Module, inputs: Callable[..., tuple], traced: tuple, sizes: Any, others: list[tuple], path: Path, rows: int | None = None
+) -> None:
     run = onnx_runs(onnx_file(decomposed(model, inputs(*traced), sizes, rows), path / "model.onnx"))
     for size in (traced, *others):
         arguments = inputs(*size)
