@@ -229,6 +229,7 @@ def onnx_runs(file: str) -> Callable[..., list[Tensor]]:
 def check_onnx(
     model: nn.Module, inputs: Callable[..., tuple], traced: tuple, sizes: Any, others: list[tuple], path: Path, rows: int | None = None
 ) -> None:
+    pytest.importorskip("onnxruntime")
     run = onnx_runs(onnx_file(decomposed(model, inputs(*traced), sizes, rows), path / "model.onnx"))
     for size in (traced, *others):
         arguments = inputs(*size)
@@ -309,9 +310,10 @@ def test_quantised_onnx_of_the_layer(tmp_path):
     assert_near(onnx_runs(small)(*inputs)[0], model(*inputs))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_quantised_by_torch_ao():
     """As of nn.MultiheadAttention, the projection in is no module, and the one out is of a class that is left alone unless it is named."""
-    quantization, dynamic = torch.ao.quantization, torch.ao.nn.quantized.dynamic
+    quantization, dynamic = (pytest.importorskip(f"torch.ao.{name}") for name in ("quantization", "nn.quantized.dynamic"))
     model, inputs = Layer().eval(), layer_inputs(3, 9)
     left = quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     torch.testing.assert_close(left(*inputs), model(*inputs), atol=0, rtol=0)
@@ -340,12 +342,13 @@ def converted_model() -> tuple[Any, dict[str, Tensor]]:
     return convert(models.wav2vec2_bert()).eval(), models.features(10)(models.LENGTH)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_converted_model_quantised():
     """The copy that torch.ao makes is converted too, and reads its own projections."""
+    quantization, (model, inputs) = pytest.importorskip("torch.ao.quantization"), converted_model()
     from relattn.huggingface import revert
 
-    model, inputs = converted_model()
-    small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    small = quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     layer = small.encoder.layers[0].self_attn
     assert isinstance(layer.linear_q, torch.ao.nn.quantized.dynamic.Linear)
     result, seen = small(**inputs)[0], inputs["attention_mask"].bool()
@@ -354,10 +357,9 @@ def test_a_converted_model_quantised():
 
 
 def test_a_converted_model_adapted():
-    peft = pytest.importorskip("peft")
+    peft, (model, inputs) = pytest.importorskip("peft"), converted_model()
     from relattn.huggingface import revert
 
-    model, inputs = converted_model()
     seen, before = inputs["attention_mask"].bool(), model(**inputs)[0].detach()
     names = ["linear_q", "linear_k", "linear_v", "linear_out", "distance_embedding"]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names)).train()
