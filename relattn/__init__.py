@@ -7,6 +7,7 @@ if _find_spec("relattn.kernels") is None:
         "this is relattn's source tree, without its kernels (they lie in kernels/ beside it); install it from there: pip install -e ."
     )
 
+from relattn import export
 from relattn._version import __version__
 from relattn.backends import available_backends
 from relattn.backends.reference import shaw_relative_scores, skew, unskew
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "explain",
+    "export",
     "relative_attention",
     "relative_attention_varlen",
     "shaw_relative_scores",

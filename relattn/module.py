@@ -80,7 +80,9 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
     - Opacus has no sampler for it and its validator, which asks for the exact class, does not say so: per-sample gradients
       are `torch.func.vmap`'s of `torch.func.grad`.
     - It cannot be compiled by `torch.jit.script`; `torch.compile`, `torch.export`, `torch.jit.trace` (a loaded trace needs
-      ``import relattn``) and `torch.fx.symbolic_trace` (as a leaf) work.
+      ``import relattn``) and `torch.fx.symbolic_trace` (as a leaf) work; for ONNX and AOTInductor see `relattn.export`.
+    - torch.ao's dynamic quantisation leaves it as it is, as it does torch's: `in_proj_weight` is no module, and `out_proj` is of a class
+      that has to be named. torchao's `quantize_` takes both by their names (`FqnToConfig`).
     """
 
     rel_k: Tensor | None
@@ -340,7 +342,7 @@ class RelativeMultiheadAttention(nn.MultiheadAttention):
             query_offset = cache.length
             keys = keys + query_offset
         mask, key_mask = self._masks(attn_mask, key_padding_mask, query, batch, length, keys)
-        if need_weights and length >= _LONG and not torch.compiler.is_compiling():
+        if need_weights and not torch.compiler.is_compiling() and length >= _LONG:
             _warn_of_weights(length, keys)
 
         q, k, v = self._project(query, key, value)
