@@ -559,12 +559,12 @@ def test_importing_relattn_imports_no_triton():
 
 @pytest.mark.skipif(gpu.INTERPRETED, reason="with the interpreter on, nothing compiles")
 def test_shipped_configurations_fit_their_chips():
-    """Compiles the kernels for every architecture, as `make resources` does (which has larger heads too): each compiles, and shared memory
+    """Compiles the kernels for every architecture, as `make resources` does (which has heads of 128 and 256 too): each compiles, and shared memory
     suffices."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "relattn.kernels.gpu.resources", "--sizes", "64", "128", "--jobs", str(min(8, os.cpu_count() or 1))]
+    command = [sys.executable, "-m", "relattn.kernels.gpu.resources", "--sizes", "64", "--jobs", str(min(8, os.cpu_count() or 1))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("sm_", "gfx"))]
-    assert len(rows) > 150
+    assert len(rows) > 75
     assert {row[0] for row in rows} == {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
