@@ -559,7 +559,7 @@ def test_importing_relattn_imports_no_triton():
 
 @pytest.mark.skipif(gpu.INTERPRETED, reason="with the interpreter on, nothing compiles")
 def test_shipped_configurations_fit_their_chips():
-    """Compiles the kernels for every architecture, as `make resources` does (which has heads of 128 and 256 too): each compiles, and shared memory
+    """Compiles the kernels for every architecture, as `make resources` does (which has larger heads too): each compiles, and shared memory
     suffices."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "relattn.kernels.gpu.resources", "--sizes", "64", "--jobs", str(min(8, os.cpu_count() or 1))]
