@@ -120,8 +120,8 @@ def attention(method: str, length: int, heads: int, size: int, clip: int, layout
 def formula(method: str, length: int, ranks: int, heads: int, size: int, layout: str, causal: bool, itemsize: int = 4) -> float:
     """Bytes that a rank sends in a training step, the most of them: of keys, values, queries, outputs and their gradients."""
     token = heads * size * itemsize
-    if method == "all_to_all":  # query, key, value and output (and its log-sum-exp), and the same in the backward pass
-        return (ranks - 1) / ranks * length / ranks * token * (2 * 4 + 2 / size)
+    if method == "all_to_all":  # query, key, value and output, in both passes, and the log-sum-exp
+        return (ranks - 1) / ranks * length / ranks * token * (2 * 4 + 1 / size)
     if method == "gather":  # key and value, and their gradients home
         return (ranks - 1) * length / ranks * token * (2 + 2)
     cut = Layout(layout, length, ranks)
