@@ -44,9 +44,9 @@ def context_parallel(
 
     Raises:
         ValueError: an unknown name, or a convolution that changes the number of frames. Within it: weights that are asked for
-            (need_weights, output_attentions), and packed sequences; and a
-            table without max_relative_position whose rows do not reach all distances of the whole sequences, as where a model makes it
-            for the length that it sees (a shard's; converted DeBERTa and XLNet, which do, are refused too). A model that makes such a
+            (need_weights, output_attentions), and packed sequences; and a table without max_relative_position whose rows do not reach
+            all distances of the whole sequences, as where a model makes it for the length that it sees (a shard's; converted DeBERTa and
+            XLNet, which do, are refused too). A model that makes such a
             table and says that it is clipped there cannot be told from one that means it: make its tables for the whole length. A mask
             that a model makes for its local length, l x l, is refused for its shape; `is_causal`, `window` and key padding masks go.
     """

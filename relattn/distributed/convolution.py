@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from relattn.distributed.collectives import Group, check_device, group_of
+from relattn.distributed.collectives import Group, check_device, group_of, same_on_all
 
 # Modules that put a causal convolution's zeros before its input themselves.
 _PADS_CAUSALLY = ("Wav2Vec2BertConvolutionModule", "SeamlessM4Tv2ConformerConvolutionModule")
@@ -33,9 +33,7 @@ def halo(tensor: Tensor, dim: int, left: int, right: int, *, group: Group = None
     """
     group = group_of(group, mesh)
     check_device(tensor.device, group)
-    lengths = [torch.zeros((), dtype=torch.int64, device=tensor.device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(lengths, torch.tensor(tensor.shape[dim], device=tensor.device), group=group)
-    held = [int(length) for length in lengths]
+    held = [length for (length,) in same_on_all((tensor.shape[dim],), (left, right), tensor.device, group)]
     used = [rank for rank, length in enumerate(held) if length]
     short = [rank for rank in used[:-1] if held[rank] < left] + [rank for rank in used[1:] if held[rank] < right]
     if short:

@@ -77,13 +77,13 @@ def is_foreign(module: Any, mask: Any) -> bool:
     return mask.dim() == 4 and mask.dtype == torch.bool and module.config._attn_implementation == "eager"
 
 
-def expanded_mask(module: Any, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+def expanded_mask(module: Any, attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The additive mask that transformers makes from (B, L), with one row in memory for all queries.
 
     Its mask function takes 4-D ones as they are.
     """
     if attention_mask is None or attention_mask.dim() != 2 or module.config._attn_implementation != "eager":
         return attention_mask
-    mask = hidden_states.new_zeros(attention_mask.shape)
-    mask = mask.masked_fill(~attention_mask.bool(), torch.finfo(mask.dtype).min)
-    return mask[:, None, None, :].expand(-1, 1, hidden_states.shape[1], -1)
+    mask = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    mask = mask.masked_fill(~attention_mask.bool(), torch.finfo(dtype).min)
+    return mask[:, None, None, :].expand(-1, 1, attention_mask.shape[1], -1)

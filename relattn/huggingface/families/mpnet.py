@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relattn.huggingface.attend import attend, projected
+from relattn.huggingface.attend import attend, expanded_mask, projected
 from relattn.huggingface.conversion import Plan, Replacement, original, part, replacement
 from relattn.huggingface.families.t5 import bias_by_distance
 
@@ -41,12 +41,7 @@ def _attention(
 
 def _model(module: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *rest: Any, **kwargs: Any) -> Any:
     """A mask of padding with one row in memory for all queries; the model's mask function takes 4-D ones as they are."""
-    if attention_mask is not None and attention_mask.dim() == 2 and module.config._attn_implementation == "eager":
-        length = attention_mask.shape[1]
-        row = torch.zeros(attention_mask.shape, dtype=module.dtype, device=attention_mask.device)
-        row = row.masked_fill(~attention_mask.bool(), torch.finfo(row.dtype).min)
-        attention_mask = row[:, None, None, :].expand(-1, 1, length, -1)
-    return original(module)(input_ids, attention_mask, *rest, **kwargs)
+    return original(module)(input_ids, expanded_mask(module, attention_mask, module.dtype), *rest, **kwargs)
 
 
 def _plan(module: Any) -> list[Replacement]:

@@ -17,7 +17,7 @@ from relattn.huggingface.conversion import Plan, Replacement, original, part, re
 def _speecht5_encoder(
     module: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, *rest: Any, **kwargs: Any
 ) -> Any:
-    return original(module)(hidden_states, expanded_mask(module, attention_mask, hidden_states), *rest, **kwargs)
+    return original(module)(hidden_states, expanded_mask(module, attention_mask, hidden_states.dtype), *rest, **kwargs)
 
 
 def _speecht5_positions(module: Any, hidden_states: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def _vits_encoder(
     *rest: Any,
     **kwargs: Any,
 ) -> Any:
-    mask = expanded_mask(module, attention_mask, hidden_states)
+    mask = expanded_mask(module, attention_mask, hidden_states.dtype)
     return original(module)(hidden_states, padding_mask, mask, *rest, **kwargs)
 
 
