@@ -93,6 +93,22 @@ def exchange(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group: Gr
     return [_of_bytes(part, shape, dtype) for part, shape in zip(received.split(sizes), shapes, strict=True)]
 
 
+class Transfer:
+    """Tensors on their way between ranks of a group: started when made, there after `wait`."""
+
+    def __init__(self, group: Group, sent: list[Tensor], to: int, received: list[Tensor], source: int) -> None:
+        self.received, self.sent = received, sent  # what is sent must live as long
+        to, source = dist.get_global_rank(group, to), dist.get_global_rank(group, source)
+        operations = [dist.P2POp(dist.isend, tensor, to, group) for tensor in sent if tensor.numel()]
+        operations += [dist.P2POp(dist.irecv, tensor, source, group) for tensor in received if tensor.numel()]
+        self.work = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait(self) -> list[Tensor]:
+        for work in self.work:
+            work.wait()
+        return self.received
+
+
 class _Exchange(torch.autograd.Function):
     """`exchange` of parts that are cut from one tensor in one dimension, and joined in another. `cut` and `join` are functions."""
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from relattn.distributed.collectives import Group, check_device, group_of, same_on_all
+from relattn.distributed.collectives import Group, Transfer, check_device, group_of, same_on_all
 
 # Modules that put a causal convolution's zeros before its input themselves.
 _PADS_CAUSALLY = ("Wav2Vec2BertConvolutionModule", "SeamlessM4Tv2ConformerConvolutionModule")
@@ -77,16 +77,11 @@ def _exchange(
         return like.new_zeros([frames if one == dim % like.dim() else size for one, size in enumerate(like.shape)])
 
     before, behind, travel = buffer(right), buffer(left), []
-    for exists, neighbour, sent, received in (
-        (place > 0, place - 1, to_left, before), (place + 1 < len(used), place + 1, to_right, behind)
-    ):  # fmt: skip
-        if not exists:
-            continue
-        other = dist.get_global_rank(group, used[neighbour])
-        travel += [dist.P2POp(dist.isend, sent.contiguous(), other, group)] if sent.numel() else []
-        travel += [dist.P2POp(dist.irecv, received, other, group)] if received.numel() else []
-    for work in dist.batch_isend_irecv(travel) if travel else []:
-        work.wait()
+    for neighbour, sent, received in ((place - 1, to_left, before), (place + 1, to_right, behind)):
+        if 0 <= neighbour < len(used):
+            travel.append(Transfer(group, [sent.contiguous()], used[neighbour], [received], used[neighbour]))
+    for transfer in travel:
+        transfer.wait()
     return before, behind
 
 

@@ -19,12 +19,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from relattn import backends
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout, lse_dtype
-from relattn.distributed.collectives import Group
+from relattn.distributed.collectives import Group, Transfer
 from relattn.distributed.layout import Layout
 from relattn.operators import check_gradients, no_autocast
 
@@ -133,22 +132,6 @@ def pieces_of(call: Call, tensors: Tensors) -> list[Piece]:
     return found
 
 
-class _Transfer:
-    """Tensors on their way: started when made, there after `wait`."""
-
-    def __init__(self, group: Group, sent: list[Tensor], to: int, received: list[Tensor], source: int) -> None:
-        self.received, self.sent = received, sent  # what is sent must live as long
-        to, source = dist.get_global_rank(group, to), dist.get_global_rank(group, source)
-        operations = [dist.P2POp(dist.isend, tensor, to, group) for tensor in sent if tensor.numel()]
-        operations += [dist.P2POp(dist.irecv, tensor, source, group) for tensor in received if tensor.numel()]
-        self.work = dist.batch_isend_irecv(operations) if operations else []
-
-    def wait(self) -> list[Tensor]:
-        for work in self.work:
-            work.wait()
-        return self.received
-
-
 class Travel:
     """Keys and values of all ranks, step by step, and gradients on their way home. `own`: this rank's pieces."""
 
@@ -156,7 +139,7 @@ class Travel:
         self.call, self.own, self.group = call, own, group
         self.rank, self.ranks = call.rank, call.keys.ranks
         self.packed: dict[range, list[Tensor]] = {}
-        self.home: list[tuple[list[range], _Transfer]] = []
+        self.home: list[tuple[list[range], Transfer]] = []
 
     def _pack(self, piece: Piece) -> list[Tensor]:
         """As it is sent: keys and values in one, and the mask."""
@@ -180,7 +163,7 @@ class Travel:
         key, value = both.split([torch.Size(shape).numel() for shape in shapes])
         return key.view(shapes[0]), value.view(shapes[1])
 
-    def _fetch(self, step: int) -> _Transfer:
+    def _fetch(self, step: int) -> Transfer:
         """Start what is sent and received for a step."""
         to, source = (self.rank + step) % self.ranks, (self.rank - step) % self.ranks
         wanted = self.call.needed(to, self.rank)
@@ -190,7 +173,7 @@ class Travel:
             received.append(self._empty(tokens))
             if self.own[0].mask is not None:
                 received.append(received[-1].new_empty((self.own[0].mask.shape[0], len(tokens)), dtype=torch.uint8))
-        return _Transfer(self.group, sent, to, received, source)
+        return Transfer(self.group, sent, to, received, source)
 
     def steps(self) -> Iterator[tuple[int, list[Piece]]]:
         """Each step and the pieces that it needs; the next ones are under way meanwhile."""
@@ -212,7 +195,7 @@ class Travel:
         to, source = (self.rank - step) % self.ranks, (self.rank + step) % self.ranks
         tokens = self.call.needed(source, self.rank)
         received = [self._empty(piece) for piece in tokens]
-        self.home.append((tokens, _Transfer(self.group, gradients, to, received, source)))
+        self.home.append((tokens, Transfer(self.group, gradients, to, received, source)))
 
     def arrived(self) -> Iterator[tuple[range, Tensor, Tensor]]:
         """The oldest gradients of keys and values that are under way."""
