@@ -140,7 +140,7 @@ def relative_attention(
         )  # fmt: skip
         return (output, lse) if return_lse else output
     signature = None
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and sharding.first_head == 0:
         offset, offsets = (None, query_offset) if isinstance(query_offset, Tensor) else (query_offset, None)
         given = (
             query, key, value, rel_k, rel_q, rel_v, rel_bias, pos_bias_u, pos_bias_v, attn_mask, key_mask, key_lengths, offsets, None, None
@@ -306,6 +306,7 @@ def validated(
     settings = Settings(
         left, right, is_causal, window_left, window_right, query_offset, float(dropout_p),
         head_size**-0.5 if scale is None else float(scale), chunk_size, chunk_left, max_seqlen_q, max_seqlen_k,
+        first_head=sharding.first_head if dropout_p > 0.0 else 0,
     )  # fmt: skip
     return tensors, settings
 

@@ -2,7 +2,7 @@
 
 On Bach chorales (music21's corpus, or --data FILE), or on any folder of MIDI files (--midi DIR; MAESTRO's table of
 splits is followed). Interrupted or killed, the same command continues where it was. Under torchrun several processes
-share each batch, and with --context-parallel each window. Results: --out DIR/results.json, loss.png, and a model per kind of positions, for
+share each batch, with --context-parallel each window, and with --tensor-parallel the heads of each layer. Results: --out DIR/results.json, loss.png, and a model per kind of positions, for
 examples.chorales.generate.
 """
 
@@ -60,6 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
     add("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
     add("--context-parallel", type=int, default=1, metavar="P", help="processes that share each window, for long ones (default 1)")
+    add("--tensor-parallel", type=int, default=1, metavar="T", help="processes that share the heads of each layer (default 1)")
     for field, kind, text in _OVERRIDES:
         choices = PRECISIONS if field.endswith("precision") else None
         add(f"--{field.replace('_', '-')}", dest=field, type=kind, choices=choices, help=text)
@@ -93,9 +94,13 @@ def run(options: argparse.Namespace) -> dict:
     if settings.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--precision fp16: needs a GPU; bf16 also works on CPUs")
     state = PartialState(cpu=not torch.cuda.is_available())
-    ranks = options.context_parallel
-    if ranks < 1 or state.num_processes % ranks:
-        raise ValueError(f"--context-parallel: expected a divisor of the {state.num_processes} processes, got {ranks}")
+    context, tensor = options.context_parallel, options.tensor_parallel
+    if context < 1 or state.num_processes % context:
+        raise ValueError(f"--context-parallel: expected a divisor of the {state.num_processes} processes, got {context}")
+    if tensor < 1 or state.num_processes % (context * tensor):
+        raise ValueError(
+            f"--tensor-parallel: expected a divisor of the {state.num_processes} processes / {context} of each window, got {tensor}"
+        )
     with state.main_process_first():  # the first process parses and caches, the others read the cache
         music = load_music(options.data, options.midi)
     config = {
@@ -110,7 +115,7 @@ def run(options: argparse.Namespace) -> dict:
     state.wait_for_everyone()
     models = {}
     for positions in options.positions:
-        models[positions] = train_one(positions, music, settings, options.out / positions, state, options.workers, ranks)
+        models[positions] = train_one(positions, music, settings, options.out / positions, state, options.workers, context, tensor)
     results = {}
     if state.is_main_process:
         results = {"models": models, "config": config, "environment": environment(state.num_processes)}

@@ -46,6 +46,7 @@ class ChoraleTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.evaluation = evaluation
         self.tokens_seen = 0
+        self.readers = self.args.world_size  # so many take turns with the windows of an evaluation; neighbours may be one together
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"]
@@ -55,6 +56,11 @@ class ChoraleTrainer(Trainer):
         loss = F.cross_entropy(logits[wanted], labels[wanted], reduction="sum") / wanted.sum().clamp(min=1)
         self.tokens_seen += inputs["attention_mask"].sum()
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """The model's state dict, whole also where processes have parts of it. All processes call it."""
+        assert self.model is not None
+        return self.model.state_dict()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         score = self.score(self.evaluation["valid"])
@@ -70,7 +76,8 @@ class ChoraleTrainer(Trainer):
         assert model is not None  # as it may be only until a model_init has made one
         model.eval()
         windows, device = collator.windows, self.args.device
-        mine = np.arange(self.args.process_index, len(windows), self.args.world_size)
+        together = self.args.world_size // self.readers
+        mine = np.arange(self.args.process_index // together, len(windows), self.readers)
         batch_size = max(1, _TOKENS_PER_EVALUATION_BATCH // windows.size)
         totals = torch.zeros(3, dtype=torch.float64, device=device)
         for first in range(0, len(mine), batch_size):
@@ -81,7 +88,7 @@ class ChoraleTrainer(Trainer):
             logits, target = logits[wanted].float(), labels[wanted]
             loss = F.cross_entropy(logits, target, reduction="none")
             totals += torch.stack([loss.double().sum(), (logits.argmax(-1) == target).sum(), wanted.sum()])
-        loss, right, count = self.accelerator.reduce(totals, "sum").tolist()
+        loss, right, count = (self.accelerator.reduce(totals, "sum") / together).tolist()
         return {"loss": loss / max(count, 1), "accuracy": right / max(count, 1), "masked_tokens": int(count)}
 
 

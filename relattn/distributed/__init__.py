@@ -8,5 +8,6 @@ from relattn.distributed.convolution import halo
 from relattn.distributed.function import relative_attention
 from relattn.distributed.layout import shard, unshard
 from relattn.distributed.tensor_parallel import HeadsParallel, tensor_parallel_plan
+from relattn.sharding import heads_from
 
-__all__ = ["HeadsParallel", "context_parallel", "halo", "relative_attention", "shard", "tensor_parallel_plan", "unshard"]
+__all__ = ["HeadsParallel", "context_parallel", "halo", "heads_from", "relative_attention", "shard", "tensor_parallel_plan", "unshard"]

@@ -315,7 +315,7 @@ def _all_to_all(shard: _Shard, backend: str | None) -> tuple[Tensor, Tensor]:
     )
     whole, settings = tensors._replace(**parts), shard.settings
     if settings.dropout_p > 0.0:
-        settings = settings._replace(first_head=heads.start)
+        settings = settings._replace(first_head=settings.first_head + heads.start)
     output, lse = _attend(whole, settings, shard.seed, backend)
     return length_for_heads(output, shard.queries, group), length_for_heads(lse, shard.queries, group)
 

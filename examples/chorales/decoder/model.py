@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, key_mask: Tensor | None, cache: Cache | None, weights: bool):
         """(B, L, hidden) -> the same, and (B, heads, L, keys) if `weights`, else None."""
-        batch, length, size = hidden.shape
+        batch, length, _ = hidden.shape
         projected = self.project_in(hidden).view(batch, length, 3, self.heads, self.head_size)
         query, key, value = (part.transpose(1, 2) for part in projected.unbind(2))  # (B, heads, L, head size)
         if cache is not None:
@@ -106,7 +106,7 @@ class Attention(nn.Module):
             output, _, shown = attention_with_weights(query, key, value, **arguments)
         else:
             output, shown = cast(Tensor, relative_attention(query, key, value, **arguments)), None
-        return self.project_out(output.transpose(1, 2).reshape(batch, length, size)), shown
+        return self.project_out(output.transpose(1, 2).flatten(2)), shown
 
 
 class Layer(nn.Module):

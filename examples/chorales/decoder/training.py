@@ -42,9 +42,11 @@ def build_model(positions: str, settings: DecoderSettings, music: Music) -> Musi
 
 
 def train_one(
-    positions: str, music: Music, settings: DecoderSettings, folder: Path, state, workers: int = 0, ranks: int = 1
+    positions: str, music: Music, settings: DecoderSettings, folder: Path, state, workers: int = 0, context: int = 1, tensor: int = 1
 ) -> dict:
-    """Train and test one model in `folder`, or continue, or return the result that is already there. `ranks` processes share a window.
+    """Train and test one model in `folder`, or continue, or return the result that is already there.
+
+    `context` processes share a window, `tensor` processes the heads of each layer.
 
     `folder` gets the checkpoints while training, then `model/` (the one with the best validation loss) and
     `result.json`.
@@ -63,7 +65,7 @@ def train_one(
         print(f"{positions}: {parameters:,} parameters", flush=True)
     clock = Clock()
     precision = {"bf16": settings.precision == "bf16", "fp16": settings.precision == "fp16"}
-    trainer = _trainer_class(ranks)(
+    trainer = _trainer_class(context, tensor)(
         model=model,
         args=training_arguments(settings, checkpoints, len(windows), state.num_processes, workers, **precision),
         train_dataset=windows,
@@ -77,6 +79,7 @@ def train_one(
     # What is scored is what is saved: rounded as the file, and not under autocast.
     trainer.model = model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.to(saved_dtype).float()
+    whole = trainer.whole_state()
     result = {
         "positions": positions,
         "parameters": parameters,
@@ -84,7 +87,8 @@ def train_one(
         **record(trainer, clock),
     }
     if state.is_main_process:
-        model.to(saved_dtype).save_pretrained(folder / "model")
+        saved = {name: tensor.to(saved_dtype) for name, tensor in whole.items()}
+        model.to(saved_dtype).save_pretrained(folder / "model", state_dict=saved)
         music.language.save(folder / "model")
         write_json(finished, result)
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -92,12 +96,12 @@ def train_one(
     return result
 
 
-def _trainer_class(ranks: int) -> Callable[..., ChoraleTrainer]:
-    if ranks == 1:
+def _trainer_class(context: int, tensor: int) -> Callable[..., ChoraleTrainer]:
+    if context == tensor == 1:
         return ChoraleTrainer
-    from .long_windows import LongWindowsTrainer  # it needs torch.distributed
+    from .parallel import ParallelTrainer  # it needs torch.distributed
 
-    return functools.partial(LongWindowsTrainer, ranks=ranks)
+    return functools.partial(ParallelTrainer, context=context, tensor=tensor)
 
 
 def _score(trainer: ChoraleTrainer, collator: ScoredCollator) -> dict:
