@@ -116,18 +116,16 @@ class Layout(NamedTuple):
     def settings(self, settings: Settings, heads: int) -> Settings:
         """This rank's: dropout's mask is a function of the head's number among all of them.
 
-        There is no such number for the batch: a shard of it counts as further heads, so that no two shards have one mask. (Where settings
-        have no `first_head`, dropout counts from 0 on each rank: seed ranks differently.)
+        There is no such number for the batch: a shard of it counts as further heads, so that no two shards have one mask.
         """
-        if settings.dropout_p == 0.0 or "first_head" not in Settings._fields:
+        if settings.dropout_p == 0.0:
             return settings
         index = {_BATCH: 0, _HEADS: 0}
         for place, kind in enumerate(self.kinds):
             if kind is not None:
                 index[kind] = index[kind] * self.mesh.size(place) + self.mesh.get_local_rank(place)
         first = index[_BATCH] * heads + index[_HEADS] * (heads // _count(self.mesh, self.kinds, _HEADS))
-        own: dict[str, Any] = {"first_head": first}
-        return settings._replace(**own)
+        return settings._replace(first_head=settings.first_head + first)
 
 
 def _kind(tensors: Tensors, dimensions: Sequence[Mapping[str, int]], place: int) -> str | None:

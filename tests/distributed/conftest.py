@@ -1,10 +1,10 @@
 import pytest
 
-from tests.distributed.workers import Pool
+from tests.distributed.processes import Processes
 
 
 @pytest.fixture(scope="package")
-def pool(tmp_path_factory):
-    processes = Pool(str(tmp_path_factory.mktemp("group")))
-    yield processes
-    processes.close()
+def pool():
+    """Ranks of gloo groups of 1 to 4."""
+    with Processes(4) as started:
+        yield started

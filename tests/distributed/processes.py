@@ -27,19 +27,32 @@ def _serve(rank: int, count: int, meeting: str, patience: float, calls) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=datetime.timedelta(seconds=patience)
     )
+    groups = {ranks: dist.new_group(list(range(ranks))) for ranks in range(1, count + 1)}
     while (call := calls.recv()) is not None:
-        function, args = call
+        ranks, function, args = call
         torch.manual_seed(0)
         try:
-            answer = True, function(*args)
-        except BaseException:
-            answer = False, traceback.format_exc()
+            answer = function(*args) if ranks is None else function(groups[ranks], *args)
+        except BaseException as error:
+            answer = Failure(error)
         calls.send_bytes(pickle.dumps(answer))  # by value: shared memory would go with the process
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Failure:
+    """An exception of a process."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.kind, self.message = type(error).__name__, str(error)
+        self.text = "".join(traceback.format_exception(error))
 
 
 class Processes:
-    """`run(function, *args)` calls it in every process at once; the function is one of a module, named so that they find it."""
+    """`run(function, *args)` calls it in every process at once; the function is one of a module, named so that they find it.
+
+    `values` and `outcomes` call it in the first of them only, with their process group as its first argument.
+    """
 
     def __init__(self, count: int, wait: float = WAIT) -> None:
         self.count, self.wait = count, wait
@@ -47,10 +60,13 @@ class Processes:
         self.processes: list[Any] = []
 
     def start(self, function: Callable, *args: Any) -> None:
+        self._send(None, function, args)
+
+    def _send(self, ranks: int | None, function: Callable, args: tuple) -> None:
         if not self.processes:
             self._start()
-        for calls in self.calls:
-            calls.send((function, args))
+        for calls in self.calls[:ranks]:
+            calls.send((ranks, function, args))
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -70,13 +86,28 @@ class Processes:
         Raises:
             RuntimeError: it raised, with its traceback, or its process is gone.
         """
+        result = self._outcome(rank)
+        if isinstance(result, Failure):
+            raise RuntimeError(f"process {rank}:\n{result.text}")
+        return result
+
+    def _outcome(self, rank: int) -> Any:
         try:
-            done, result = pickle.loads(self.calls[rank].recv_bytes())
+            return pickle.loads(self.calls[rank].recv_bytes())
         except (EOFError, ConnectionResetError) as error:
             raise RuntimeError(f"process {rank} is gone") from error
-        if not done:
-            raise RuntimeError(f"process {rank}:\n{result}")
-        return result
+
+    def outcomes(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(group, *args)` returns on each of the first ranks; an exception is a value too, a Failure."""
+        self._send(ranks, function, args)
+        return [self._outcome(rank) for rank in range(ranks)]
+
+    def values(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """The same, where an exception is a failure."""
+        found = self.outcomes(ranks, function, *args)
+        for rank, result in enumerate(found):
+            assert not isinstance(result, Failure), f"rank {rank} of {ranks}: {result.text}"
+        return found
 
     def run(self, function: Callable, *args: Any) -> list[Any]:
         """What it returned, rank by rank. The first that fails ends them all, for others may wait for it; the next call starts anew."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import relattn
 from relattn import sharding
-from tests.distributed.workers import Failure
+from tests.distributed.processes import Failure
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -202,7 +202,7 @@ def _clipped_table() -> None:
     ],
 )
 def test_what_would_see_one_shard_only_is_refused(pool, call: Callable[[], Any], message: str) -> None:
-    for result in pool.run(2, _within, call):
+    for result in pool.outcomes(2, _within, call):
         assert isinstance(result, Failure)
         assert message in result.message
 

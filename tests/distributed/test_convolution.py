@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.distributed.workers import Failure
+from tests.distributed.processes import Failure
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -53,7 +53,7 @@ def test_refusals(pool) -> None:
         ({}, 3, 0, "model: 0 pads by 0, which does not keep the number of frames: shard behind it"),
         ({}, 41, 20, "tensor: rank 0 has 12 frames, too few for the 20 frames before and 20 behind that a convolution reads"),
     ):
-        for found in pool.run(4, _convolved, options, kernel, 1, padding):
+        for found in pool.outcomes(4, _convolved, options, kernel, 1, padding):
             assert isinstance(found, Failure)
             assert (found.kind, found.message) == ("ValueError", message)
 

@@ -18,7 +18,7 @@ from relattn.distributed import ring
 from relattn.distributed.layout import Layout
 from tests.distributed.cases import Case, exact, joined, replace, sharded, whole
 from tests.distributed.parts import ALL, CASES, check, error
-from tests.distributed.workers import Failure
+from tests.distributed.processes import Failure
 from tests.oracles import USABLE
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -346,7 +346,7 @@ def _attend(group: Any, lengths: list[int], heads: int = 4, options: dict[str, A
     ids=str,
 )
 def test_every_rank_says_what_is_wrong(pool, message: str, arguments: tuple) -> None:
-    for result in pool.run(2, _attend, *arguments):
+    for result in pool.outcomes(2, _attend, *arguments):
         assert isinstance(result, Failure)
         assert result.kind == "ValueError"
         assert message in result.message
@@ -372,7 +372,7 @@ def _second_derivative(group: Any, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{}, *(dict(method=method, backend="reference") for method in ("gather", "all_to_all"))], ids=str)
 def test_a_second_derivative_is_refused(pool, options: dict[str, Any]) -> None:
     """Also where the reference has one: it would lack what went through other ranks."""
-    for result in pool.run(1, _second_derivative, options):
+    for result in pool.outcomes(1, _second_derivative, options):
         assert isinstance(result, Failure)
         assert "second derivative" in result.message or "once_differentiable" in result.message
 

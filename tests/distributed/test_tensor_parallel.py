@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import relattn
-from relattn.arguments import Settings
 from tests.distributed.processes import Processes
 
 pytest.importorskip("torch.distributed.tensor")
@@ -245,7 +244,6 @@ def _alike(mesh_shape: tuple[int, ...] | None) -> torch.Tensor:
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
-@pytest.mark.skipif("first_head" not in Settings._fields, reason="dropout does not count heads from elsewhere yet")
 def test_dropout(processes):
     """Heads have their own masks, those of one process; batches of another rank have others."""
     expected = _alike(None)
