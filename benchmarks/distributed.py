@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.measure import extra_memory
-from examples.chorales.storage import write_json
+from examples.chorales.storage import read_json, write_json
 from relattn.distributed.layout import Layout
 
 METHODS = ("ring", "all_to_all", "gather")
@@ -186,16 +186,18 @@ def _largest(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for distributed.json")
+    parser.add_argument("--out", type=Path, help="folder for distributed.json; what is there of other lengths and ranks stays")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--minutes", type=float, default=5.0, help="of audio; 0: without the model")
+    parser.add_argument("--length", type=int, default=8192, help="0: without attention alone")
+    parser.add_argument("--minutes", type=float, nargs="*", default=[5.0], help="of audio; none: without the model")
     parser.add_argument("--layers", type=int, default=1)
     options = parser.parse_args()
     heads, size, clip = 4, 64, 128
     results: dict[str, Any] = {"attention": {}, "conformer": {}, "predicted": {}}
+    if options.out is not None and (options.out / "distributed.json").is_file():
+        results = read_json(options.out / "distributed.json")
     print(f"attention, L = {options.length}, H = {heads}, D = {size}, clipped at {clip}, float32, a training step; the most of any rank")
-    for ranks in options.ranks:
+    for ranks in options.ranks if options.length else ():
         for method in METHODS if ranks > 1 else METHODS[:1]:
             if method == "all_to_all" and heads % ranks:
                 continue
@@ -207,11 +209,11 @@ def main() -> None:
                 name = f"P = {ranks}, {method}{', causal, zigzag' * causal}"
                 results["attention"][name] = row
                 print(f"  {name:32}", "  ".join(f"{key} {value:g}" for key, value in row.items()), flush=True)
-    if options.minutes:
-        print(f"w2v-BERT, {options.layers} layers, {options.minutes:g} min of audio, forward; the most of any rank")
+    for minutes in options.minutes:
+        print(f"w2v-BERT, {options.layers} layers, {minutes:g} min of audio, forward; the most of any rank")
         for ranks in options.ranks:
-            row = _largest(on_ranks(ranks, conformer, options.minutes, options.layers))
-            results["conformer"][f"P = {ranks}"] = row
+            row = _largest(on_ranks(ranks, conformer, minutes, options.layers))
+            results["conformer"][f"{minutes:g} min, P = {ranks}"] = row
             print(f"  P = {ranks:<28}", "  ".join(f"{key} {value:g}" for key, value in row.items()), flush=True)
     print(f"H100, forward, bfloat16, by the formulas at {_COMPUTE / 1e12:g} TFLOP/s, {_NETWORKS}; times of one head")
     for length in (2**15, 2**18, 2**20, 2**22):

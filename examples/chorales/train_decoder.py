@@ -2,8 +2,8 @@
 
 On Bach chorales (music21's corpus, or --data FILE), or on any folder of MIDI files (--midi DIR; MAESTRO's table of
 splits is followed). Interrupted or killed, the same command continues where it was. Under torchrun several processes
-share each batch, with --context-parallel each window, and with --tensor-parallel the heads of each layer. Results: --out DIR/results.json, loss.png, and a model per kind of positions, for
-examples.chorales.generate.
+share each batch, with --context-parallel each window, and with --tensor-parallel the heads of each layer. Results:
+--out DIR/results.json, loss.png, and a model per kind of positions, for examples.chorales.generate.
 """
 
 import argparse

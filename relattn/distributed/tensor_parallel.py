@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
 
 from relattn.module import RelativeMultiheadAttention
+from relattn.sharding import heads_from
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _EXTRA_KEY = ("bias_k", "bias_v")  # (1, 1, E)
@@ -50,8 +48,8 @@ class HeadsParallel(ParallelStyle):
     Everything the layer takes is taken, and means the same: masks, lengths and offsets are plain tensors, the same on all devices, of
     all heads; weights come back for all heads. A cache holds this device's heads.
 
-    Dropout: each device has its own mask, from a seed that all draw alike: they must be seeded alike, as is needed for all dropout outside
-    of what is sharded. The masks are others than those of one device. torch.compile leaves its graph where it draws.
+    Dropout: each head has the mask that it has on one device, from a seed that all devices draw: they must be seeded alike, as is needed
+    for all dropout outside of what is sharded.
 
     Args:
         input_layouts: how query, key and value lie if they are plain tensors: Replicate(), or Shard of the length for sequence
@@ -165,21 +163,8 @@ class ParallelAttention(RelativeMultiheadAttention):
 
     def _attend(self, q, k, v, masks, need_weights, packing) -> tuple[Tensor, Tensor | None]:
         mesh, _ = self.parallel
-        own = _own_seeds(q.device, mesh.get_local_rank()) if self.training and self.dropout > 0.0 else contextlib.nullcontext()
-        with own:
+        with heads_from(self._heads_here().start if self.training and self.dropout > 0.0 else 0):
             output, weights = super()._attend(q, k, v, masks, need_weights, packing)
         if weights is not None:
             weights = DTensor.from_local(weights, mesh, [Shard(1)], run_check=False).full_tensor()
         return output, weights
-
-
-@contextlib.contextmanager
-def _own_seeds(device: torch.device, rank: int) -> Iterator[None]:
-    """Random numbers of this rank's own. Generators go on as if one number had been drawn, so that ranks stay in step elsewhere."""
-    seed = (int(torch.randint(2**62, ())) + rank * 0x9E3779B97F4A7C15) % 2**63  # golden ratio: far from its neighbours'
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.get_device_module(device).manual_seed(seed)
-        yield

@@ -9,7 +9,7 @@ import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -54,8 +54,8 @@ class Processes:
     `values` and `outcomes` call it in the first of them only, with their process group as its first argument.
     """
 
-    def __init__(self, count: int, wait: float = WAIT) -> None:
-        self.count, self.wait = count, wait
+    def __init__(self, count: int, wait: float = WAIT, imported: Sequence[str] = ()) -> None:
+        self.count, self.wait, self.imported = count, wait, [*_IMPORTED, *imported]
         self.calls: list[Connection] = []
         self.processes: list[Any] = []
 
@@ -70,7 +70,7 @@ class Processes:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTED)
+        context.set_forkserver_preload(self.imported)
         self.folder = tempfile.TemporaryDirectory()
         pipes = [context.Pipe() for _ in range(self.count)]
         self.calls = [mine for mine, _ in pipes]

@@ -376,7 +376,7 @@ def test_layer_decodes(processes):
 def _compiled_layer() -> tuple[dict[str, Any], dict[str, Any]]:
     found = []
     for compiled in (False, True):
-        layer, inputs, call = _layer(LAYERS["shared tables"])
+        layer, inputs, call = _layer(DROPS)
         parallelize_module(layer, init_device_mesh("cpu", (RANKS,)), tensor_parallel_plan(layer))
         if compiled:
             layer.compile(backend="aot_eager", fullgraph=True)
@@ -390,30 +390,23 @@ def test_layer_compiled(processes):
         torch.testing.assert_close(compiled, eager)
 
 
-def _dropout() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of a layer whose heads are all alike: the output before the last projection, and the generator's state at the end."""
-    layer, (inputs,), _ = _layer(Layer(dict(dropout=0.5, bias=False)))
-    with torch.no_grad():
-        for part in layer.in_proj_weight.chunk(3):
-            part.copy_(part[:4].repeat(4, 1))
-        layer.out_proj.weight.copy_(torch.eye(16))
+DROPS = Layer(dict(terms=ALL_TERMS, per_head=True, dropout=0.5))
+
+
+def _dropout() -> tuple[dict[str, Any], torch.Tensor]:
+    layer, inputs, call = _layer(DROPS)
     parallelize_module(layer, init_device_mesh("cpu", (RANKS,)), tensor_parallel_plan(layer))
-    torch.manual_seed(3)
-    with torch.no_grad():
-        first, second = (layer(inputs.detach(), need_weights=False)[0].clone() for _ in range(2))
-    return first, second, torch.get_rng_state()
+    found = _train(layer, inputs, call)
+    return {name: found[name] for name in ("output", "input 0")}, torch.get_rng_state()
 
 
-def test_dropout_differs_from_head_to_head(processes):
-    found = processes.run(_dropout)
-    first, second, _ = found[0]
-    heads = first.unflatten(-1, (4, 4))
-    for head in range(1, 4):
-        assert not torch.equal(heads[..., head, :], heads[..., 0, :])
-    assert not torch.equal(first, second)
-    for other in found[1:]:
-        for of_other, of_first in zip(other, found[0], strict=True):
-            assert torch.equal(of_other, of_first)  # of all ranks, whose generators are in step
+def test_dropout_is_that_of_one_device(processes):
+    layer, inputs, call = _layer(DROPS)
+    expected = _train(layer, inputs, call)
+    for found, generator in processes.run(_dropout):
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name])
+        assert torch.equal(generator, torch.get_rng_state())
 
 
 def _without_plan() -> dict[str, Any]:

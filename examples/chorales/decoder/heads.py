@@ -5,6 +5,8 @@ queries, keys and values, and parameters stay plain tensors, a process's parts: 
 and optimizers take no lists of both kinds.
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 from relattn.distributed import heads_from
 
-from .model import MusicTransformer
+from .model import Layer, MusicTransformer
 
 # Which dimension of a parameter is cut, and of how many equal blocks, each cut by itself, it consists there: of queries, keys and values.
 _CUTS = {
@@ -55,7 +57,7 @@ def joined(name: str, tensor: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def spread_heads(model: MusicTransformer, mesh: DeviceMesh) -> None:
-    """Leave this process its heads of a whole model, the same on all processes of the mesh. State dicts of whole models are loaded as before.
+    """Leave this process its heads of a whole model, the same on all processes of the mesh. It still loads state dicts of whole models.
 
     Raises:
         ValueError: the processes do not divide the heads, or the width of the feed-forward layers.
@@ -72,11 +74,12 @@ def spread_heads(model: MusicTransformer, mesh: DeviceMesh) -> None:
 
     model.register_load_state_dict_pre_hook(take_parts)
     for layer in model.layers:
+        assert isinstance(layer, Layer)
         layer.attention.heads //= count
         _count_heads_from(layer.attention, mesh.get_local_rank() * layer.attention.heads)
         for first, last in ((layer.attention.project_in, layer.attention.project_out), (layer.widen, layer.narrow)):
             first.register_forward_pre_hook(lambda _, inputs: (_for_parts(inputs[0], mesh),))
-            last.forward = lambda hidden, last=last: _sum_of_parts(F.linear(hidden, last.weight), mesh) + last.bias
+            vars(last)["forward"] = functools.partial(_sum_of_parts, last, mesh)
 
 
 def _count_heads_from(attention: nn.Module, first: int) -> None:
@@ -87,7 +90,7 @@ def _count_heads_from(attention: nn.Module, first: int) -> None:
         with heads_from(first):
             return attend(*inputs)
 
-    attention.forward = forward
+    vars(attention)["forward"] = forward
 
 
 def _for_parts(hidden: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -95,6 +98,7 @@ def _for_parts(hidden: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(hidden, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
-def _sum_of_parts(hidden: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Over the processes; its gradient is the same for all."""
-    return DTensor.from_local(hidden, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+def _sum_of_parts(linear: nn.Linear, mesh: DeviceMesh, hidden: Tensor) -> Tensor:
+    """In the place of `linear`'s forward: the sum over the processes, whose gradient is the same for all."""
+    summand = DTensor.from_local(F.linear(hidden, linear.weight), mesh, [Partial()], run_check=False)
+    return summand.redistribute(placements=[Replicate()]).to_local() + linear.bias

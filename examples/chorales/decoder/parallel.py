@@ -19,6 +19,7 @@ from relattn.distributed import context_parallel, shard
 from ..data.tokens import IGNORED
 from ..trainer import ChoraleTrainer
 from .heads import cut_of, joined, part, spread_heads
+from .model import MusicTransformer
 
 LAYOUT = "zigzag"  # as attention is causal
 
@@ -47,7 +48,12 @@ class ParallelTrainer(ChoraleTrainer):
         self.accelerator.ddp_handler = handler = _Replicas()
         handler.group, _ = dist.new_subgroups_by_enumeration(replicas)
         if tensor > 1:
-            spread_heads(self.model, self.tensor)
+            spread_heads(self._decoder, self.tensor)
+
+    @property
+    def _decoder(self) -> MusicTransformer:
+        assert isinstance(self.model, MusicTransformer)
+        return self.model
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         whole = {name: self._joined(tensor) for name, tensor in inputs.items()}
@@ -76,12 +82,13 @@ class ParallelTrainer(ChoraleTrainer):
     def _clip_grad_norm(self, model):
         """Of parameters that are cut each process has a share of the norm."""
         self.accelerator.unscale_gradients()
-        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.grad is not None]
-        norms = [get_total_norm([p.grad for name, p in named if (cut_of(name) is None) == whole]) for whole in (True, False)]
-        of_parts = norms[1].square()
+        gradients = [(name, parameter.grad) for name, parameter in self._decoder.named_parameters() if parameter.grad is not None]
+        whole = [gradient for name, gradient in gradients if cut_of(name) is None]
+        parts = [gradient for name, gradient in gradients if cut_of(name) is not None]
+        of_whole, of_parts = (get_total_norm(some).square() for some in (whole, parts))
         dist.all_reduce(of_parts, group=self.tensor.get_group())
-        total = (norms[0].square() + of_parts).sqrt()
-        clip_grads_with_norm_([parameter for _, parameter in named], self.args.max_grad_norm, total)
+        total = (of_whole + of_parts).sqrt()
+        clip_grads_with_norm_(self._decoder.parameters(), self.args.max_grad_norm, total)
         return total
 
     # Checkpoints are whole, as those of one process: any number of processes continues from them.
@@ -93,7 +100,7 @@ class ParallelTrainer(ChoraleTrainer):
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names = {parameter: name for name, parameter in self._decoder.named_parameters()}
         self.optimized = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]  # in its order
 
         def take_parts(_, saved):
@@ -104,6 +111,7 @@ class ParallelTrainer(ChoraleTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
+        assert self.optimizer is not None
         saved = self.optimizer.state_dict()
         saved["state"] = self._each(joined, saved["state"])
         if self.args.should_save:

@@ -3,7 +3,9 @@
 # ruff: noqa: E402 (what cannot be imported is skipped first)
 
 import math
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,12 +18,15 @@ require("transformers", "accelerate", "matplotlib", "tqdm", "miditok", "pretty_m
 
 import pretty_midi
 import torch
+import torch.distributed as dist
 
 from examples.chorales import generate, train_decoder
 from examples.chorales.data.files import load_file
 from examples.chorales.data.tokens import IGNORED
 from examples.chorales.decoder import passages
 from examples.chorales.decoder.passages import load_chorales, load_midi_folder, load_music
+from examples.chorales.trainer import Clock
+from tests.distributed.processes import Processes
 
 pytestmark = pytest.mark.xdist_group("chorales_decoder")  # a costly fixture is shared
 
@@ -100,19 +105,49 @@ def test_two_processes_share_the_batches(small_json, tmp_path, trained, run_comm
     assert two["tokens_per_second"] > 0
 
 
-def test_two_processes_share_the_windows(small_json, tmp_path, run_command):
-    """Without dropout (of which attention's alone is the same for any number of processes) the curve of one process, but for rounding."""
+def _train(options: list[str], stop: bool = False) -> int:
+    """One of several processes, as torchrun would start it. `stop`: after the first checkpoint."""
+    rank, count = dist.get_rank(), dist.get_world_size()
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT="1")
+    if stop:
+        Clock.on_save = interrupt
+    return train_decoder.main(options)
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_processes_share_windows_and_heads(small_json, tmp_path):
+    """The curve of one process, but for rounding, from and to checkpoints of other numbers of processes. Heads drop what they drop there."""
     # Windows that fill their batches: of the last ones of an epoch, several processes take some of the first ones again.
-    options = [*LONGER, "--dropout=0", "--positions=both", "--batch=2", "--epochs=2"]
-    assert train_decoder.main(command(small_json, tmp_path / "one", *options)[3:]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run_command(*launcher, *command(small_json, tmp_path / "two", *options, "--context-parallel=2")[1:])
-    assert done.returncode == 0, done.stderr
-    one, two = (read(tmp_path / name / "results.json")["models"]["both"] for name in ("one", "two"))
-    for found, expected in zip(two["validation"], one["validation"], strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
-    assert two["test"]["nll"] == pytest.approx(one["test"]["nll"], rel=1e-3)
-    assert train_decoder.main(command(small_json, tmp_path / "three", *options, "--context-parallel=2")[3:]) == 2
+    options = [*SMALL, "--positions=both", "--batch=4", "--epochs=0.8", "--evaluations=3"]
+
+    def given(name: str, *more: str) -> list[str]:
+        return command(small_json, tmp_path / name, *options, *more)[3:]
+
+    def curve(name: str) -> list[float]:
+        result = read(tmp_path / name / "results.json")["models"]["both"]
+        return [*(point["loss"] for point in result["training"] + result["validation"]), result["test"]["nll"]]
+
+    assert train_decoder.main(given("one", "--dropout=0")) == 0
+    with Processes(4, imported=["examples.chorales.decoder.parallel"]) as four:
+        shared = given("four", "--dropout=0", "--context-parallel=2", "--tensor-parallel=2")
+        assert set(four.run(_train, shared, True)) != {0}
+    assert len(list((tmp_path / "four" / "both" / "checkpoints").glob("checkpoint-*"))) == 1
+    shutil.copytree(tmp_path / "four", tmp_path / "again")
+    assert train_decoder.main(given("again", "--dropout=0")) == 0
+    with Processes(2) as two:
+        assert two.run(_train, given("four", "--dropout=0", "--tensor-parallel=2")) == [0, 0]
+    for name in ("again", "four"):
+        assert curve(name) == pytest.approx(curve("one"), rel=1e-4)
+    check_nll(tmp_path / "four" / "both", load_music(small_json).splits["test"])
+    with Processes(2) as two:
+        assert two.run(_train, given("heads", "--tensor-parallel=2", "--dropout=0.3", "--evaluations=1")) == [0, 0]
+    assert train_decoder.main(given("whole", "--dropout=0.3", "--evaluations=1")) == 0
+    assert curve("heads") == pytest.approx(curve("whole"), rel=1e-5)
+    for impossible in ("--context-parallel=2", "--tensor-parallel=2"):
+        assert train_decoder.main(given("none", impossible)) == 2
 
 
 def test_mixed_precision_and_midi_folders(midi_folder, tmp_path, capsys):
