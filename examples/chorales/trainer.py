@@ -147,16 +147,21 @@ class Progress(TrainerCallback):
 
 
 def training_arguments(
-    settings: TrainingSettings, folder: Path, train_windows: int, processes: int, workers: int, **more
+    settings: TrainingSettings, folder: Path, train_windows: int, processes: int, workers: int, together: int = 1, **more
 ):
-    """The settings in the Trainer's terms, and `more` of its arguments; nothing is reported or uploaded anywhere."""
-    if settings.batch % processes:
-        raise ValueError(f"batch: expected a multiple of the {processes} processes, got {settings.batch}")
+    """The settings in the Trainer's terms, and `more` of its arguments; nothing is reported or uploaded anywhere.
+
+    So many processes `together` take the same windows.
+    """
+    shares = processes // together
+    if settings.batch % shares:
+        of = f"{shares} groups of the {processes} processes" if together > 1 else f"{processes} processes"
+        raise ValueError(f"batch: expected a multiple of the {of}, got {settings.batch}")
     steps, interval = settings.update_steps(train_windows)
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=settings.batch // processes,
+        per_device_train_batch_size=settings.batch // shares,
         gradient_accumulation_steps=settings.accumulation,
         max_steps=steps,
         learning_rate=settings.learning_rate,

@@ -1,7 +1,6 @@
 """Training what is too large for one device: groups of processes share each window, by relattn.distributed, and the heads of each layer.
 
-Batches are dealt to all processes as always; a group puts its own together again, and each process computes some tokens of all of them, or
-some heads, or both.
+Each process of a group computes some tokens of the group's batch, or some heads, or both.
 """
 
 from pathlib import Path
@@ -40,9 +39,9 @@ class ParallelTrainer(ChoraleTrainer):
         super().__init__(*args, **kwargs)
         world = self.args.world_size
         sizes = (world // (context * tensor), context, tensor)
-        mesh = init_device_mesh(self.args.device.type, sizes, mesh_dim_names=("data", "context", "tensor"))
-        self.context, self.tensor = mesh["context"], mesh["tensor"]
-        self.group, _ = dist.new_subgroups(context * tensor)
+        mesh = init_device_mesh(self.args.device.type, sizes, mesh_dim_names=("dp_replicate", "cp", "tp"))
+        self.accelerator.state.device_mesh = mesh  # it knows these names, and deals a group the same batch
+        self.context, self.tensor = mesh["cp"], mesh["tp"]
         self.readers = world // tensor
         replicas = [list(range(first, world, tensor)) for first in range(tensor)]
         self.accelerator.ddp_handler = handler = _Replicas()
@@ -56,25 +55,18 @@ class ParallelTrainer(ChoraleTrainer):
         return self.model
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        whole = {name: self._joined(tensor) for name, tensor in inputs.items()}
-        whole["position_ids"] = (whole["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        whole = inputs | {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
         own: dict[str, Any] = {name: shard(tensor, 1, mesh=self.context, layout=LAYOUT) for name, tensor in whole.items()}
         labels = own.pop("labels")
         with context_parallel(self.context, layout=LAYOUT):
             logits = model(**own).logits
         wanted = labels != IGNORED
         # Gradients are averaged over all replicas: those of a group have a part of one mean each.
-        total = (whole["labels"] != IGNORED).sum().clamp(min=1)
+        total = (inputs["labels"] != IGNORED).sum().clamp(min=1)
         loss = F.cross_entropy(logits[wanted], labels[wanted], reduction="sum") * (self.context.size() / total)
         if self.tensor.get_local_rank() == 0:
             self.tokens_seen += own["attention_mask"].sum()
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _joined(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The group's batches as one."""
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
-        return torch.cat(parts)
 
     def whole_state(self) -> dict[str, torch.Tensor]:
         return {name: joined(name, tensor, self.tensor) for name, tensor in super().whole_state().items()}

@@ -67,7 +67,7 @@ def train_one(
     precision = {"bf16": settings.precision == "bf16", "fp16": settings.precision == "fp16"}
     trainer = _trainer_class(context, tensor)(
         model=model,
-        args=training_arguments(settings, checkpoints, len(windows), state.num_processes, workers, **precision),
+        args=training_arguments(settings, checkpoints, len(windows), state.num_processes, workers, context * tensor, **precision),
         train_dataset=windows,
         eval_dataset=scored["valid"].windows,
         data_collator=TrainingCollator(windows, music.language, settings.transpose),

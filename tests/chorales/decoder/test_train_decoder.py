@@ -119,9 +119,8 @@ def interrupt(*_, **__):
 
 
 def test_processes_share_windows_and_heads(small_json, tmp_path):
-    """The curve of one process, but for rounding, from and to checkpoints of other numbers of processes. Heads drop what they drop there."""
-    # Windows that fill their batches: of the last ones of an epoch, several processes take some of the first ones again.
-    options = [*SMALL, "--positions=both", "--batch=4", "--epochs=0.8", "--evaluations=3"]
+    """The curve of one process, but for rounding, from and to checkpoints of other numbers. Heads drop what they drop there."""
+    options = [*SMALL, "--positions=both", "--batch=3", "--epochs=1", "--evaluations=3"]
 
     def given(name: str, *more: str) -> list[str]:
         return command(small_json, tmp_path / name, *options, *more)[3:]
