@@ -7,6 +7,7 @@ accumulation: a reduction of the backend's own has neither.
 from __future__ import annotations
 
 import math
+import weakref
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from relattn.distributed.layout import Layout
 
 Group = Any  # a ProcessGroup, or None for the default one
+# Groups that made a collective call, before which NCCL has no P2P between some of the ranks.
+started: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def group_of(group: Group, mesh: Any) -> Group:
@@ -71,6 +74,7 @@ def same_on_all(numbers: Sequence[int], settings: object, device: torch.device, 
     mine = torch.tensor([zlib.crc32(repr(settings).encode()), *numbers], dtype=torch.int64, device=device)
     found = mine.new_empty((dist.get_world_size(group), mine.numel()))
     dist.all_gather(list(found.unbind()), mine, group=group)
+    started.add(group)
     rows = found.tolist()
     if any(row[0] != rows[0][0] for row in rows):
         raise ValueError(f"relattn.distributed: expected the same settings on every rank, got others than here: {settings}")

@@ -19,7 +19,7 @@ from relattn.distributed.function import Sharding, attend
 @contextlib.contextmanager
 def context_parallel(
     group_or_mesh: Any = None, *, method: str = "ring", layout: str = "contiguous", table_gradients: str = "local",
-    convolutions_of: nn.Module | None = None,
+    convolutions_of: nn.Module | None = None, length: int | None = None,
 ) -> Iterator[None]:
     """Within it, `relattn.relative_attention` is `relattn.distributed.relative_attention`, whoever calls it: layers
     (`RelativeMultiheadAttention`) and converted models run on sharded sequences as they are. It holds for the whole process, all threads.
@@ -41,6 +41,8 @@ def context_parallel(
             these ranks, tables as all other parameters; "sum" where nothing else does.
         convolutions_of: a model whose nn.Conv1d of more than one frame read across the borders too (see `halo`): a conformer's encoder.
             They must keep the number of frames, and the layout be "contiguous".
+        length: tokens of the whole sequences, where all attention and these convolutions see as many. None: at every call ranks tell each
+            other how many they have, which on GPUs synchronises.
 
     Raises:
         ValueError: an unknown name, or a convolution that changes the number of frames. Within it: weights that are asked for
@@ -60,7 +62,7 @@ def context_parallel(
         backend: str | None, **others: Any,
     ) -> Any:  # fmt: skip
         given = dict(rel_k=rel_k, **others)
-        return attend(how, query, key, value, given, attn_mask, query_offset, (None, None), return_lse, backend, must_cover=True)
+        return attend(how, query, key, value, given, attn_mask, query_offset, (length, length), return_lse, backend, must_cover=True)
 
     call = attend_sharded
     if "torch._dynamo" in sys.modules:  # somebody compiles; what communicates is not traced
@@ -71,7 +73,7 @@ def context_parallel(
     before = sharding.use(call)
     try:
         for module, left, right, is_padded in found:
-            vars(module)["forward"] = convolution.with_neighbours(module, left, right, is_padded, group)
+            vars(module)["forward"] = convolution.with_neighbours(module, left, right, is_padded, group, length)
         yield
     finally:
         for module, *_ in found:

@@ -11,35 +11,50 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from relattn.distributed.collectives import Group, Transfer, check_device, group_of, same_on_all
+from relattn.distributed.collectives import Group, Transfer, check_device, group_of, same_on_all, started
+from relattn.distributed.layout import Layout
 
 # Modules that put a causal convolution's zeros before its input themselves.
 _PADS_CAUSALLY = ("Wav2Vec2BertConvolutionModule", "SeamlessM4Tv2ConformerConvolutionModule")
 
 
-def halo(tensor: Tensor, dim: int, left: int, right: int, *, group: Group = None, mesh: Any = None) -> Tensor:
+def halo(
+    tensor: Tensor, dim: int, left: int, right: int, *, group: Group = None, mesh: Any = None, length: int | None = None
+) -> Tensor:  # fmt: skip
     """A rank's part of a contiguous sequence with the `left` frames before it and the `right` ones behind it; zeros beyond the ends.
 
     Args:
         tensor: any shape and floating dtype, the same on all ranks but in `dim`, the dimension of frames.
         group, mesh: as in `relative_attention`.
+        length: frames of all ranks together, of layout "contiguous". None: they tell each other, which on GPUs synchronises.
 
     Returns:
         `left` + local length + `right` frames, differentiable: what is owed to a neighbour's frames goes back there. It allocates those
         frames and a copy of the tensor.
 
     Raises:
-        ValueError: a rank that others need frames of has fewer. (On every rank.)
+        ValueError: a rank that others need frames of has fewer (on every rank); it has others than those of the `length`.
     """
     group = group_of(group, mesh)
     check_device(tensor.device, group)
-    held = [length for (length,) in same_on_all((tensor.shape[dim],), (left, right), tensor.device, group)]
+    held = _held(tensor.shape[dim], length, (left, right), tensor.device, group)
     used = [rank for rank, length in enumerate(held) if length]
     short = [rank for rank in used[:-1] if held[rank] < left] + [rank for rank in used[1:] if held[rank] < right]
     if short:
         needed = f"{left} frames before and {right} behind"
         raise ValueError(f"tensor: rank {short[0]} has {held[short[0]]} frames, too few for the {needed} that a convolution reads")
     return _Halo.apply(tensor, dim, left, right, group, used)
+
+
+def _held(own: int, length: int | None, sides: tuple[int, int], device: torch.device, group: Group) -> list[int]:
+    """How many frames each rank has."""
+    if length is None or group not in started:
+        return [frames for (frames,) in same_on_all((own,), (sides, length), device, group)]
+    layout = Layout("contiguous", length, dist.get_world_size(group))
+    held = [layout.local_length(rank) for rank in range(layout.ranks)]
+    if own != held[dist.get_rank(group)]:
+        raise ValueError(f"tensor: expected {held[dist.get_rank(group)]} frames of the {layout.describe()}, got {own}")
+    return held
 
 
 class _Halo(torch.autograd.Function):
@@ -110,11 +125,12 @@ def convolutions(model: nn.Module) -> Iterator[tuple[nn.Conv1d, int, int, bool]]
                 raise ValueError(f"model: {here} pads by {padding!r}, which does not keep the number of frames: shard behind it")
 
 
-def with_neighbours(convolution: nn.Conv1d, left: int, right: int, is_padded: bool, group: Group) -> Any:
+def with_neighbours(convolution: nn.Conv1d, left: int, right: int, is_padded: bool, group: Group, length: int | None) -> Any:
     """In the place of a convolution's forward."""
 
     def forward(frames: Tensor) -> Tensor:
-        frames = halo(frames.narrow(2, left, frames.shape[2] - left) if is_padded else frames, 2, left, right, group=group)
+        frames = frames.narrow(2, left, frames.shape[2] - left) if is_padded else frames
+        frames = halo(frames, 2, left, right, group=group, length=length)
         weight, bias = convolution.weight, convolution.bias
         if frames.shape[2] == left + right:  # this rank has none
             return frames.new_empty(frames.shape[0], weight.shape[0], 0)
