@@ -5,9 +5,12 @@
 
 from relattn.distributed.context import context_parallel
 from relattn.distributed.convolution import halo
-from relattn.distributed.function import relative_attention
+from relattn.distributed.function import relative_attention, relative_attention_varlen
 from relattn.distributed.layout import shard, unshard
 from relattn.distributed.tensor_parallel import HeadsParallel, tensor_parallel_plan
 from relattn.sharding import heads_from
 
-__all__ = ["HeadsParallel", "context_parallel", "halo", "heads_from", "relative_attention", "shard", "tensor_parallel_plan", "unshard"]
+__all__ = [
+    "HeadsParallel", "context_parallel", "halo", "heads_from", "relative_attention", "relative_attention_varlen", "shard",
+    "tensor_parallel_plan", "unshard",
+]  # fmt: skip

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
+import inspect
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from relattn import backends, functional, operators
+from relattn import backends, functional, operators, varlen
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, autocast_enabled, with_layout
 from relattn.backends import reference
 from relattn.distributed import ring
@@ -23,8 +24,10 @@ from relattn.distributed.collectives import (
     length_for_heads,
     same_on_all,
     send_everywhere,
+    started,
 )
 from relattn.distributed.layout import LAYOUTS, Layout, fitting
+from relattn.distributed.packing import Packing
 from relattn.philox import draw_seed
 
 METHODS = ("ring", "all_to_all", "gather")
@@ -32,8 +35,6 @@ TABLE_GRADIENTS = ("sum", "local")
 _REPLICATED = ("rel_k", "rel_q", "rel_v", "rel_bias", "pos_bias_u", "pos_bias_v")
 _SHARDED = dict(query=2, key=2, value=2, key_mask=1)  # in which dimension
 _DIMS_PER_HEAD = dict(rel_k=3, rel_q=3, rel_v=3, rel_bias=2, pos_bias_u=2, pos_bias_v=2)
-# Groups that made a collective call, before which NCCL has no P2P between some of the ranks.
-_started: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def relative_attention(
@@ -112,8 +113,8 @@ def relative_attention(
             ranks; heads that the ranks do not divide ("all_to_all"); a group whose backend does not take tensors of this device.
         RuntimeError: torch.distributed is not initialised; a second derivative.
 
-    If a rank fails the others wait for it until the group's time-out. Packed sequences (cu_seqlens) are not taken. Backward passes
-    communicate too: every rank has to make them, also one without tokens. Under torch.compile the function is not part of the graph.
+    If a rank fails the others wait for it until the group's time-out. Backward passes communicate too: every rank has to make them, also
+    one without tokens. Under torch.compile the function is not part of the graph. Packed sequences: `relative_attention_varlen`.
     """
     given = dict(
         rel_k=rel_k, rel_q=rel_q, rel_v=rel_v, rel_bias=rel_bias, pos_bias_u=pos_bias_u, pos_bias_v=pos_bias_v,
@@ -122,6 +123,79 @@ def relative_attention(
     )  # fmt: skip
     sharding = Sharding(group_of(group, mesh), method, layout, table_gradients)
     return attend(sharding, query, key, value, given, attn_mask, query_offset, (query_length, key_length), return_lse, backend)
+
+
+def relative_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_k: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    group: Group = None,
+    mesh: Any = None,
+    method: str = "ring",
+    layout: str = "contiguous",
+    table_gradients: str = "sum",
+    return_lse: bool = False,
+    backend: str | None = None,
+    **others: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`relattn.relative_attention_varlen` of packed sequences whose tokens lie on the ranks of a group: a sequence may lie on several
+    ranks, and a rank may have many.
+
+    The result is that of one call on all tokens, of which every rank gets its own queries' rows. What ranks send and compute in method
+    "ring" are the pairs of parts that share a sequence, with some keys that causality and window let its queries see.
+
+    Args:
+        query: (t, Hq, D), key: (s, Hkv, D), value: (s, Hkv, Dv): this rank's tokens of all, as `shard` cuts them in dimension 0.
+        cu_seqlens_q, cu_seqlens_k: of all tokens, whole and the same on every rank, as key_lengths and query_offset are. They are read,
+            which on GPUs synchronises.
+        group, mesh, method, layout, table_gradients: as in `relative_attention`. "zigzag" balances long causal sequences; where they are
+            much shorter than a rank's part, "contiguous" is balanced too and has less to send.
+        others: the arguments of `relattn.relative_attention_varlen`; key_mask is that of this rank's keys, bool (s,).
+
+    Returns:
+        (t, Hq, Dv) of the query's dtype; with `return_lse` also the log-sum-exp, (Hq, t).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `relattn.relative_attention_varlen` and `relative_attention` here; dropout_p or chunk in
+            method "ring", whose blocks may begin anywhere in a sequence: take "gather" or "all_to_all".
+    """
+    sharding = Sharding(group_of(group, mesh), method, layout, table_gradients)
+    sharding.check()
+    given = _whole(others) | dict(rel_k=rel_k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    tensors, settings = varlen.packed_call(query, key, value, **given)
+    check_device(query.device, sharding.group)
+    if method == "ring":
+        for name, asked in (("dropout_p", settings.dropout_p > 0.0), ("chunk", settings.chunk_size is not None)):
+            if asked:
+                raise ValueError(f"{name}: packed sequences have none in method 'ring'; take method='gather' or 'all_to_all'")
+    queries, keys, _ = _lengths(sharding, tensors, settings, (None, None), None)
+    packing = Packing.of(tensors, settings, queries.length, keys.length)
+    output, lse = _compute(sharding, tensors, settings, queries, keys, False, backend, packing)
+    output = output[0].transpose(0, 1)
+    return (output, lse[0]) if return_lse else output
+
+
+_VARLEN = {
+    name: parameter.default
+    for name, parameter in inspect.signature(varlen.relative_attention_varlen).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and not name.startswith("cu_seqlens") and name not in ("return_lse", "backend")
+}
+
+
+def _whole(others: dict[str, Any]) -> dict[str, Any]:
+    """With what a call leaves out.
+
+    Raises:
+        TypeError: there is no such argument.
+    """
+    for name in others:
+        if name not in _VARLEN:
+            raise TypeError(f"relative_attention_varlen: got an unexpected argument {name!r}")
+    return _VARLEN | others
 
 
 class Sharding(NamedTuple):
@@ -152,6 +226,7 @@ class _Shard(NamedTuple):
     keys: Layout
     seed: Tensor
     mask_has_rows: bool  # attn_mask has one for each query, on some rank
+    packing: Packing | None = None
 
     @property
     def rank(self) -> int:
@@ -183,17 +258,25 @@ def attend(
         raise ValueError(functional.ambiguous(name, queries.length, keys.length, False))
     if attn_mask is not None:
         tensors = _with_mask(tensors, attn_mask, keys.length)
-    seed = torch.empty((0,), dtype=torch.int64, device=query.device)
-    if settings.dropout_p > 0.0:
-        seed = common_seed(draw_seed(query.device), sharding.group)
     if must_cover and given["max_relative_position"] is None:
         _check_cover(tensors, settings, queries, keys)
+    output, lse = _compute(sharding, tensors, settings, queries, keys, mask_has_rows, backend)
+    return (output, lse) if return_lse else output
+
+
+def _compute(
+    sharding: Sharding, tensors: Tensors, settings: Settings, queries: Layout, keys: Layout, mask_has_rows: bool, backend: str | None,
+    packing: Packing | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and log-sum-exp of a checked call."""
+    seed = torch.empty((0,), dtype=torch.int64, device=tensors.query.device)
+    if settings.dropout_p > 0.0:
+        seed = common_seed(draw_seed(seed.device), sharding.group)
     tensors = _replicated(sharding, tensors)
-    shard = _Shard(sharding, tensors, settings, queries, keys, seed, mask_has_rows)
+    shard = _Shard(sharding, tensors, settings, queries, keys, seed, mask_has_rows, packing)
     method = dict(ring=_ring, all_to_all=_all_to_all, gather=_gather)[sharding.method]
     output, lse = method(shard, backend)
-    output = with_layout(tensors.query, output)
-    return (output, lse) if return_lse else output
+    return with_layout(tensors.query, output), lse
 
 
 def _lengths(
@@ -201,13 +284,13 @@ def _lengths(
 ) -> tuple[Layout, Layout, bool]:
     """Layouts of queries and keys, and whether attn_mask (of that many rows here) has rows of its own for each query."""
     group, local = sharding.group, (tensors.query.shape[2], tensors.key.shape[2])
-    known = all(length is not None for length in lengths) and group in _started
+    known = all(length is not None for length in lengths) and group in started
     has_rows = mask_rows not in (None, 1)
     if not known or (sharding.method == "all_to_all" and mask_rows is not None):  # a rank with one query cannot tell
-        host = tuple(None if tensor is None else tensor.tolist() for tensor in (tensors.key_lengths, tensors.query_offsets))
+        small = (tensors.key_lengths, tensors.query_offsets, tensors.cu_seqlens_q, tensors.cu_seqlens_k)
+        host = tuple(None if tensor is None else tensor.tolist() for tensor in small)
         same = (*sharding[1:], settings, *host, lengths, *map(_described, Tensors._fields, tensors))
         of_ranks = same_on_all((*local, 1 if mask_rows is None else mask_rows), same, tensors.query.device, group)
-        _started.add(group)
         of_queries, of_keys, of_rows = ([rank[number] for rank in of_ranks] for number in range(3))
         found = fitting("query", of_queries, sharding.layout), fitting("key", of_keys, sharding.layout)
         has_rows = any(rows != 1 for rows in of_rows)
@@ -289,7 +372,7 @@ def _ring(shard: _Shard, backend: str | None) -> tuple[Tensor, Tensor]:
     longest = shard.keys.length
     if tensors.key_lengths is not None:
         longest = max([0, *tensors.key_lengths.tolist()])
-    call = ring.Call(name, settings, shard.queries, shard.keys, shard.rank, _reach(tensors, settings), longest)
+    call = ring.Call(name, settings, shard.queries, shard.keys, shard.rank, _reach(tensors, settings), longest, shard.packing)
     return ring.RingAttention.apply(call, shard.group, shard.seed, *tensors)
 
 
@@ -337,19 +420,31 @@ def _gather(shard: _Shard, backend: str | None) -> tuple[Tensor, Tensor]:
     key, value = (send_everywhere(tensor, 2, shard.keys, group) for tensor in (tensors.key, tensors.value))
     key_mask = None if tensors.key_mask is None else send_everywhere(tensors.key_mask, 1, shard.keys, group)
     done = []
-    for tokens, where in shard.queries.local(shard.rank):  # also of an empty piece, so that keys and values are part of every graph
+    for tokens, where, first in _query_parts(shard):  # also of an empty piece, so that keys and values are part of every graph
         mask = tensors.attn_mask
         if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
             mask = mask[..., where, :]
         part = tensors._replace(query=tensors.query[:, :, where], key=key, value=value, attn_mask=mask, key_mask=key_mask)
         block = settings._replace(query_offset=settings.query_offset + tokens.start)
+        if shard.packing is not None:
+            part = part._replace(**shard.packing.part(tensors, tokens, range(shard.keys.length)))
+            block = block._replace(query_offset=0)
         if settings.dropout_p > 0.0:
-            block = block._replace(first_query=tokens.start)
+            block = block._replace(first_query=first)
         done.append(_attend(part, block, shard.seed, backend))
     if len(done) == 1:
         return done[0]
     outputs, sums = zip(*done, strict=True)
     return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
+
+
+def _query_parts(shard: _Shard) -> Iterator[tuple[range, slice, int]]:
+    """This rank's queries, a piece at a time: their tokens, where they lie here, and from where dropout counts them in their sequence."""
+    for tokens, where in shard.queries.local(shard.rank):
+        packing = shard.packing
+        for part, first in [(tokens, tokens.start)] if packing is None else packing.uncut(tokens):
+            start = where.start + part.start - tokens.start
+            yield part, slice(start, start + len(part)), first
 
 
 def _attend(tensors: Tensors, settings: Settings, seed: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:

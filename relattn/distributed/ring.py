@@ -25,6 +25,7 @@ from relattn import backends
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout, lse_dtype
 from relattn.distributed.collectives import Group, Transfer
 from relattn.distributed.layout import Layout
+from relattn.distributed.packing import Packing
 from relattn.operators import check_gradients, no_autocast
 
 _TABLES = ("rel_k", "rel_q", "rel_v", "rel_bias")
@@ -50,20 +51,32 @@ class Call(NamedTuple):
     rank: int
     offsets: tuple[int, int]  # the least and the greatest position of query 0, over the batch
     longest: int  # keys from there on are hidden in every batch element
+    packing: Packing | None = None  # of packed sequences, of which those two numbers say nothing
+
+    def distances(self, queries: range, keys: range) -> tuple[int, int] | None:
+        """The least and the greatest at which some of these queries may see some of these keys, as far as can be told without the masks;
+        None: they see none."""
+        settings, behind = self.settings, self.settings.window_left
+        ahead = 0 if settings.is_causal else settings.window_right
+        if len(queries) == 0 or len(keys) == 0:
+            return None
+        if self.packing is not None:
+            found = self.packing.distances(queries, keys, ahead, behind)
+            if found is None:
+                return None
+            lowest, highest = found
+        else:
+            first, last = queries.start + self.offsets[0], queries.stop - 1 + self.offsets[1]
+            lowest, highest = keys.start - last, keys.stop - 1 - first
+            start, stop = settings.chunk_start(first), settings.chunk_stop(last)
+            if keys.start >= self.longest or (start is not None and keys.stop <= start) or (stop is not None and keys.start >= stop):
+                return None
+        lowest = lowest if behind is None else max(lowest, -behind)
+        highest = highest if ahead is None else min(highest, ahead)
+        return (lowest, highest) if lowest <= highest else None
 
     def sees(self, queries: range, keys: range) -> bool:
-        """Whether some of these queries may see some of these keys, as far as can be told without the masks."""
-        settings = self.settings
-        if len(queries) == 0 or len(keys) == 0 or keys.start >= self.longest:
-            return False
-        first, last = queries.start + self.offsets[0], queries.stop - 1 + self.offsets[1]
-        ahead = 0 if settings.is_causal else settings.window_right
-        if ahead is not None and keys.start > last + ahead:
-            return False
-        if settings.window_left is not None and keys.stop - 1 < first - settings.window_left:
-            return False
-        start, stop = settings.chunk_start(first), settings.chunk_stop(last)
-        return (start is None or keys.stop > start) and (stop is None or keys.start < stop)
+        return self.distances(queries, keys) is not None
 
     def needed(self, rank: int, source: int) -> list[range]:
         """Those of a rank's pieces that another one's queries see."""
@@ -72,17 +85,13 @@ class Call(NamedTuple):
 
     def block_settings(self, queries: range, keys: range) -> tuple[Settings, slice]:
         """Those of a block, and the rows of the tables that its distances reach."""
-        settings = self.settings
-        lowest, highest = keys.start - (queries.stop - 1 + self.offsets[1]), keys.stop - 1 - (queries.start + self.offsets[0])
-        ahead = 0 if settings.is_causal else settings.window_right
-        if ahead is not None:
-            highest = min(highest, ahead)
-        if settings.window_left is not None:
-            lowest = max(lowest, -settings.window_left)
-        low, high = (min(max(end, -settings.left), settings.right) for end in (lowest, highest))
+        settings, reached = self.settings, self.distances(queries, keys)
+        assert reached is not None
+        low, high = (min(max(end, -settings.left), settings.right) for end in reached)
         drops = settings.dropout_p > 0.0
+        offset = 0 if self.packing is not None else settings.query_offset + queries.start - keys.start  # of sequences: a tensor
         block = settings._replace(
-            left=-low, right=high, query_offset=settings.query_offset + queries.start - keys.start, is_part=True,
+            left=-low, right=high, query_offset=offset, is_part=True,
             first_query=queries.start if drops else 0, first_key=keys.start if drops or settings.chunk_size is not None else 0,
         )  # fmt: skip
         return block, slice(low + settings.left, high + settings.left + 1)
@@ -111,7 +120,9 @@ def block_of(call: Call, tensors: Tensors, queries: range, where: slice, piece: 
         columns = full if mask.shape[-1] == 1 else slice(piece.tokens.start, piece.tokens.stop)
         index = (*(full,) * (mask.dim() - 2), *((full if mask.shape[-2] == 1 else where,) if mask.dim() > 1 else ()), columns)
         parts["attn_mask"] = mask[index]
-    if tensors.key_lengths is not None:
+    if call.packing is not None:
+        parts |= call.packing.part(tensors, queries, piece.tokens)
+    elif tensors.key_lengths is not None:
         parts["key_lengths"] = (tensors.key_lengths.to(torch.int64) - piece.tokens.start).clamp(min=0)  # small ones would wrap
     return Block(tensors._replace(**parts), settings, where, rows, index)
 
