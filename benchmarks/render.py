@@ -1,7 +1,8 @@
 """Report and pictures of measured rows: `python -m benchmarks.render DIR ... [--readme docs/benchmarks.md]`.
 
-From DIR/results.json alone: DIR/report.md, time.png, memory.png, speed.png, and, of training, overview.png, time beside memory. With --readme, the
-part of that file between `<!-- benchmarks -->` and `<!-- /benchmarks -->` is written anew from the folders given, in their order.
+From DIR/results.json alone: DIR/report.md, time.png, memory.png, speed.png, and, of training, overview.png, time beside memory. With
+--readme, the part of that file between `<!-- benchmarks -->` and `<!-- /benchmarks -->` is written anew from the folders given, in
+their order.
 """
 
 from __future__ import annotations
