@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import multiprocessing
 import tempfile
 import time
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from benchmarks.measure import extra_memory
 from examples.chorales.storage import read_json, write_json
+from relattn.arguments import Settings
+from relattn.distributed import ring
 from relattn.distributed.layout import Layout
 
 METHODS = ("ring", "all_to_all", "gather")
@@ -164,17 +167,35 @@ def conformer(minutes: float, layers: int) -> dict[str, Any]:
 
 
 def predicted(length: int, ranks: int, size: int = 64, itemsize: int = 2) -> dict[str, Any]:
-    """Of a forward pass on H100s, without a mask: seconds of a block of the ring and of its transfer, for one head; and what all_to_all
-    takes as a multiple of the ring."""
+    """Of a forward pass on H100s, without a mask: seconds of a block of the ring and of its transfer, for one head; what all_to_all takes
+    as a multiple of the ring; and what a window and a clip leave of the ring."""
     local = length / ranks
     found: dict[str, Any] = {"tokens per rank": round(local), "compute of a block": 4 * local**2 * size / _COMPUTE}
     for name, speed in _NETWORKS.items():
         found[f"{name}, a block"] = 2 * local * size * itemsize / speed
         found[f"{name}, ring hides it"] = found["compute of a block"] >= found[f"{name}, a block"]
         exposed = 4 * (ranks - 1) / ranks * local * size * itemsize / speed
-        ring = max(found["compute of a block"], found[f"{name}, a block"]) * (ranks - 1) + found["compute of a block"]
-        found[f"{name}, all_to_all over ring"] = (ranks * found["compute of a block"] + exposed) / ring
-    return found
+        of_ring = max(found["compute of a block"], found[f"{name}, a block"]) * (ranks - 1) + found["compute of a block"]
+        found[f"{name}, all_to_all over ring"] = (ranks * found["compute of a block"] + exposed) / of_ring
+    return found | left(length, ranks)
+
+
+def left(length: int, ranks: int, window: int = 4096, clip: int = 4096) -> dict[str, float]:
+    """Shares of a ring's pairs of ranks, by its own rules: those of whom one sends the other something, if queries see so many keys before
+    them; and the blocks that need a product with the table, if it is clipped at that distance on both sides."""
+    cut = Layout("contiguous", length, ranks)
+
+    def call(**settings: Any) -> ring.Call:
+        whole = Settings(clip, clip, False, None, None, 0, 0.0, 1.0)._replace(**settings)
+        return ring.Call("", whole, cut, cut, 0, (0, 0), length)
+
+    windowed, clipped = call(is_causal=True, window_left=window), call()
+    pairs = list(itertools.permutations(range(ranks), 2))
+    rows = [clipped.block_settings(cut.piece(rank), cut.piece(source))[1] for rank, source in itertools.product(range(ranks), repeat=2)]
+    return {
+        f"sent, causal window of {window}": sum(bool(windowed.needed(*pair)) for pair in pairs) / len(pairs),
+        f"with a table, clipped at {clip}": sum(one.stop - one.start > 1 for one in rows) / len(rows),
+    }
 
 
 # ---- the command ----
@@ -195,7 +216,7 @@ def main() -> None:
     heads, size, clip = 4, 64, 128
     results: dict[str, Any] = {"attention": {}, "conformer": {}, "predicted": {}}
     if options.out is not None and (options.out / "distributed.json").is_file():
-        results = read_json(options.out / "distributed.json")
+        results = read_json(options.out / "distributed.json") | {"predicted": {}}
     print(f"attention, L = {options.length}, H = {heads}, D = {size}, clipped at {clip}, float32, a training step; the most of any rank")
     for ranks in options.ranks if options.length else ():
         for method in METHODS if ranks > 1 else METHODS[:1]:
@@ -217,7 +238,7 @@ def main() -> None:
             print(f"  P = {ranks:<28}", "  ".join(f"{key} {value:g}" for key, value in row.items()), flush=True)
     print(f"H100, forward, bfloat16, by the formulas at {_COMPUTE / 1e12:g} TFLOP/s, {_NETWORKS}; times of one head")
     for length in (2**15, 2**18, 2**20, 2**22):
-        for ranks in (2, 8, 64):
+        for ranks in (2, 4, 8, 16, 32, 64):
             row = predicted(length, ranks)
             results["predicted"][f"L = {length}, P = {ranks}"] = row
             shown = "  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
