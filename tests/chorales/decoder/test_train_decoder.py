@@ -120,7 +120,7 @@ def interrupt(*_, **__):
 
 def test_processes_share_windows_and_heads(small_json, tmp_path):
     """The curve of one process, but for rounding, from and to checkpoints of other numbers. Heads drop what they drop there."""
-    options = [*SMALL, "--positions=both", "--batch=3", "--epochs=1", "--evaluations=3"]
+    options = [*SMALL, "--positions=both", "--batch=3", "--epochs=0.5", "--evaluations=2"]
 
     def given(name: str, *more: str) -> list[str]:
         return command(small_json, tmp_path / name, *options, *more)[3:]
