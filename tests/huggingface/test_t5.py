@@ -14,23 +14,25 @@ from relattn.huggingface import convert, revert
 from tests.huggingface.models import LENGTH, PADDED, close, gradients, mask_of, t5
 from tests.huggingface.test_families import Largest
 
-NAMES = ("T5", "MT5", "UMT5", "LongT5", "Pop2Piano", "SwitchTransformers")
+NAMES = ("T5", "MT5", "UMT5", "LongT5", "Pop2Piano", "SwitchTransformers", "Udop")
+UDOP = dict(relative_attention_num_buckets=32, relative_attention_max_distance=20)  # its encoder has 32 buckets, whatever is asked for
 EXPERTS = dict(num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, router_jitter_noise=0.0, add_router_probs=False)
 OUTPUTS = 17
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float64, **more) -> nn.Module:
     torch.manual_seed(0)
-    model = t5(name, "ForConditionalGeneration", **((EXPERTS if name == "SwitchTransformers" else {}) | more)).to(dtype).eval()
+    model = t5(name, "ForConditionalGeneration", **({"SwitchTransformers": EXPERTS, "Udop": UDOP}.get(name, {}) | more)).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 
-def calls() -> dict[str, dict[str, Any]]:
+def calls(name: str = "") -> dict[str, dict[str, Any]]:
     torch.manual_seed(1)
-    inputs = dict(input_ids=torch.randint(3, 29, (2, LENGTH)), decoder_input_ids=torch.randint(3, 29, (2, OUTPUTS)))
+    boxes = dict(bbox=torch.rand(2, LENGTH, 4, dtype=torch.float64)) if name == "Udop" else {}
+    inputs = boxes | dict(input_ids=torch.randint(3, 29, (2, LENGTH)), decoder_input_ids=torch.randint(3, 29, (2, OUTPUTS)))
     padding = dict(attention_mask=mask_of(LENGTH))
     left = torch.ones(2, OUTPUTS, dtype=torch.long)
     left[1, :4] = 0
@@ -40,7 +42,7 @@ def calls() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("call", calls())
 @pytest.mark.parametrize("name", NAMES)
 def test_decoders_equal_the_original(name: str, call: str) -> None:
-    model, inputs = model_of(name), calls()[call]
+    model, inputs = model_of(name), calls(name)[call]
     seen = inputs.get("decoder_attention_mask", torch.ones(2, OUTPUTS)).bool()
     for implementation in ("eager", "sdpa") if getattr(model, "_supports_sdpa", False) else ("eager",):
         model.set_attn_implementation(implementation)
@@ -63,10 +65,10 @@ def test_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [{}, dict(num_beams=3), dict(cache_implementation="static")], ids=str)
-@pytest.mark.parametrize("name", ["T5", "MT5", "UMT5"])
+@pytest.mark.parametrize("name", ["T5", "MT5", "UMT5", "Udop"])
 def test_generates_the_same(name: str, kind: dict) -> None:
     """Beyond the farthest bucket (10)."""
-    model, inputs = model_of(name), calls()["padded"]
+    model, inputs = model_of(name), calls(name)["padded"]
     del inputs["decoder_input_ids"]
     options = dict(max_new_tokens=25, min_new_tokens=25, do_sample=False) | kind
     expected = model.generate(**inputs, **options)

@@ -110,6 +110,16 @@ def _umt5_plan(module: Any) -> list[Replacement]:
     return [*planned, replacement(module, "compute_bias", _umt5_bias, parameters, False), *_with_compact_masks(module)]
 
 
+def _udop_plan(module: Any) -> list[Replacement] | str:
+    if not getattr(module, "is_decoder", None):
+        return "the biases of its encoder are by where boxes lie on the page, which is no function of the distance of tokens"
+    return _t5_plan(module)
+
+
+def _udop_stack_plan(module: Any) -> list[Replacement]:
+    return _with_compact_masks(module) if getattr(module, "is_decoder", None) else []
+
+
 def _with_compact_masks(module: Any) -> list[Replacement]:
     return [Replacement(module, "config", CompactMasks, False)]
 
@@ -118,3 +128,4 @@ _LIKE_T5 = ("T5", "MT5", "LongT5", "Pop2Piano", "SwitchTransformers")  # LongT5'
 
 PLANS: dict[str, Plan] = {f"{name}Attention": _t5_plan for name in _LIKE_T5} | {"UMT5Attention": _umt5_plan}
 PLANS |= {f"{name}Stack": _with_compact_masks for name in (*_LIKE_T5, "UMT5")}
+PLANS |= {"UdopAttention": _udop_plan, "UdopStack": _udop_stack_plan}
