@@ -211,6 +211,12 @@ def granite5(**more) -> nn.Module:
     return modeling_granite_speech5.GraniteSpeech5Encoder(modeling_granite_speech5.GraniteSpeech5EncoderConfig(**settings))
 
 
+def funnel(**more) -> nn.Module:
+    settings: dict[str, Any] = dict(vocab_size=29, block_sizes=[1, 2], num_decoder_layers=1, d_model=HIDDEN, n_head=HEADS, d_head=8, d_inner=32)
+    settings |= dict(hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0) | more
+    return transformers.FunnelModel(transformers.FunnelConfig(**settings))
+
+
 def waves(length: int) -> dict[str, Tensor]:
     return {"input_values": torch.randn(2, 8 * length + 8), "attention_mask": mask_of(8 * length + 8, 8 * PADDED)}
 
@@ -268,6 +274,7 @@ CASES = {
     "umt5": Case(part(t5, "UMT5"), tokens),
     "mpnet": Case(mpnet, tokens, True),
     "wavlm": Case(wavlm, waves, True),
+    "funnel": Case(funnel, tokens, True, True, 1e-6),
     "sew-d": Case(sew_d, waves, True, True, 1e-6),
     "granite": Case(granite, lambda length: {"hidden_states": torch.randn(2, length, 10), "attention_mask": mask_of(length)}, pads=False),
     "granite5": Case(granite5, features(8)),

@@ -140,8 +140,8 @@ def test_attention_weights(name: str) -> None:
     """Also where the original, with "sdpa", gives none: then as its "eager" has them."""
     if name.startswith("nemotron"):
         pytest.skip("its eager attention hides what its mask shows")
-    if name in WITHOUT_WEIGHTS:
-        pytest.skip("the original gives none")
+    if name in (*WITHOUT_WEIGHTS, "funnel"):
+        pytest.skip("the original gives none, or of other shapes: test_funnel.py")
     # Beside "eager", SeamlessM4T v2 adds its boolean mask to the scores as ones, and Parakeet's padding becomes NaN.
     model, inputs = built(name), given(name, padded=not name.startswith(("seamless-v2", "parakeet")))
     if name == "seamless-v2-chunks":

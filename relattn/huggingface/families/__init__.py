@@ -10,6 +10,7 @@ FAMILIES = {
     "deberta": "deberta",
     "deberta_v2": "deberta",
     "fastspeech2_conformer": "fastspeech2_conformer",
+    "funnel": "funnel",
     "granite_speech": "granite_speech",
     "granite_speech5": "granite_speech",
     "granite_speech_plus": "granite_speech",
