@@ -212,8 +212,8 @@ def granite5(**more) -> nn.Module:
 
 
 def funnel(**more) -> nn.Module:
-    settings: dict[str, Any] = dict(vocab_size=29, block_sizes=[1, 2], num_decoder_layers=1, d_model=HIDDEN, n_head=HEADS, d_head=8, d_inner=32)
-    settings |= dict(hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0) | more
+    settings: dict[str, Any] = dict(vocab_size=29, d_model=HIDDEN, n_head=HEADS, d_head=8, d_inner=32, num_decoder_layers=1)
+    settings |= dict(block_sizes=[1, 2], hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0) | more
     return transformers.FunnelModel(transformers.FunnelConfig(**settings))
 
 

@@ -19,11 +19,13 @@ pytest.importorskip("transformers")
 import transformers
 from transformers.models.deberta_v2 import modeling_deberta_v2
 from transformers.models.fastspeech2_conformer import modeling_fastspeech2_conformer
+from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.seamless_m4t_v2 import modeling_seamless_m4t_v2
+from transformers.models.swin import modeling_swin
 from transformers.models.vits import modeling_vits
 from transformers.models.wav2vec2_bert import modeling_wav2vec2_bert
 
-from relattn.huggingface import convert, families, revert
+from relattn.huggingface import convert, families, revert, unconverted
 from relattn.huggingface.conversion import is_bound
 from tests.huggingface.models import COMMON, HEADS, HIDDEN, built, close, every_case, given, gradients, seen
 
@@ -227,7 +229,7 @@ def test_nothing_to_convert(caplog) -> None:
         transformers.LongT5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=29)
     )
     for model, message in (
-        (long, "LongT5LocalAttention: its position_bias"),
+        (long, "LongT5LocalAttention: its encoder attends within neighbouring blocks"),
         (built("wav2vec2-bert", kind="rotary"), "position_embeddings_type='rotary' has no relative term"),
         (built("deberta-v2", relative_attention=False), "relative_attention=False"),
         (built("deberta", talking_head=True), "talking_head=True"),
@@ -254,6 +256,26 @@ def test_every_plan_is_of_a_class_of_transformers() -> None:
     for file in Path(families.__file__).parent.glob("[!_]*.py"):
         plans = importlib.import_module(f"{families.__name__}.{file.stem}").PLANS
         assert named[file.stem] == plans.keys()
+
+
+def test_every_class_that_is_left_is_one_of_transformers() -> None:
+    """Named by itself, and no class with a plan."""
+    for folder, reasons in unconverted.REASONS.items():
+        for name, reason in reasons.items():
+            files = Path(transformers.__file__).parent.glob(f"models/{folder}/modeling_*.py")
+            assert any(f"class {name}(" in file.read_text() for file in files), name
+            plans = families.FAMILIES.get(folder)
+            assert plans is None or name not in importlib.import_module(f"{families.__name__}.{plans}").PLANS
+            assert len(reason) > 40
+    for layer, message in (
+        (modeling_gemma4.Gemma4AudioAttention, "soft cap"),
+        (type("Own", (modeling_gemma4.Gemma4AudioAttention,), {}), "soft cap"),
+        (modeling_swin.SwinAttention, "two-dimensional"),
+    ):
+        model = nn.Sequential(layer.__new__(layer))
+        nn.Module.__init__(model[0])
+        with pytest.raises(ValueError, match=f"nothing to convert in this Sequential .{layer.__name__}: .*{message}"):
+            convert(model)
 
 
 def _other_forward(self, hidden_states, attention_mask=None, relative_position_embeddings=None, tables=None, **kwargs):

@@ -10,6 +10,8 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
+import transformers
+
 from relattn.huggingface import convert, revert
 from tests.huggingface.models import LENGTH, PADDED, close, gradients, mask_of, t5
 from tests.huggingface.test_families import Largest
@@ -107,4 +109,35 @@ def test_decoders_hold_no_tensor_of_length_by_length(name: str) -> None:
     inputs = dict(input_ids=tokens, decoder_input_ids=tokens, attention_mask=mask_of(100))
     with torch.no_grad(), Largest(100) as after:
         convert(model)(**inputs)
+    assert not after.found
+
+
+def pix2struct() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=29, hidden_size=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, dropout_rate=0.0)
+    text = sizes | dict(relative_attention_num_buckets=8, relative_attention_max_distance=10, decoder_start_token_id=0)
+    vision = dict(hidden_size=24, d_ff=32, d_kv=8, num_hidden_layers=1, num_attention_heads=3, patch_embed_hidden_size=4, seq_len=16)
+    config = transformers.Pix2StructConfig(text_config=text, vision_config=vision)
+    model = transformers.Pix2StructForConditionalGeneration(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def test_pix2struct() -> None:
+    """Its decoder; padding in picture and answer, and with caches."""
+    model = pix2struct()
+    patches = torch.cat((torch.arange(1, 10).repeat(2, 1)[..., None].expand(-1, -1, 2), torch.randn(2, 9, 4)), -1).double()
+    inputs = dict(flattened_patches=patches, attention_mask=mask_of(9, 4).double())
+    answers = calls()["padded answers"]
+    answer = dict(decoder_input_ids=answers["decoder_input_ids"], decoder_attention_mask=answers["decoder_attention_mask"])
+    options: dict[str, Any] = dict(max_new_tokens=25, min_new_tokens=25, do_sample=False)
+    expected, tokens = model(**inputs, **answer).logits, model.generate(**inputs, **options)
+    convert(model)
+    seen = answer["decoder_attention_mask"].bool()
+    close(model(**inputs, **answer).logits[seen], expected[seen])
+    assert torch.equal(model.generate(**inputs, **options), tokens)
+    with Largest(100) as after, torch.no_grad():
+        model(**inputs, decoder_input_ids=torch.randint(3, 29, (2, 100)))
     assert not after.found

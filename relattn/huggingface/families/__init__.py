@@ -19,6 +19,7 @@ FAMILIES = {
     "mt5": "t5",
     "nemotron_asr_streaming": "nemotron_asr_streaming",
     "parakeet": "parakeet",
+    "pix2struct": "t5",
     "pop2piano": "t5",
     "seamless_m4t": "conformer",
     "seamless_m4t_v2": "conformer",
