@@ -8,6 +8,7 @@ import importlib
 import inspect
 import logging
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,14 @@ def test_every_plan_is_of_a_class_of_transformers() -> None:
     for file in Path(families.__file__).parent.glob("[!_]*.py"):
         plans = importlib.import_module(f"{families.__name__}.{file.stem}").PLANS
         assert named[file.stem] == plans.keys()
+
+
+def test_the_kernel_hub_has_no_place_for_relative_attention() -> None:
+    """`use_kernels` puts kernels into classes that transformers marks for it. Were one of ours among them, a mapping could name relattn."""
+    for folder, file in families.FAMILIES.items():
+        modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+        marked = set(re.findall(r"@use_kernel_forward_from_hub\([^)]*\)\nclass (\w+)", Path(modeling.__file__).read_text()))
+        assert not marked & importlib.import_module(f"{families.__name__}.{file}").PLANS.keys()
 
 
 def test_every_class_that_is_left_is_one_of_transformers() -> None:
