@@ -287,6 +287,16 @@ def test_every_class_that_is_left_is_one_of_transformers() -> None:
             convert(model)
 
 
+def test_the_page_names_every_model() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for folder in unconverted.REASONS:
+        assert f"`{folder}`" in page, folder
+    for file in set(families.FAMILIES.values()):
+        for name in importlib.import_module(f"{families.__name__}.{file}").PLANS:
+            if name.endswith("Attention"):
+                assert f"`{name}`" in page, name
+
+
 def _other_forward(self, hidden_states, attention_mask=None, relative_position_embeddings=None, tables=None, **kwargs):
     raise NotImplementedError
 
