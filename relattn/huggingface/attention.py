@@ -176,7 +176,8 @@ def relattn_attention(
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences, as a flattening collator has them: computed one by
             one in one call (`relattn.relative_attention_varlen`), whatever the mask. Without them `position_ids` that start anew say the
             same: of causal models through their mask, of others of batch size 1.
-        by_distance: arguments of `relattn.relative_attention` that stand for a `position_bias`, from a converted layer.
+        by_distance: arguments of `relattn.relative_attention` that stand for a `position_bias`, from a converted layer; or a function of
+            query, key and `position_bias` that returns query, key and these.
 
     Returns:
         The output (B, Lq, Hq, D), and with `output_attentions` (an argument, or the configuration's) the weights
@@ -194,6 +195,8 @@ def relattn_attention(
     tables, by_distance = getattr(module, "relative_tables", None), kwargs.get("by_distance")
     if tables is None and by_distance is None and kwargs.get("position_bias") is not None:
         return _with_position_bias(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    if callable(by_distance):
+        query, key, by_distance = by_distance(query, key, kwargs["position_bias"])
     config = getattr(module, "config", None)
     if tables is None and getattr(config, "relative_attention", None) is not None:
         raise RuntimeError(

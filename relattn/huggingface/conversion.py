@@ -44,7 +44,7 @@ def convert(model: nn.Module, strict: bool = True) -> nn.Module:
     Converted are the self-attention layers of Wav2Vec2-BERT, Wav2Vec2-Conformer and SeamlessM4T v1
     (``position_embeddings_type`` "relative" and "relative_key"), SeamlessM4T v2, Parakeet, Nemotron ASR streaming,
     FastSpeech2-Conformer, SpeechT5's encoder, XLNet, Funnel, VITS, DeBERTa, DeBERTa v2 and SEW-D, WavLM, Granite Speech,
-    MPNet, and T5, mT5, UMT5, Switch Transformers, Pop2Piano and the decoders of LongT5, UDOP and Pix2Struct, wherever they
+    Inkling, MPNet, and T5, mT5, UMT5, Switch Transformers, Pop2Piano and the decoders of LongT5, UDOP and Pix2Struct, wherever they
     stand in `model`. What else has relative positions, and why it is left, is in `relattn.huggingface.unconverted`.
     Parameters, state dicts and files stay as they are; results change by rounding only, in training and evaluation,
     with padding, under autocast, gradient checkpointing and torch.compile. Except that

@@ -3,7 +3,7 @@
 _IN_TWO_DIMENSIONS = "its relative positions are two-dimensional, between patches or boxes, which is no function of the distance of tokens"
 _SOFT_CAP = "its scores, with the relative term, pass through a soft cap (tanh) before the softmax, which relattn's kernels do not have"
 _ALIBI = "ALiBi's bias is one number for a key, made without a matrix; attn_implementation='sdpa' or 'eager' is as lean"
-_MIXED = "a bias that each query mixes from a bank of profiles: it could be columns of query and table, but relattn has no plan for it yet"
+_SINKS = "its bias could be columns of query and table, as Inkling's is, but its softmax has a sink, for which relattn has no plan"
 
 # A model's folder in transformers.models -> class -> reason.
 REASONS: dict[str, dict[str, str]] = {
@@ -17,8 +17,7 @@ REASONS: dict[str, dict[str, str]] = {
     "gemma3n": {"Gemma3nAudioAttention": _SOFT_CAP},
     "gemma4": {"Gemma4AudioAttention": _SOFT_CAP},
     "got_ocr2": {"GotOcr2VisionAttention": _IN_TWO_DIMENSIONS},
-    "inkling": {"InklingAttention": _MIXED},
-    "inkling2": {"Inkling2SlidingAttention": _MIXED, "Inkling2FullAttention": _MIXED},
+    "inkling2": {"Inkling2SlidingAttention": _SINKS, "Inkling2FullAttention": _SINKS},
     "layoutlmv2": {"LayoutLMv2SelfAttention": _IN_TWO_DIMENSIONS},
     "layoutlmv3": {"LayoutLMv3SelfAttention": _IN_TWO_DIMENSIONS},
     "levit": {"LevitAttention": _IN_TWO_DIMENSIONS, "LevitAttentionSubsample": _IN_TWO_DIMENSIONS},

@@ -14,6 +14,7 @@ FAMILIES = {
     "granite_speech": "granite_speech",
     "granite_speech5": "granite_speech",
     "granite_speech_plus": "granite_speech",
+    "inkling": "inkling",
     "longt5": "t5",
     "mpnet": "mpnet",
     "mt5": "t5",
