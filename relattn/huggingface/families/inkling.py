@@ -34,10 +34,11 @@ def _attention(
         offset = past_key_values.get_query_offset(module.layer_idx) - first_key
 
     def by_distance(query: Tensor, key: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        profiles = nn.functional.pad(module.rel_logits_proj.proj.flip(1).t(), (query.shape[-1], 0, 1, 0))  # 0 farther to the left
+        extent = module.rel_extent if query.shape[2] > 1 else min(module.rel_extent, key.shape[2])  # one token sees few rows
+        profiles = nn.functional.pad(module.rel_logits_proj.proj[:, :extent].flip(1).t(), (query.shape[-1], 0, 1, 0))  # 0 farther left
         query = nn.functional.pad(query, (0, mixture.shape[-1])) + nn.functional.pad(mixture / module.scaling, (query.shape[-1], 0))
         key = nn.functional.pad(key, (0, mixture.shape[-1]))
-        return query, key, dict(rel_k=profiles.to(query.dtype), max_relative_position=(module.rel_extent, 0), query_offset=offset)
+        return query, key, dict(rel_k=profiles.to(query.dtype), max_relative_position=(extent, 0), query_offset=offset)
 
     kwargs["by_distance"] = by_distance
     return original(module)(hidden_states, attention_mask, conv_mask, past_key_values, **kwargs)
