@@ -58,7 +58,8 @@ bench: $(INSTALLED) ## speed and memory against peers on this machine (BENCH_ARG
 
 figures: $(INSTALLED) ## reports, pictures and the README's parts of the committed benchmarks and study
 	$(BIN)/python -m benchmarks.render $(wildcard benchmarks/results/*-*) --readme README.md
-	$(BIN)/python -m benchmarks.huggingface --render --out benchmarks/results/huggingface --readme README.md
+	$(BIN)/python -m benchmarks.huggingface --render --out benchmarks/results/huggingface_epyc
+	$(BIN)/python -m benchmarks.huggingface --render --out benchmarks/results/huggingface --readme docs/models.md --also benchmarks/results/huggingface_epyc
 	$(BIN)/python -m examples.chorales.study report --readme examples/chorales/README.md
 
 resources: $(INSTALLED) ## what the GPU kernels take of each chip, by compiling them
