@@ -195,7 +195,7 @@ def relattn_attention(
     tables, by_distance = getattr(module, "relative_tables", None), kwargs.get("by_distance")
     if tables is None and by_distance is None and kwargs.get("position_bias") is not None:
         return _with_position_bias(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-    if callable(by_distance):
+    if by_distance is not None and not isinstance(by_distance, dict):
         query, key, by_distance = by_distance(query, key, kwargs["position_bias"])
     config = getattr(module, "config", None)
     if tables is None and getattr(config, "relative_attention", None) is not None:

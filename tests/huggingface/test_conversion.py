@@ -65,7 +65,7 @@ def test_signatures_stay(name: str) -> None:
 
 
 BIASES = ("t5", "umt5", "mpnet", "wavlm")
-TRACED = ("wav2vec2-bert", "parakeet", "speecht5", "xlnet", "vits", "deberta", "deberta-long", "deberta-v2", *BIASES)
+TRACED = ("wav2vec2-bert", "parakeet", "speecht5", "xlnet", "vits", "deberta", "deberta-long", "deberta-v2", "granite5", *BIASES)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
@@ -156,9 +156,10 @@ def test_dropout_in_training_only(name: str) -> None:
     assert torch.equal(model(**inputs)[0], output)
 
 
-@pytest.mark.parametrize(
-    "name", ["wav2vec2-bert", "seamless-v1", "parakeet", "speecht5", "vits", "deberta-v2", "xlnet", "t5", "umt5", "mpnet", "wavlm"]
-)
+COMPILED = ("wav2vec2-bert", "seamless-v1", "parakeet", "speecht5", "vits", "deberta-v2", "xlnet", "granite5", *BIASES)
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiles(name: str) -> None:
     model, inputs = convert(built(name, torch.float32)), given(name, torch.float32)
     torch._dynamo.reset()
