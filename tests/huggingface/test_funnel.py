@@ -87,3 +87,19 @@ def test_dropout(kind: str) -> None:
     mean, spread = found[1].unflatten(0, (1500, 2)).mean(0), found[1].unflatten(0, (1500, 2)).std(0)
     assert spread.min() > 0
     assert ((mean - found[0]).abs() < 6 * spread / 1500**0.5 + 1e-5).all()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced_for_one_length() -> None:
+    """The positions are Python's numbers: at another length it was silent and wrong, as the original is."""
+    model, inputs = convert(built("funnel", torch.float32)).requires_grad_(False), given("funnel", torch.float32)
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        return model(**dict(zip(inputs, tensors, strict=True)))[0]
+
+    traced = torch.jit.trace(run, tuple(inputs.values()), check_trace=False)
+    others = {name: tensor.flip(0) for name, tensor in inputs.items()}
+    close(traced(*others.values()), run(*others.values()), 1e-5)
+    for length in (17, 29):
+        with pytest.raises(RuntimeError, match="shape"):
+            traced(*given("funnel", torch.float32, length).values())

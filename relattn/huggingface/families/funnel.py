@@ -69,13 +69,16 @@ def _with_matrices(module: Any, attention_inputs: tuple, queries: int, keys: int
 # ---- attention ----
 
 
-def _table(module: Any, positions: Any, step: int, queries: int, query: Tensor, key: Tensor) -> Tensor:
+def _table(module: Any, positions: Any, step: int, lengths: tuple[int, int], query: Tensor, key: Tensor) -> Tensor:
     """(H, R, D), the row of a distance by a query (R,) and a key (R,) that are so far apart."""
+    queries, keys = lengths
     if module.config.attention_type == "factorized":
         phi, pi, psi, omega = positions
         rows = phi[query] * psi[key] + pi[query] * omega[key]
     else:
-        rows = positions[module.block_index][step - 1][step * queries + key - step * query]
+        # A traced model has rows for the length that it was traced with: it fails at others, where the original is wrong.
+        of_block = positions[module.block_index][step - 1].view(step * queries + keys, -1)
+        rows = of_block[step * queries + key - step * query]
     return torch.einsum("rd,dnh->nrh", rows.to(module.r_kernel.dtype), module.r_kernel)
 
 
@@ -102,7 +105,7 @@ def _of_distance(module: Any, positions: Any, types: _Types | None, query: Tenso
         of_key, of_value = (tensor[:, :, first::step] for tensor in (key, value))
         distance = torch.arange(1 - query.shape[2], of_key.shape[2], device=query.device)
         apart = (skipped + (-distance).clamp(min=0), first + step * distance.clamp(min=0))
-        table = nn.functional.pad(_table(module, positions, step, queries, *apart), (0, wider))
+        table = nn.functional.pad(_table(module, positions, step, (queries, keys), *apart), (0, wider))
         parts.append(
             relative_attention(
                 query, of_key, of_value, table, max_relative_position=(query.shape[2] - 1, of_key.shape[2] - 1), query_offset=0,
