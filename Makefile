@@ -56,11 +56,12 @@ emulate: $(INSTALLED) ## the GPU kernels' PTX on this CPU, with race detection (
 bench: $(INSTALLED) ## speed and memory against peers on this machine (BENCH_ARGS="--quick")
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-figures: $(INSTALLED) ## reports, pictures and the README's parts of the committed benchmarks and study
-	$(BIN)/python -m benchmarks.render $(wildcard benchmarks/results/*-*) --readme README.md
+figures: $(INSTALLED) ## reports, pictures and the manual's parts of the committed benchmarks and study
+	$(BIN)/python -m benchmarks.render $(wildcard benchmarks/results/cpu-*) --readme docs/benchmarks.md
 	$(BIN)/python -m benchmarks.huggingface --render --out benchmarks/results/huggingface_epyc
 	$(BIN)/python -m benchmarks.huggingface --render --out benchmarks/results/huggingface --readme docs/models.md --also benchmarks/results/huggingface_epyc
-	$(BIN)/python -m examples.chorales.study report --readme examples/chorales/README.md
+	$(BIN)/python -m examples.chorales.study report --readme docs/chorales.md
+	$(BIN)/python docs/skew.py
 
 resources: $(INSTALLED) ## what the GPU kernels take of each chip, by compiling them
 	$(BIN)/python -m relattn.kernels.gpu.resources

@@ -31,10 +31,12 @@ html_title = "relattn"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
 html_show_sourcelink = False
+html_sidebars = {"**": ["globaltoc.html"]}
+highlight_language = "none"  # where a block names none: commands, formulas
 html_theme_options = {
     "show_prev_next": True,
     "navigation_with_keys": False,
-    "header_links_before_dropdown": 4,
+    "navbar_center": [],  # all pages are in the sidebar, in every page
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],

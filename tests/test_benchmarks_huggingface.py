@@ -1,4 +1,4 @@
-"""`python -m benchmarks.huggingface`: its runs, its report, and the part of the README."""
+"""`python -m benchmarks.huggingface`: its runs, its report, and the part of the manual."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.huggingface.models import wav2vec2_bert
 
 
 def test_benchmark_goes_on_where_it_was(tmp_path, capsys, monkeypatch) -> None:
-    """From the command line to the part of a README, on a model of a small configuration, in this process."""
+    """From the command line to the part of a page, on a model of a small configuration, in this process."""
     from benchmarks import huggingface as benchmark
 
     def attempt(function, arguments, timeout, threads):
@@ -97,8 +97,8 @@ def test_benchmark_of_what_ended_badly(tmp_path, monkeypatch) -> None:
     assert "goal >= 6" not in text
 
 
-def test_pages_show_the_committed_measurements() -> None:
-    """Of both machines in the manual; README, while it has them, of the first."""
+def test_manual_shows_the_committed_measurements() -> None:
+    """Of both machines."""
     from benchmarks import huggingface as benchmark
 
     clone = Path(benchmark.__file__).parents[1]
@@ -107,6 +107,7 @@ def test_pages_show_the_committed_measurements() -> None:
         folder = clone / "benchmarks" / "results" / name
         reports.append((folder / "report.md").read_text())
         assert reports[-1] == benchmark.report(read_json(folder / "results.json"))
-    for page, expected in (("docs/models.md", "\n".join(reports)), ("README.md", reports[0])):
-        _, *rest = (clone / page).read_text().split("<!-- conversion -->\n")
-        assert [part.split("<!-- /conversion -->")[0] for part in rest] == [expected] * (1 if page != "README.md" else len(rest))
+    part = (clone / "docs" / "models.md").read_text().split("<!-- conversion -->
+")[1].split("<!-- /conversion -->")[0]
+    assert part == "
+".join(reports)
