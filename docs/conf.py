@@ -19,6 +19,7 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "attrs_inline"]
 myst_heading_anchors = 3
 
+default_role = "py:obj"  # `name` in a docstring: a link if the name is documented, else code
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature shows them, the text gives shapes
 autodoc_preserve_defaults = True

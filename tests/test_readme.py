@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,22 @@ def test_links_lead_somewhere(page):
 
 def test_readme_is_short():
     assert len((CLONE / "README.md").read_bytes()) <= 8192
+
+
+def test_reference_has_every_public_name():
+    pages = "".join(path.read_text(encoding="utf-8") for path in (CLONE / "docs" / "api").glob("*.md"))
+    for name in ("relattn", "relattn.huggingface", "relattn.toolkits", "relattn.distributed"):
+        public = set(importlib.import_module(name).__all__) - {"__version__", "export"}
+        assert public <= set(re.findall(r":: (\w+)$", pages, re.MULTILINE)), name
+
+
+def test_manual_lists_the_environment_variables():
+    read = re.compile(r"""(?:environ(?:\.get\(|\[)|getenv\()["'](\w+)|\$\{(RELATTN_\w+)""")
+    rooms = [CLONE / name for name in ("relattn", "kernels", "benchmarks", "examples")]
+    files = [CLONE / "setup.py", *(path for room in rooms for path in room.rglob("*.*"))]
+    code = [path for path in files if path.suffix in (".py", ".cpp", ".h", ".sh")]
+    names = {first or second for path in code for first, second in read.findall(path.read_text(encoding="utf-8"))}
+    page = (CLONE / "docs" / "environment.md").read_text(encoding="utf-8")
+    assert "RELATTN_CPU_VARIANT" in names
+    system = {"LD_LIBRARY_PATH", "PATH"}
+    assert {name for name in names - system if f"`{name}" not in page and f"${name}" not in page} == set()
