@@ -107,7 +107,5 @@ def test_manual_shows_the_committed_measurements() -> None:
         folder = clone / "benchmarks" / "results" / name
         reports.append((folder / "report.md").read_text())
         assert reports[-1] == benchmark.report(read_json(folder / "results.json"))
-    part = (clone / "docs" / "models.md").read_text().split("<!-- conversion -->
-")[1].split("<!-- /conversion -->")[0]
-    assert part == "
-".join(reports)
+    part = (clone / "docs" / "models.md").read_text().split("<!-- conversion -->\n")[1].split("<!-- /conversion -->")[0]
+    assert part == "\n".join(reports)
