@@ -73,7 +73,8 @@ def relattn_mask(
             "past_key_values: relative positions need a cache that ends with the newest token (a DynamicCache), got "
             f"{kv_length} keys for {q_length} queries from position {q_offset}"
         )
-    numbers = _packed_numbers(mask_function)
+    # A program of torch.export cannot look where sequences begin: transformers then takes any positions for packed ones.
+    numbers = None if torch.compiler.is_exporting() else _packed_numbers(mask_function)
     if numbers is not None and attention_mask is None and aligned and q_length == kv_length:
         return _ends(numbers)
     # "None, and let the attention be causal" is a shortcut that needs the alignment.

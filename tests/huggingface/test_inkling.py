@@ -86,3 +86,20 @@ def test_other_attention_is_refused() -> None:
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation: a converted InklingAttention takes 'sdpa' or 'eager', got 'flex_attention'"):
         model.model.layers[0].self_attn(torch.randn(1, 4, 24, dtype=torch.float64), None)
+
+
+def test_exported_for_any_size() -> None:
+    """Of a program positions were taken for packed sequences, whose mask was for one number of tokens: "Guard failed: ... == 46"."""
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = convert(built(torch.float32)).requires_grad_(False)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.model(tokens, use_cache=False).logits
+
+    model, tokens = Logits(), torch.randint(3, 29, (3, 29))
+    sizes = {axis: torch.export.Dim.DYNAMIC for axis in (0, 1)}
+    program = torch.export.export(model, (tokens[:2, :LENGTH],), dynamic_shapes=(sizes,))
+    close(program.module()(tokens), model(tokens), 1e-5)
