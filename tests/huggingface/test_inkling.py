@@ -10,6 +10,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
+import relattn
 from relattn.huggingface import convert, revert
 from tests.huggingface.models import LENGTH, close, gradients
 from tests.huggingface.test_families import Largest
@@ -96,10 +97,11 @@ def test_exported_for_any_size() -> None:
             super().__init__()
             self.model = convert(built(torch.float32)).requires_grad_(False)
 
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            return self.model(tokens, use_cache=False).logits
+        def forward(self, a: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=a, use_cache=False).logits
 
     model, tokens = Logits(), torch.randint(3, 29, (3, 29))
-    sizes = {axis: torch.export.Dim.DYNAMIC for axis in (0, 1)}
-    program = torch.export.export(model, (tokens[:2, :LENGTH],), dynamic_shapes=(sizes,))
+    sizes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(model, (torch.randint(3, 29, (2, LENGTH)),), dynamic_shapes=(sizes,))
+    program = program.run_decompositions(relattn.export.decompositions())
     close(program.module()(tokens), model(tokens), 1e-5)
