@@ -58,7 +58,8 @@ bench: $(INSTALLED) ## speed and memory against peers on this machine (BENCH_ARG
 
 figures: $(INSTALLED) ## reports, pictures and the manual's parts of the committed benchmarks and study
 	$(BIN)/python -m benchmarks.render $(wildcard benchmarks/results/cpu-*) --readme docs/benchmarks.md
-	$(BIN)/python -m benchmarks.huggingface --render --out benchmarks/results/huggingface --readme docs/models.md
+	$(BIN)/python -m benchmarks.huggingface --render --out benchmarks/results/huggingface_epyc
+	$(BIN)/python -m benchmarks.huggingface --render --out benchmarks/results/huggingface --readme docs/models.md --also benchmarks/results/huggingface_epyc
 	$(BIN)/python -m examples.chorales.study report --readme docs/chorales.md
 	$(BIN)/python docs/skew.py
 

@@ -6,7 +6,7 @@ projections included; the whole encoder; of two models also the attention alone 
 inputs and weights is that of a process's first call, each side in a process of its own; in another process both sides, which share their
 weights, take turns, and their outputs are compared. Running out of memory, a crash or a timeout is a result too. Interrupted, the same
 command goes on where it was. Writes results.json and report.md to --out; `--readme docs/models.md` also writes that file's part between
-`<!-- conversion -->` and `<!-- /conversion -->`.
+`<!-- conversion -->` and `<!-- /conversion -->`, with `--also` the reports of other machines too.
 """
 
 from __future__ import annotations
@@ -145,6 +145,26 @@ def _wavlm(layers: int) -> nn.Module:
     return WavLMModel(WavLMConfig(num_hidden_layers=layers, conv_bias=True, do_stable_layer_norm=True, **sizes))
 
 
+def _sew_d(layers: int) -> nn.Module:
+    from transformers import SEWDConfig, SEWDModel
+
+    return SEWDModel(SEWDConfig(num_hidden_layers=layers, hidden_size=512, num_attention_heads=8, intermediate_size=2048))
+
+
+def _granite(layers: int) -> nn.Module:
+    from transformers import GraniteSpeechEncoderConfig
+    from transformers.models.granite_speech.modeling_granite_speech import GraniteSpeechCTCEncoder
+
+    return GraniteSpeechCTCEncoder(GraniteSpeechEncoderConfig(num_layers=layers))
+
+
+def _funnel(layers: int) -> nn.Module:
+    """So many layers in each of two blocks, the second of half the length; no decoder."""
+    from transformers import FunnelBaseModel, FunnelConfig
+
+    return FunnelBaseModel(FunnelConfig(block_sizes=[layers, layers], vocab_size=1000))
+
+
 def _features(name: str, rate: float, size: int) -> Callable[[float], dict[str, Tensor]]:
     return lambda seconds: {name: torch.randn(1, round(rate * seconds), size)}
 
@@ -193,7 +213,10 @@ MODELS = {
     "deberta-v3": Model("DeBERTa v3, text", _deberta("V2"), _text, "DisentangledSelfAttention"),
     "t5": Model("T5, text", _t5, _long_text, "T5Attention"),
     "mpnet": Model("MPNet, text", _mpnet, _text, "MPNetSelfAttention"),
+    "funnel": Model("Funnel, text", _funnel, _text, "FunnelRelMultiheadAttention"),
     "wavlm": Model("WavLM", _wavlm, _samples, "WavLMAttention"),
+    "sew-d": Model("SEW-D", _sew_d, _samples, "DisentangledSelfAttention"),
+    "granite": Model("Granite Speech", _granite, _features("hidden_states", 50, 160), "GraniteSpeechConformerAttention"),
 }
 
 
@@ -264,18 +287,23 @@ class Subject:
             args, kwargs = found.args
         finally:
             handle.remove()
-        return (lambda: module(*args, **kwargs)[0]), module
+        return (lambda: _first(module(*args, **kwargs))), module
 
     def count_frames(self, side: str, step: TensorStep) -> tuple[tuple[Tensor, ...], int]:
         """What a call of the side's `step` returns, and the queries of a layer in it."""
         module = next(module for module in self.models[side].modules() if type(module).__name__ == self.spec.attention)
         counts: list[int] = []
         axis = 0 if self.spec.attention.startswith("XLNet") else 1
-        handle = module.register_forward_hook(lambda _module, _args, output: counts.append(output[0].shape[axis]))
+        handle = module.register_forward_hook(lambda _module, _args, output: counts.append(_first(output).shape[axis]))
         try:
             return step(), counts[0]
         finally:
             handle.remove()
+
+
+def _first(output: Any) -> Tensor:
+    """Of what a module returns."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def memory(subject: Mapping[str, Any], side: str, memory_limit: int | None = None) -> dict[str, Any]:
@@ -332,7 +360,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     parser.add_argument("--overwrite", action="store_true", help="measure anew what --out already holds")
     parser.add_argument("--render", action="store_true", help="measure nothing: write the report of what --out holds")
-    parser.add_argument("--readme", type=Path, help="the file whose marked part is written anew")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="the file whose marked part is written anew")
+    parser.add_argument("--also", nargs="+", type=Path, default=[], metavar="DIR", help="with --readme: results whose reports follow there")
     options = parser.parse_args(arguments)
     options.device = chosen_device(parser, options.device)
     options.models = list(MODELS) if options.models == "all" else names(parser, "--models", options.models, list(MODELS))
@@ -507,7 +536,8 @@ def run(options: argparse.Namespace) -> None:
     with atomic_write(options.out / "report.md") as file:
         file.write(text)
     if options.readme:
-        write_part(options.readme, "conversion", text)
+        others = [report(read_json(folder / "results.json")) for folder in options.also]
+        write_part(options.readme, "conversion", "\n".join([text, *others]))
     print(f"\n{text}\nWritten: {options.out}/results.json, report.md")
 
 

@@ -4,19 +4,21 @@ The layers are the toolkits' own where they are installed (`make test-toolkits` 
 on PYTHONPATH), else the stand-ins of tests/toolkits, which gather instead of shifting and are no measure of a toolkit's
 speed: `source` says which. Sizes are those of a released model, frames come of its stride; one sequence without padding,
 float32, random weights. Each case is a process of its own, in which both sides take turns; a side that runs out of
-`--memory` is left out. `--train` is forward and backward.
+`--memory` is left out. Extra memory is a first call's peak beyond inputs, weights and results, in one more process for each side.
+`--train` is forward and backward.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import interleave
+from benchmarks.measure import extra_memory, interleave
 from benchmarks.processes import Watch, attempt, is_out_of_memory, limit_memory
 from relattn.toolkits import convert
 
@@ -82,9 +84,8 @@ def _layer(subject: Subject) -> tuple[str, nn.Module]:
     return "stand-in" if source is standins else "real", layer.eval()
 
 
-def case(name: str, seconds: int, train: bool, memory: int) -> dict[str, Any]:
-    """Medians of both sides in milliseconds, and how far apart their results are."""
-    limit_memory(memory)
+def _steps(name: str, seconds: float, train: bool) -> tuple[str, int, dict[str, Callable[[], Tensor]]]:
+    """Where the layer is from, frames, and a call of each side."""
     subject = SUBJECTS[name]
     torch.manual_seed(0)
     source, layer = _layer(subject)
@@ -99,7 +100,26 @@ def case(name: str, seconds: int, train: bool, memory: int) -> dict[str, Any]:
         return output.detach()
 
     converted = convert(copy.deepcopy(layer))
-    steps = {"after": lambda: step(converted), "before": lambda: step(layer)}
+    return source, x.shape[1], {"after": lambda: step(converted), "before": lambda: step(layer)}
+
+
+def extra(name: str, seconds: int, train: bool, memory: int, side: str) -> dict[str, Any]:
+    """MiB at the peak of a first call beyond inputs, weights and results."""
+    limit_memory(memory)
+    _steps(name, 1.0, train)[2][side]()  # what any first use loads and starts
+    step = _steps(name, seconds, train)[2][side]
+    try:
+        return {"mib": extra_memory(lambda: (step(),))[0] / 2**20}
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return {"mib": None}
+
+
+def case(name: str, seconds: int, train: bool, memory: int) -> dict[str, Any]:
+    """Medians of both sides in milliseconds, and how far apart their results are."""
+    limit_memory(memory)
+    source, frames, steps = _steps(name, seconds, train)
     outputs = {}
     for side in list(steps):
         torch.manual_seed(1)
@@ -115,7 +135,7 @@ def case(name: str, seconds: int, train: bool, memory: int) -> dict[str, Any]:
         apart = ((before - outputs["after"]).abs().max() / before.abs().max()).item()
     outputs.clear()
     timed = interleave(steps, 2.0, warm=False)
-    return {"source": source, "frames": x.shape[1], "apart": apart} | {side: timed[side]["median_ms"] for side in steps}
+    return {"source": source, "frames": frames, "apart": apart} | {side: timed[side]["median_ms"] for side in steps}
 
 
 def main() -> None:
@@ -126,27 +146,33 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=10.0, help="GiB of a process (default: 10)")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    print("| layer | | audio | frames | before, ms | after, ms | | apart | other cores busy |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| layer | | audio | frames | before, ms | after, ms | | memory before, MiB | after, MiB | | apart | other cores busy |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name in SUBJECTS:
         if options.only and not any(word in name for word in options.only):
             continue
         for seconds in options.seconds:
-            arguments = dict(name=name, seconds=seconds, train=options.train, memory=round(options.memory * 2**30))
-            with Watch() as watch:
-                found = attempt(case, arguments, 600.0, options.threads)
-            if "status" in found:
-                print(f"| {name} | | {seconds} s | | {found['status']}: {found['detail']} | | | | |", flush=True)
-                continue
-            before, after = found.get("before"), found.get("after")
-            times = [f"{value:,.1f}" if value is not None else "out of memory" for value in (before, after)]
-            ratio = f"{before / after:.1f} x" if before and after else ""
-            apart = "" if found["apart"] is None else f"{found['apart']:.0e}"
-            busy = watch.seen["other_processes_cores"]
-            print(
-                f"| {name} | {found['source']} | {seconds} s | {found['frames']} | {times[0]} | {times[1]} | {ratio} | {apart} | {busy} |",
-                flush=True,
-            )
+            print(_row(name, seconds, options), flush=True)
+
+
+def _row(name: str, seconds: int, options: argparse.Namespace) -> str:
+    arguments = dict(name=name, seconds=seconds, train=options.train, memory=round(options.memory * 2**30))
+    with Watch() as watch:
+        found = attempt(case, arguments, 600.0, options.threads)
+    if "status" in found:
+        return f"| {name} | | {seconds} s | | {found['status']}: {found['detail']} | | | | | | | |"
+    peaks = [attempt(extra, arguments | {"side": side}, 600.0, options.threads) for side in ("before", "after")]
+    mib = [peak.get("mib", peak.get("status")) for peak in peaks]
+    cells = [name, found["source"], f"{seconds} s", str(found["frames"])]
+    cells += _compared(found.get("before"), found.get("after")) + _compared(*mib)
+    cells += ["" if found["apart"] is None else f"{found['apart']:.0e}", str(watch.seen["other_processes_cores"])]
+    return f"| {' | '.join(cells)} |"
+
+
+def _compared(before: float | str | None, after: float | str | None) -> list[str]:
+    """Both, or how they ended, and their ratio."""
+    ratio = f"{before / max(after, 0.1):.1f} x" if isinstance(before, float) and isinstance(after, float) else ""
+    return [*(f"{value:,.1f}" if isinstance(value, float) else value or "out of memory" for value in (before, after)), ratio]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def decompositions(rows: int | None = None) -> dict[Any, Callable]:
     The graph computes what `relative_attention` does, with all its arguments, and for all batch sizes and lengths that the program was
     exported for; but it is for inference:
 
-    - no dropout, and no packed sequences (their number is data);
+    - no dropout;
+    - packed sequences if queries and keys are the same tokens, as one sequence of which each token sees its own (a mask of all pairs);
     - what keys hold that `key_mask` and `key_lengths` hide has no influence, whatever it is; but values that are not finite do have one
       where only `is_causal`, `window`, `chunk` or `attn_mask` hides them (0 * NaN).
 
@@ -42,7 +43,7 @@ def decompositions(rows: int | None = None) -> dict[Any, Callable]:
             (`Loop` in ONNX), so that memory is O(rows x L); fewer queries than that are computed as if there were so many.
 
     Raises:
-        ValueError: when the program is decomposed: a call has dropout or is packed.
+        ValueError: when the program is decomposed: a call has dropout, or packed sequences of other keys or with offsets of their own.
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows: expected None or a number of at least 1, got {rows}")
@@ -55,11 +56,33 @@ def _forward(rows: int | None, backend: str, *call) -> tuple[Tensor, Tensor, Ten
     if settings.dropout_p > 0.0:
         raise ValueError(f"dropout_p: expected 0 in a program that is decomposed, got {settings.dropout_p}; export after model.eval()")
     if tensors.cu_seqlens_q is not None:
-        raise ValueError("cu_seqlens_q: packed sequences have no decomposition; export a model that pads them")
+        tensors, settings = _unpacked(tensors, settings)
     queries = tensors.query.shape[2]
     whole = rows is None or (isinstance(queries, int) and queries <= rows)
     output, lse = _attention(tensors, settings) if whole else _in_strips(rows, tensors, settings)
     return with_layout(tensors.query, output), lse, tensors.query.new_empty((0,), dtype=torch.int64)
+
+
+def _unpacked(tensors: Tensors, settings: Settings) -> tuple[Tensors, Settings]:
+    """Sequences one after the other as one, in which distances are what they were, with a mask."""
+    ends, lengths = tensors.cu_seqlens_q, tensors.key_lengths
+    if tensors.cu_seqlens_k is not ends:
+        raise ValueError("cu_seqlens_k: packed keys that are not the queries' tokens have no decomposition; export a model that pads them")
+    if tensors.query_offsets is not None:
+        raise ValueError("query_offset: one for each packed sequence has no decomposition; export a model that pads them")
+    assert ends is not None
+    token = torch.arange(tensors.query.shape[2], device=ends.device)
+    number = (token[:, None] >= ends[1:]).sum(-1)  # of its sequence
+    place = token - ends[:-1].to(torch.int64)[number]
+    seen = number[:, None] == number
+    if lengths is not None:
+        seen = seen & (place < lengths[number])
+    if settings.chunk_size is not None:
+        at = (place + settings.query_offset)[:, None]
+        start, stop = settings.chunk_start(at), settings.chunk_stop(at)
+        seen = seen & (place < stop) if start is None else seen & (place >= start) & (place < stop)
+    tensors = tensors._replace(attn_mask=seen[None, None], key_lengths=None, cu_seqlens_q=None, cu_seqlens_k=None)
+    return tensors, settings._replace(chunk_size=None, chunk_left=None)
 
 
 def _in_strips(rows: Any, tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import relattn
-from relattn import RelativeMultiheadAttention, functional, relative_attention
+from relattn import RelativeMultiheadAttention, functional, relative_attention, varlen
 from tests import draws
 from tests.oracles import calls, everything
 
@@ -156,6 +156,48 @@ def test_padding_may_hold_anything(rows):
     torch.testing.assert_close(operator("any", *tensors, *settings)[0], expected)
 
 
+PACKED: list[dict[str, Any]] = [{}, dict(is_causal=True), dict(chunk=(3, 1)), dict(chunk=(2, None), query_offset=1, window=(4, None))]
+
+
+def packed_inputs(*lengths: int) -> tuple[Tensor, ...]:
+    """Query, key and their ends; a mask of keys, and lengths of which nothing may be left."""
+    tokens, ends = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
+    query, key = torch.randn(2, tokens, 2, 8)
+    return query, key, ends, torch.rand(tokens) < 0.8, torch.tensor([max(0, length - 2) for length in lengths])
+
+
+def decomposed_packed(rows: int | None, query: Tensor, key: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
+    defaults = {name: default for name, default in functional._DEFAULTS.items() if name != "attn_mask"}
+    tensors, settings = varlen.packed_call(query, key, key, **(defaults | call))
+    operator = relattn.export.decompositions(rows)[torch.ops.relattn.forward.default]
+    output, lse, _ = operator("any", *tensors, *settings)
+    return output[0].transpose(0, 1), lse[0]
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("options", PACKED, ids=str)
+def test_packed_sequences(rows, options):
+    tables = dict(rel_k=torch.randn(5, 8), rel_q=torch.randn(5, 8), rel_v=torch.randn(2, 5, 8), rel_bias=torch.randn(5)) | options
+    for lengths in ((3, 4), (5, 0, 9, 1), (6,)):
+        query, key, ends, key_mask, key_lengths = packed_inputs(*lengths)
+        call = dict(cu_seqlens_q=ends, key_mask=key_mask, key_lengths=key_lengths) | tables
+        expected = relattn.relative_attention_varlen(query, key, key, return_lse=True, backend="reference", **call)
+        torch.testing.assert_close(decomposed_packed(rows, query, key, **call), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_program_of_packed_sequences_of_any_number():
+    class Packed(nn.Module):
+        def forward(self, query, key, ends):
+            return relattn.relative_attention_varlen(query, key, key, rel_k, cu_seqlens_q=ends, is_causal=True)
+
+    rel_k = torch.randn(5, 8)
+    tokens, sequences = Dim("tokens", max=512), Dim("sequences", max=64)
+    program = decomposed(Packed(), packed_inputs(3, 4)[:3], ({0: tokens}, {0: tokens}, {0: sequences + 1})).module()
+    for lengths in ((5, 1, 9), (1, 2, 1, 7)):
+        inputs = packed_inputs(*lengths)[:3]
+        torch.testing.assert_close(program(*inputs), Packed()(*inputs), atol=1e-5, rtol=1e-4)
+
+
 def test_refused():
     class Attend(nn.Module):
         def __init__(self, **options) -> None:
@@ -165,17 +207,16 @@ def test_refused():
         def forward(self, query):
             return relative_attention(query, query, query, **self.options)
 
-    class Packed(nn.Module):
-        def forward(self, query, cu_seqlens):
-            return relattn.relative_attention_varlen(query, query, query, cu_seqlens_q=cu_seqlens)
-
-    for model, arguments, message in (
-        (Attend(dropout_p=0.1), (torch.randn(1, 2, 4, 8),), r"dropout_p: expected 0 .* model.eval\(\)"),
-        (Packed(), (torch.randn(4, 2, 8), torch.tensor([0, 3, 4])), "cu_seqlens_q: packed sequences"),
+    program = torch.export.export(Attend(dropout_p=0.1), (torch.randn(1, 2, 4, 8),))
+    with pytest.raises(ValueError, match=r"dropout_p: expected 0 .* model.eval\(\)"):
+        program.run_decompositions(relattn.export.decompositions())
+    query, ends = torch.randn(4, 2, 8), torch.tensor([0, 3, 4])
+    for options, message in (
+        (dict(cu_seqlens_k=torch.tensor([0, 2, 4])), "cu_seqlens_k: packed keys that are not"),
+        (dict(query_offset=torch.tensor([1, 2])), "query_offset: one for each packed sequence"),
     ):
-        program = torch.export.export(model, arguments)
         with pytest.raises(ValueError, match=message):
-            program.run_decompositions(relattn.export.decompositions())
+            decomposed_packed(None, query, query, cu_seqlens_q=ends, **options)
     with pytest.raises(ValueError, match="rows: expected None or a number"):
         relattn.export.decompositions(0)
 

@@ -73,7 +73,8 @@ def relattn_mask(
             "past_key_values: relative positions need a cache that ends with the newest token (a DynamicCache), got "
             f"{kv_length} keys for {q_length} queries from position {q_offset}"
         )
-    numbers = _packed_numbers(mask_function)
+    # A program of torch.export cannot look where sequences begin: transformers then takes any positions for packed ones.
+    numbers = None if torch.compiler.is_exporting() else _packed_numbers(mask_function)
     if numbers is not None and attention_mask is None and aligned and q_length == kv_length:
         return _ends(numbers)
     # "None, and let the attention be causal" is a shortcut that needs the alignment.
@@ -176,7 +177,8 @@ def relattn_attention(
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences, as a flattening collator has them: computed one by
             one in one call (`relattn.relative_attention_varlen`), whatever the mask. Without them `position_ids` that start anew say the
             same: of causal models through their mask, of others of batch size 1.
-        by_distance: arguments of `relattn.relative_attention` that stand for a `position_bias`, from a converted layer.
+        by_distance: arguments of `relattn.relative_attention` that stand for a `position_bias`, from a converted layer; or a function of
+            query, key and `position_bias` that returns query, key and these.
 
     Returns:
         The output (B, Lq, Hq, D), and with `output_attentions` (an argument, or the configuration's) the weights
@@ -194,6 +196,8 @@ def relattn_attention(
     tables, by_distance = getattr(module, "relative_tables", None), kwargs.get("by_distance")
     if tables is None and by_distance is None and kwargs.get("position_bias") is not None:
         return _with_position_bias(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    if by_distance is not None and not isinstance(by_distance, dict):
+        query, key, by_distance = by_distance(query, key, kwargs["position_bias"])
     config = getattr(module, "config", None)
     if tables is None and getattr(config, "relative_attention", None) is not None:
         raise RuntimeError(

@@ -31,6 +31,7 @@ from relattn.conversion import (  # noqa: F401  what families import from here
     unknown,
 )
 from relattn.huggingface import families
+from relattn.huggingface.unconverted import reason_of
 
 _logger = logging.getLogger(__name__)
 
@@ -42,8 +43,9 @@ def convert(model: nn.Module, strict: bool = True) -> nn.Module:
 
     Converted are the self-attention layers of Wav2Vec2-BERT, Wav2Vec2-Conformer and SeamlessM4T v1
     (``position_embeddings_type`` "relative" and "relative_key"), SeamlessM4T v2, Parakeet, Nemotron ASR streaming,
-    FastSpeech2-Conformer, SpeechT5's encoder, XLNet, VITS, DeBERTa and DeBERTa v2, WavLM, MPNet, and T5, mT5, UMT5,
-    Switch Transformers, Pop2Piano and LongT5's decoder, wherever they stand in `model`.
+    FastSpeech2-Conformer, SpeechT5's encoder, XLNet, Funnel, VITS, DeBERTa, DeBERTa v2 and SEW-D, WavLM, Granite Speech,
+    Inkling, MPNet, and T5, mT5, UMT5, Switch Transformers, Pop2Piano and the decoders of LongT5, UDOP and Pix2Struct, wherever they
+    stand in `model`. What else has relative positions, and why it is left, is in `relattn.huggingface.unconverted`.
     Parameters, state dicts and files stay as they are; results change by rounding only, in training and evaluation,
     with padding, under autocast, gradient checkpointing and torch.compile. Except that
 
@@ -56,8 +58,8 @@ def convert(model: nn.Module, strict: bool = True) -> nn.Module:
       shows.
 
     The original runs where a call asks for what the kernel does not give: XLNet with segment ids or two streams,
-    DeBERTa with `query_states`, `output_attentions` of the models whose only implementation is eager, flex attention's
-    block masks.
+    DeBERTa with `query_states`, Funnel's factorized form with dropout of its positions or with token types beyond 2,
+    `output_attentions` of the models whose only implementation is eager, flex attention's block masks.
 
     Args:
         model: any module. Convert before accelerate dispatches it.
@@ -102,7 +104,9 @@ _POSITION_BIAS = (
 
 def _plan_of(module: nn.Module) -> Plan | str | None:
     plan = known_class(module, _plans_by_name)
-    return _POSITION_BIAS if plan is None and _has_position_bias(module) else plan
+    if plan is None:
+        return reason_of(type(module)) or (_POSITION_BIAS if _has_position_bias(module) else None)
+    return plan
 
 
 def _plans_by_name(known: type) -> dict[str, Plan] | None:
@@ -113,7 +117,7 @@ def _plans_by_name(known: type) -> dict[str, Plan] | None:
 
 
 def _has_position_bias(module: nn.Module) -> bool:
-    """UDOP, LongT5's encoder and their like."""
+    """What T5's like hands from layer to layer."""
     if not type(module).__module__.startswith("transformers.models.") or "Attention" not in type(module).__name__:
         return False
     return "position_bias" in inspect.signature(type(module).forward).parameters

@@ -14,6 +14,8 @@ pytest.importorskip("transformers")
 
 import transformers
 from transformers.models.fastspeech2_conformer import modeling_fastspeech2_conformer
+from transformers.models.granite_speech import modeling_granite_speech
+from transformers.models.granite_speech5 import modeling_granite_speech5
 from transformers.models.seamless_m4t import modeling_seamless_m4t
 from transformers.models.seamless_m4t_v2 import modeling_seamless_m4t_v2
 from transformers.models.speecht5 import modeling_speecht5
@@ -190,6 +192,31 @@ def wavlm(**more) -> nn.Module:
     return transformers.WavLMModel(transformers.WavLMConfig(**(settings | dict(num_buckets=8, max_bucket_distance=10) | more)))
 
 
+def sew_d(**more) -> nn.Module:
+    settings = COMMON | without(*NO_DROPOUT) | dict(conv_dim=(8, 8), conv_stride=(4, 2), conv_kernel=(8, 4), feat_extract_norm="layer")
+    settings |= dict(squeeze_factor=1, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, apply_spec_augment=False)
+    settings |= dict(max_position_embeddings=16, position_buckets=4, share_att_key=True) | more
+    return transformers.SEWDModel(transformers.SEWDConfig(**settings))
+
+
+def granite(**more) -> nn.Module:
+    settings = dict(input_dim=10, num_layers=2, hidden_dim=HIDDEN, output_dim=12, num_heads=HEADS, dim_head=8, feedforward_mult=2)
+    settings |= dict(context_size=9, max_pos_emb=12, dropout=0.0, conv_kernel_size=5) | more
+    return modeling_granite_speech.GraniteSpeechCTCEncoder(transformers.GraniteSpeechEncoderConfig(**settings))
+
+
+def granite5(**more) -> nn.Module:
+    settings = COMMON | dict(num_mel_bins=2, head_dim=8, context_size=6, max_position_embeddings=9, conv_kernel_size=5, vocab_size=12)
+    settings |= dict(subsample_layers=[], num_key_value_heads=HEADS, attention_dropout=0.0, activation_dropout=0.0) | more
+    return modeling_granite_speech5.GraniteSpeech5Encoder(modeling_granite_speech5.GraniteSpeech5EncoderConfig(**settings))
+
+
+def funnel(**more) -> nn.Module:
+    settings: dict[str, Any] = dict(vocab_size=29, d_model=HIDDEN, n_head=HEADS, d_head=8, d_inner=32, num_decoder_layers=1)
+    settings |= dict(block_sizes=[1, 2], hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0) | more
+    return transformers.FunnelModel(transformers.FunnelConfig(**settings))
+
+
 def waves(length: int) -> dict[str, Tensor]:
     return {"input_values": torch.randn(2, 8 * length + 8), "attention_mask": mask_of(8 * length + 8, 8 * PADDED)}
 
@@ -247,6 +274,10 @@ CASES = {
     "umt5": Case(part(t5, "UMT5"), tokens),
     "mpnet": Case(mpnet, tokens, True),
     "wavlm": Case(wavlm, waves, True),
+    "funnel": Case(funnel, tokens, True, True, 1e-6),
+    "sew-d": Case(sew_d, waves, True, True, 1e-6),
+    "granite": Case(granite, lambda length: {"hidden_states": torch.randn(2, length, 10), "attention_mask": mask_of(length)}, pads=False),
+    "granite5": Case(granite5, features(8)),
     "wavlm-stable": Case(part(wavlm, do_stable_layer_norm=True), waves, True),
 }
 every_case = pytest.mark.parametrize("name", CASES)

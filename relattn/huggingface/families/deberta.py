@@ -1,4 +1,4 @@
-"""DeBERTa and DeBERTa v2: content to position and position to content (He et al. 2021)."""
+"""DeBERTa, DeBERTa v2 and SEW-D, whose attention is that of v2: content to position and position to content (He et al. 2021)."""
 
 from __future__ import annotations
 
@@ -113,11 +113,35 @@ def _deberta_v2(
     relative_pos: Tensor | None = None,
     rel_embeddings: Tensor | None = None,
 ) -> tuple:
-    """c2p is rel_k, p2c is rel_q, the logarithmic buckets spread to one row per distance (He et al. 2021)."""
     if output_attentions or query_states is not None or relative_pos is not None or rel_embeddings is None:
         return _deberta_by_original(
             module, hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
         )
+    return _disentangled(module, hidden_states, attention_mask, rel_embeddings, module.dropout.p)
+
+
+def _sew_d(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple:
+    if kwargs.get("output_attentions") or query_states is not None or relative_pos is not None or rel_embeddings is None:
+        return original(module)(hidden_states, attention_mask, query_states, relative_pos, rel_embeddings, **kwargs)
+    return _disentangled(module, hidden_states, attention_mask, rel_embeddings, module.dropout.drop_prob)
+
+
+def _sew_d_encoder(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """The layers hear here whether the configuration asks for weights."""
+    kwargs.setdefault("output_attentions", bool(getattr(module.config, "output_attentions", False)))
+    return original(module)(hidden_states, attention_mask, **kwargs)
+
+
+def _disentangled(module: Any, hidden_states: Tensor, attention_mask: Tensor, rel_embeddings: Tensor, dropout: float) -> tuple:
+    """c2p is rel_k, p2c is rel_q, the logarithmic buckets spread to one row per distance (He et al. 2021)."""
     size, length = module.attention_head_size, hidden_states.shape[1]
     span, most = module.pos_ebd_size, module.max_relative_positions
     query, key, value = projected(hidden_states, size, module.query_proj, module.key_proj, module.value_proj)
@@ -136,29 +160,24 @@ def _deberta_v2(
         projection = module.query_proj if module.share_att_key else module.pos_query_proj
         tables["rel_q"] = table_by_head(projection(embeddings)[rows], size)
     scale = (size * (1 + len(tables))) ** -0.5
-    mask, dropout = attention_mask.bool(), module.dropout.p
-    return attend(module, query, key, value, mask, dropout, max_relative_position=k, scale=scale, **tables)
+    return attend(module, query, key, value, attention_mask.bool(), dropout, max_relative_position=k, scale=scale, **tables)
+
+
+_TERMS: dict[str, Any] = dict(attention_head_size=int, pos_att_type=(list, tuple), max_relative_positions=int, pos_dropout=nn.Module)
+_OF_V2: dict[str, Any] = dict.fromkeys(("query_proj", "key_proj", "value_proj"), nn.Module)
+_OF_V2 |= dict(pos_ebd_size=int, position_buckets=int, share_att_key=bool)
 
 
 def _deberta_plan(version: int) -> Plan:
     parameters = "hidden_states attention_mask output_attentions query_states relative_pos rel_embeddings"
-    common: dict[str, Any] = dict(
-        attention_head_size=int,
-        pos_att_type=(list, tuple),
-        max_relative_positions=int,
-        pos_dropout=nn.Module,
-        dropout=nn.Dropout,
-    )
+    common = _TERMS | dict(dropout=nn.Dropout)
     outer = "DebertaAttention" if version == 1 else "DebertaV2Attention"
     if version == 1:
         function, names = _deberta, ("pos_proj", "pos_q_proj")
         common |= dict(in_proj=nn.Module, q_bias=Tensor, v_bias=Tensor, talking_head=bool)
     else:
         function, names = _deberta_v2, ("pos_key_proj", "pos_query_proj")
-        common |= dict(
-            query_proj=nn.Module, key_proj=nn.Module, value_proj=nn.Module, pos_ebd_size=int, position_buckets=int
-        )
-        common |= dict(share_att_key=bool)
+        common |= _OF_V2
 
     def plan(module: Any) -> list[Replacement] | str:
         if not isinstance(getattr(module, "relative_attention", None), bool):
@@ -171,14 +190,9 @@ def _deberta_plan(version: int) -> Plan:
         ]
         for layer in part(module, "layer"):
             attention = part(part(layer, "attention", outer), "self", "DisentangledSelfAttention")
-            attributes, terms = dict(common), getattr(attention, "pos_att_type", ())
-            if not getattr(attention, "share_att_key", False):
-                attributes |= {
-                    name: nn.Module for term, name in zip(("c2p", "p2c"), names, strict=True) if term in terms
-                }
-            planned.append(replacement(attention, "forward", function, parameters, **attributes))
-            if not {"c2p", "p2c"} & set(terms):
-                return f"pos_att_type={terms!r} has no relative term"
+            planned.append(replacement(attention, "forward", function, parameters, **common, **_projections(attention, names)))
+            if reason := _without_term(attention):
+                return reason
             if getattr(attention, "talking_head", False):
                 return "talking_head=True mixes the scores of the heads"
         return planned
@@ -186,4 +200,44 @@ def _deberta_plan(version: int) -> Plan:
     return plan
 
 
-PLANS: dict[str, Plan] = {"DebertaEncoder": _deberta_plan(1), "DebertaV2Encoder": _deberta_plan(2)}
+def _projections(attention: Any, names: tuple[str, str]) -> dict[str, Any]:
+    """Of the embeddings of positions, where they have their own."""
+    if getattr(attention, "share_att_key", False):
+        return {}
+    terms = getattr(attention, "pos_att_type", ())
+    return {name: nn.Module for term, name in zip(("c2p", "p2c"), names, strict=True) if term in terms}
+
+
+def _without_term(attention: Any) -> str:
+    terms = getattr(attention, "pos_att_type", ())
+    return "" if {"c2p", "p2c"} & set(terms) else f"pos_att_type={terms!r} has no relative term"
+
+
+def _sew_d_plan(module: Any) -> list[Replacement] | str:
+    if not isinstance(getattr(module, "relative_attention", None), bool):
+        raise unknown(module, "it has no relative_attention")
+    if not module.relative_attention:
+        return "relative_attention=False"
+    planned = [replacement(module, "get_rel_pos", _deberta_positions, "hidden_states query_states relative_pos", False)]
+    parameters = "hidden_states attention_mask query_states relative_pos rel_embeddings kwargs"
+    for layer in part(module, "layer"):
+        attention = part(part(layer, "attention", "SEWDAttention"), "self", "DisentangledSelfAttention")
+        attributes = _TERMS | _OF_V2 | dict(dropout=nn.Module) | _projections(attention, ("pos_key_proj", "pos_query_proj"))
+        planned.append(replacement(attention, "forward", _sew_d, parameters, **attributes))
+        if not isinstance(getattr(attention.dropout, "drop_prob", None), (int, float)):
+            raise unknown(module, "its dropout has no drop_prob")
+        if reason := _without_term(attention):
+            return reason
+    return planned
+
+
+def _sew_d_encoder_plan(module: Any) -> list[Replacement]:
+    return [replacement(module, "forward", _sew_d_encoder, "hidden_states attention_mask kwargs", False, config=object)]
+
+
+PLANS: dict[str, Plan] = {
+    "DebertaEncoder": _deberta_plan(1),
+    "DebertaV2Encoder": _deberta_plan(2),
+    "SEWDEncoder": _sew_d_encoder_plan,
+    "SEWDTransformerEncoder": _sew_d_plan,
+}

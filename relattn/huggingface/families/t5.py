@@ -19,7 +19,11 @@ def bias_by_distance(buckets: Tensor, embedding: nn.Module) -> Tensor:
 def _sides(module: Any) -> tuple[int, int]:
     """Distances from there on share a bucket; a decoder sees none to the right."""
     most = max(module.relative_attention_max_distance, module.relative_attention_num_buckets)
-    return most, 0 if module.is_decoder else most
+    return most, 0 if _is_decoder(module) else most
+
+
+def _is_decoder(module: Any) -> bool:
+    return getattr(module, "is_decoder", True)  # Pix2Struct's does not say so
 
 
 def _distances(module: Any, device: torch.device) -> Tensor:
@@ -55,7 +59,7 @@ def _t5(
         if position_bias is None and module.has_relative_attention_bias and key_value_states is None:
             buckets = module._relative_position_bucket(
                 _distances(module, hidden_states.device),
-                bidirectional=not module.is_decoder,
+                bidirectional=not _is_decoder(module),
                 num_buckets=module.relative_attention_num_buckets,
                 max_distance=module.relative_attention_max_distance,
             )
@@ -63,8 +67,16 @@ def _t5(
         elif position_bias is None:
             position_bias = hidden_states.new_empty(0)
         table = position_bias if position_bias.dim() == 2 else None
-        kwargs["by_distance"] = _arguments(module, table, past_key_values)
+        kwargs["by_distance"] = kwargs.get("by_distance", {}) | _arguments(module, table, past_key_values)
     return original(module)(hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs)
+
+
+def _pix2struct(module: Any, hidden_states: Tensor, mask: Tensor | None = None, *rest: Any, **kwargs: Any) -> tuple:
+    """Its layers cut masks (B, 1, ., L) to the number of keys; that attention is causal is told beside them."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = mask[:, None, None, :]
+        kwargs["by_distance"] = {"is_causal": module.is_causal}
+    return _t5(module, hidden_states, mask, *rest, **kwargs)
 
 
 def _umt5(
@@ -91,15 +103,19 @@ def _umt5_bias(module: Any, query_length: int, key_length: int, device: Any = No
     return module.relative_attention_bias.weight.new_empty(0)
 
 
-_ATTRIBUTES: dict[str, Any] = dict(
-    config=object, is_decoder=bool, is_causal=bool, has_relative_attention_bias=bool, relative_attention_num_buckets=int,
-    relative_attention_max_distance=int,
-)  # fmt: skip
+_OF_BIAS: dict[str, Any] = dict(config=object, is_causal=bool, has_relative_attention_bias=bool)
+_OF_BIAS |= dict(relative_attention_num_buckets=int, relative_attention_max_distance=int)
+_ATTRIBUTES = _OF_BIAS | dict(is_decoder=bool)
+_PARAMETERS = "hidden_states mask key_value_states position_bias past_key_values kwargs"
 
 
 def _t5_plan(module: Any) -> list[Replacement]:
-    parameters = "hidden_states mask key_value_states position_bias past_key_values kwargs"
-    attention = replacement(module, "forward", _t5, parameters, module.has_relative_attention_bias, **_ATTRIBUTES)
+    attention = replacement(module, "forward", _t5, _PARAMETERS, module.has_relative_attention_bias, **_ATTRIBUTES)
+    return [attention, *_with_compact_masks(module)]
+
+
+def _pix2struct_plan(module: Any) -> list[Replacement]:
+    attention = replacement(module, "forward", _pix2struct, _PARAMETERS, module.has_relative_attention_bias, **_OF_BIAS)
     return [attention, *_with_compact_masks(module)]
 
 
@@ -110,6 +126,16 @@ def _umt5_plan(module: Any) -> list[Replacement]:
     return [*planned, replacement(module, "compute_bias", _umt5_bias, parameters, False), *_with_compact_masks(module)]
 
 
+def _udop_plan(module: Any) -> list[Replacement] | str:
+    if not getattr(module, "is_decoder", None):
+        return "the biases of its encoder are by where boxes lie on the page, which is no function of the distance of tokens"
+    return _t5_plan(module)
+
+
+def _udop_stack_plan(module: Any) -> list[Replacement]:
+    return _with_compact_masks(module) if getattr(module, "is_decoder", None) else []
+
+
 def _with_compact_masks(module: Any) -> list[Replacement]:
     return [Replacement(module, "config", CompactMasks, False)]
 
@@ -118,3 +144,5 @@ _LIKE_T5 = ("T5", "MT5", "LongT5", "Pop2Piano", "SwitchTransformers")  # LongT5'
 
 PLANS: dict[str, Plan] = {f"{name}Attention": _t5_plan for name in _LIKE_T5} | {"UMT5Attention": _umt5_plan}
 PLANS |= {f"{name}Stack": _with_compact_masks for name in (*_LIKE_T5, "UMT5")}
+PLANS |= {"Pix2StructTextAttention": _pix2struct_plan, "Pix2StructTextModel": _with_compact_masks}
+PLANS |= {"UdopAttention": _udop_plan, "UdopStack": _udop_stack_plan}
