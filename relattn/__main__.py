@@ -116,8 +116,19 @@ def table(facts: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m relattn", description="What relattn can run on this machine.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--check", action="store_true", help="also whether what runs here is right, how fast it is, what helps: in seconds")
+    parser.add_argument("--matrix", action="store_true", help="call every backend with every feature in every dtype: Markdown, in minutes")
     options = parser.parse_args(arguments)
+    if options.matrix:
+        from relattn.selfcheck import matrix
+
+        sys.exit(matrix.main())
     facts = report()
+    if options.check:
+        from relattn.selfcheck import check
+
+        print(table(facts))
+        sys.exit(check.main(facts))
     print(json.dumps(facts, indent=2) if options.json else table(facts))
 
 
