@@ -290,3 +290,44 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - s
 def test_works_where_every_optional_package_is_broken(tmp_path: Path, use: str) -> None:
     """A package that is installed but raises at import is as common as one that is absent."""
     run(sys.executable, "-c", BLOCK % "ImportError" + use, cwd=tmp_path)
+
+
+# What `import relattn` does beside reading: files that it opens to write, folders, processes and threads that it begins.
+ACTS = """
+import os, sys, torch
+def threads():
+    return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
+acts, before, modules = [], threads(), set(sys.modules)
+def hook(event, arguments):
+    if event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND):
+        acts.append(f"writes {arguments[0]}")
+    elif event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen", "os.fork", "_thread.start_new_thread", "socket.connect"):
+        acts.append(f"{event} {arguments}")
+sys.addaudithook(hook)
+%s
+print(*acts, f"{threads() - before} threads", *sorted(set(sys.modules) - modules), sep="\\n")
+"""
+
+
+def test_import_writes_nothing_and_starts_nothing(installed: Path, tmp_path: Path) -> None:
+    """And takes no module of the standard library that is slow to import, nor our own that few need: 20 ms beyond torch, of 30."""
+    lines = run(installed, "-B", "-c", ACTS % "import relattn", cwd=tmp_path).stdout.splitlines()
+    acts, modules = lines[: lines.index("0 threads")], lines[lines.index("0 threads") + 1 :]
+    assert not acts
+    assert "relattn" in modules
+    ours = {"selfcheck", "huggingface", "toolkits", "distributed", "dtensor", "conversion", "__main__", "kernels.gpu"}
+    unwanted = {f"relattn.{name}" for name in ours} | {"statistics", "fractions", "argparse", "subprocess", "triton", "torch._dynamo"}
+    assert not unwanted & set(modules)
+    seen = run(installed, "-B", "-c", ACTS % "open('file', 'w'); import threading; threading.Thread(target=print).start()", cwd=tmp_path)
+    assert {line.split()[0] for line in seen.stdout.split("\n0 threads")[0].split("\n") if line} == {"writes", "_thread.start_new_thread"}
+
+
+def test_the_library_runs_on_glibc_2_28(wheel: Path) -> None:
+    """As the wheels are called. On Debian 12 it had asked for dlsym and pthread_mutex_trylock of 2.34."""
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.read(f"relattn/kernels/cpu/{build.LIBRARY}")
+    newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (8, 0, 0)}
+    asked = {tuple(found) for found in re.findall(rb"\0(GLIBC|GLIBCXX|CXXABI|GCC)_([0-9.]+)(?=\0)", library)}
+    versions = [(name.decode(), tuple(map(int, number.decode().split(".")))) for name, number in asked]
+    assert versions or sys.platform != "linux"
+    assert not [(name, number) for name, number in versions if number > newest[name]]

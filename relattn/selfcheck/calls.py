@@ -277,6 +277,7 @@ def per_sample_gradients(call: Call, backend: str, dtype: torch.dtype, device: s
 
 def compiled(call: Call, backend: str, dtype: torch.dtype, device: str) -> Results:
     """torch.compile, without a graph break, forward and backward."""
+    values(call, backend, dtype, device)  # what is refused is refused here, in relattn's words and not in the compiler's
     torch.compiler.reset()
     return values(call, backend, dtype, device, torch.compile(attend, fullgraph=True, dynamic=False))
 

@@ -21,6 +21,8 @@ from relattn.backends import available_backends, cpu, triton
 from relattn.selfcheck import calls
 
 _SECONDS = 1.0  # of random calls for a backend
+_LENGTHS = {"cuda": 4096, "cpu": 512}  # that are timed
+_CPUINFO = Path("/proc/cpuinfo")
 _FEWEST = 8  # even where each compiles kernels
 _MIXED: tuple[tuple[Callable[[calls.Call], None], float], ...] = (
     (calls.one_sided, 0.3), (calls.rel_k, 0.4), (calls.rel_k_per_head, 0.3), (calls.rel_q, 0.3), (calls.rel_v, 0.3), (calls.rel_bias, 0.3),
@@ -129,7 +131,7 @@ def advice(facts: dict) -> Iterator[str]:
 def _instruction_set(used: str) -> Iterator[str]:
     """Where the processor has a better one than is used."""
     try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split())
+        flags = set(_CPUINFO.read_text(encoding="utf-8").partition("flags\t")[2].partition("\n")[0].split())
     except OSError:
         return
     best = "amx" if {"amx_bf16", "avx512_bf16"} <= flags else "avx512" if "avx512bw" in flags else "avx2" if "avx2" in flags else "portable"
@@ -183,7 +185,7 @@ def main(facts: dict) -> int:
         print(f"  {name:<10} {counts['right']} right{refused}" + (f", {len(wrong)} WRONG" if wrong else ""), flush=True)
         for line in wrong[:5]:
             print(f"    {line}")
-    for device, length in (("cuda", 4096), ("cpu", 512)):
+    for device, length in _LENGTHS.items():
         timed = [name for name in usable if name not in ("reference", "triton" if device == "cpu" else "cpu")]
         if device == "cuda" and not torch.cuda.is_available():
             continue

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -78,8 +79,8 @@ def markdown(found: list[Column]) -> str:
 
 def _never(one: Column) -> dict[str, str]:
     """The dtypes that a backend does not take at all, and why."""
-    asked = {dtype: {cells.get(dtype) for cells in one.cells.values() if dtype in cells} for dtype in calls.DTYPES}
-    return {dtype: reason for dtype, (reason, *others) in asked.items() if reason is not None and not others}
+    asked = {dtype: {cells[dtype] for cells in one.cells.values() if dtype in cells} for dtype in calls.DTYPES}
+    return {dtype: reason for dtype, reasons in asked.items() if len(reasons) == 1 and (reason := next(iter(reasons))) is not None}
 
 
 def _head(one: Column, reasons: dict[str, int]) -> str:
@@ -111,6 +112,7 @@ fastest that does not refuse it.
 
 def main() -> int:
     """Print the page; the exit status is 1 where a result is wrong."""
+    warnings.simplefilter("ignore")  # torch's own, of what it will drop
     found = list(columns())
     where = f"torch {torch.__version__}, instruction set {_variant()}, {_gpu()}"
     print(f"{_ABOUT}\nCalled with {where}.\n\n{markdown(found)}")
