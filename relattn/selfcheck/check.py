@@ -190,7 +190,7 @@ def main(facts: dict) -> int:
         if device == "cuda" and not torch.cuda.is_available():
             continue
         found = speeds(timed, device, length)
-        dtype, threads = ("bfloat16", "") if device == "cuda" else ("float32", f", {torch.get_num_threads()} threads")
+        dtype, threads = ("bfloat16", "") if device == "cuda" else ("float32", f", threads: {torch.get_num_threads()}")
         print(f"forward and backward on {device}: (1, 8, {length}, 64), {dtype}{threads}, every distance")
         fastest = found[timed[0]]
         for name, seconds in sorted(found.items(), key=lambda item: item[1]):
