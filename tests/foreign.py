@@ -74,7 +74,8 @@ class Foreign:
         plain = len(numbers) // 8 - len(self.tensors)
         assert struct.unpack(f"{len(self.tensors)}q", numbers[8 * plain :]) == tuple(tensor.data_ptr() for tensor in self.tensors)
         assert self.process.stdin is not None
-        self.process.stdin.write(struct.pack("5q", function, len(call), plain, len(self.tensors), len(regions)) + call + numbers[: 8 * plain])
+        head = struct.pack("5q", function, len(call), plain, len(self.tensors), len(regions))
+        self.process.stdin.write(head + call + numbers[: 8 * plain])
         self.process.stdin.write(struct.pack(f"{len(places)}q", *places))
         for start, size in memory.items():
             self.process.stdin.write(struct.pack("q", size) + ctypes.string_at(start, size))

@@ -19,6 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from relattn._version import TRIED
 from relattn.kernels.cpu import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +207,14 @@ def test_torch_is_the_only_requirement(wheel: Path) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == {"chorales", "music", "huggingface", "bench", "test", "dev"}
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Version"] == distribution("relattn").version
+
+
+def test_stated_versions_are_the_same() -> None:
+    (torch,) = (Requirement(line) for line in distribution("relattn").requires or [] if line.startswith("torch"))
+    assert str(torch.specifier) == f">={TRIED['torch'][0]}"
+    assert f"\nversion: {distribution('relattn').version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    for package, (oldest, newest) in TRIED.items():
+        assert f"{package} {oldest} to {newest}" in (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
 
 
 def test_wheel_works_beside_torch_alone(installed: Path, tmp_path: Path) -> None:
