@@ -58,7 +58,7 @@ foreign: $(INSTALLED) ## the native CPU kernels of AArch64, cross-compiled and i
 	for dtype in float32 bfloat16 float16; do OMP_NUM_THREADS=1 $(BIN)/python -m tests.foreign --dtype $$dtype --count $(FUZZ_COUNT) || exit 1; done
 
 matrix: $(INSTALLED) ## docs/matrix.md: every backend is called with every feature, in minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m relattn --matrix > build/matrix.md && mv build/matrix.md docs/matrix.md
+	mkdir -p build && OMP_NUM_THREADS=1 $(BIN)/python -m relattn --matrix > build/matrix.md && mv build/matrix.md docs/matrix.md
 
 versions: ## a core of the tests on other releases of Python and torch (VERSIONS="python3.13=2.14.1 ...")
 	$(PYTHON) -m tests.versions $(VERSIONS)
