@@ -57,6 +57,11 @@ struct Carver {
 #endif
     return result;
   }
+  // So many behind the place that is returned, and some before it.
+  float* floats_after(int64_t before, int64_t count) {
+    float* result = floats(before + count);
+    return result ? result + before : nullptr;
+  }
   Half* halves(int64_t count) { return (Half*)floats((count + 1) / 2); }
 };
 
