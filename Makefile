@@ -9,6 +9,7 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 EMULATE_ARGS ?=
 FUZZ_COUNT ?= 300
+VERSIONS  ?=
 MINUTES   ?= 10
 # Test processes: one per core, each with one thread (below); the cap keeps memory in bounds on large machines.
 JOBS      ?= auto
@@ -23,11 +24,11 @@ NATIVE    := kernels/cpu/build.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 # A waiting OpenMP thread sleeps instead of spinning: on busy cores, spinning made small steps a hundred times slower.
 # (Not for benchmarks, which want idle cores and what a user's program would get.)
-demo test test-toolkits explore sanitize emulate: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-toolkits explore sanitize emulate foreign: export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing is fetched from a model hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-toolkits explore sanitize emulate bench figures resources docs docs-serve lint clean
+.PHONY: help demo test test-toolkits explore sanitize emulate foreign matrix versions bench figures resources docs docs-serve lint clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -52,6 +53,15 @@ sanitize: $(INSTALLED) ## random calls of the native CPU kernels under GCC's san
 
 emulate: $(INSTALLED) ## the GPU kernels' PTX on this CPU, with race detection (EMULATE_ARGS="'odd size' 7 --target sm_90 ...")
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ptx_emulator $(EMULATE_ARGS)
+
+foreign: $(INSTALLED) ## the native CPU kernels of AArch64, cross-compiled and in qemu (FUZZ_COUNT=300)
+	for dtype in float32 bfloat16 float16; do OMP_NUM_THREADS=1 $(BIN)/python -m tests.foreign --dtype $$dtype --count $(FUZZ_COUNT) || exit 1; done
+
+matrix: $(INSTALLED) ## docs/matrix.md: every backend is called with every feature, in minutes
+	mkdir -p build && OMP_NUM_THREADS=1 $(BIN)/python -m relattn --matrix > build/matrix.md && mv build/matrix.md docs/matrix.md
+
+versions: ## a core of the tests on other releases of Python and torch (VERSIONS="python3.13=2.14.1 ...")
+	$(PYTHON) -m tests.versions $(VERSIONS)
 
 bench: $(INSTALLED) ## speed and memory against peers on this machine (BENCH_ARGS="--quick")
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from relattn._version import __version__
+from relattn._version import TRIED, __version__
 from relattn.backends import available_backends, triton
 from relattn.backends.cpu import variant
 
@@ -30,6 +31,19 @@ def installed_version(distributions: tuple[str, ...]) -> str | None:
         except metadata.PackageNotFoundError:
             pass
     return None
+
+
+def untried(versions: dict[str, str | None]) -> list[str]:
+    """What is said of packages that are newer than relattn was tried with: they mostly work."""
+
+    def number(version: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", version)[:2]]
+
+    return [
+        f"{name} {version} is newer than what relattn {__version__} was tried with ({oldest} to {newest}): python -m relattn --check"
+        for name, (oldest, newest) in TRIED.items()
+        if (version := versions.get(name)) is not None and number(version) > number(newest)
+    ]
 
 
 def cpu_name() -> str:
@@ -110,14 +124,27 @@ def table(facts: dict[str, Any]) -> str:
     lines = []
     for heading, rows in groups.items():
         lines += [heading, *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
+        if heading == "versions":
+            lines += [f"  {line}" for line in untried(facts["versions"])]
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m relattn", description="What relattn can run on this machine.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--check", action="store_true", help="also whether what runs here is right, how fast it is, what helps: in seconds")
+    parser.add_argument("--matrix", action="store_true", help="call every backend with every feature in every dtype: Markdown, in minutes")
     options = parser.parse_args(arguments)
+    if options.matrix:
+        from relattn.selfcheck import matrix
+
+        sys.exit(matrix.main())
     facts = report()
+    if options.check:
+        from relattn.selfcheck import check
+
+        print(table(facts))
+        sys.exit(check.main(facts))
     print(json.dumps(facts, indent=2) if options.json else table(facts))
 
 

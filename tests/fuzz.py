@@ -408,11 +408,11 @@ def in_time(calls: Iterable[tuple[str, Callable[[], Call]]], seconds: float, tra
 
 def command(
     about: str | None, call: Callable[[int, str], Call], kind: str = "",
-    checked: Callable[[Call, str, torch.dtype], None] = check, count: int = 1000,
+    checked: Callable[[Call, str, torch.dtype], None] = check, count: int = 1000, backend: str = "blocked",
 ) -> NoReturn:  # fmt: skip
     """The command line of random calls, `call(seed, backend)`: `checked` for as many seeds as asked."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="blocked")
+    parser.add_argument("--backend", default=backend)
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
     parser.add_argument("--count", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first call")

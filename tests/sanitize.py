@@ -5,7 +5,7 @@ addresses and for undefined behaviour.
 
 Every instruction set of this processor and every dtype runs in a process of its own, which the first finding ends. Only the library is
 instrumented, not Python and torch; their memory is watched all the same, since the sanitizer's malloc serves the whole process. Leaks are
-not looked for: Python keeps memory until it exits, by design.
+not looked for: Python keeps memory until it exits, by design. CXX=clang++ takes Clang's sanitizers in place of GCC's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +24,19 @@ ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = "address,undefined"
 
 
+def is_clang() -> bool:
+    return "clang" in subprocess.run([*build.compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
 def runtime() -> list[str]:
     """What must be in the process before Python: the sanitizers, and the C++ library, whose __cxa_throw they look up at their start."""
     found = []
-    for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
+    sanitizers = (f"libclang_rt.asan-{platform.machine()}.so",) if is_clang() else ("libasan.so", "libubsan.so")
+    for name in (*sanitizers, "libstdc++.so"):
         asked = subprocess.run([*build.compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
         path = Path(asked.stdout.strip())
         if not path.is_absolute():  # the compiler repeats the name of what it does not have
-            raise FileNotFoundError(f"{build.compiler()[0]} has no {name}: the sanitized run needs GCC (CXX=g++) with its sanitizers")
+            raise FileNotFoundError(f"{build.compiler()[0]} has no {name}: the sanitized run needs GCC or Clang with their sanitizers")
         found.append(str(path.resolve()))
     return found
 
@@ -61,6 +67,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first call")
     options = parser.parse_args()
     out = ROOT / "build" / "sanitize"
+    if is_clang():  # its sanitizers are linked statically unless told otherwise, and it does not say by a macro that they are there
+        os.environ["LDFLAGS"] = f"-shared-libasan {os.environ.get('LDFLAGS', '')}"
+        os.environ["CXXFLAGS"] = f"-D__SANITIZE_ADDRESS__=1 {os.environ.get('CXXFLAGS', '')}"
     report = build.build(out, sanitize=SANITIZERS)
     if not report["library"]:
         raise SystemExit(f"no sanitized library: {report['reason']}")

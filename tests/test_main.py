@@ -104,3 +104,13 @@ def test_what_is_known_of_the_gpu_kernels(monkeypatch, target, text):
     monkeypatch.setattr(command, "available_backends", lambda: dict(FOUND, triton=None))
     lines = [line.split(maxsplit=1) for line in command.table(command.report()).splitlines()]
     assert ["triton", text] in lines
+
+
+def test_a_newer_torch_is_named_and_no_more(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.14.7+cu130")
+    command.main([])
+    assert "tried with" not in capsys.readouterr().out
+    monkeypatch.setattr(torch, "__version__", "2.15.0.dev20261101")
+    command.main([])
+    assert "  torch 2.15.0.dev20261101 is newer than what relattn" in capsys.readouterr().out
+    assert command.untried({"torch": "3.0.1", "transformers": None, "python": "9.9"})[0].startswith("torch 3.0.1 is newer")

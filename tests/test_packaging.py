@@ -19,6 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from relattn._version import TRIED
 from relattn.kernels.cpu import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,6 +209,15 @@ def test_torch_is_the_only_requirement(wheel: Path) -> None:
     assert metadata["Version"] == distribution("relattn").version
 
 
+def test_stated_versions_are_the_same() -> None:
+    (torch,) = (Requirement(line) for line in distribution("relattn").requires or [] if line.startswith("torch"))
+    assert str(torch.specifier) == f">={TRIED['torch'][0]}"
+    assert f"\nversion: {distribution('relattn').version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    page = " ".join((ROOT / "docs" / "versions.md").read_text(encoding="utf-8").split())
+    for package, (oldest, newest) in TRIED.items():
+        assert f"{package} {oldest} to {newest}" in page
+
+
 def test_wheel_works_beside_torch_alone(installed: Path, tmp_path: Path) -> None:
     assert run(installed, "-c", "import numpy", cwd=tmp_path, check=False).returncode  # torch does not require it
     run(installed, "-c", USE, cwd=tmp_path)
@@ -290,3 +300,44 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - s
 def test_works_where_every_optional_package_is_broken(tmp_path: Path, use: str) -> None:
     """A package that is installed but raises at import is as common as one that is absent."""
     run(sys.executable, "-c", BLOCK % "ImportError" + use, cwd=tmp_path)
+
+
+# What `import relattn` does beside reading: files that it opens to write, folders, processes and threads that it begins.
+ACTS = """
+import os, sys
+def threads():
+    return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
+acts, before, modules = [], threads(), set(sys.modules)
+def hook(event, arguments):
+    if event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND):
+        acts.append(f"writes {arguments[0]}")
+    elif event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen", "os.fork", "socket.connect"):
+        acts.append(f"{event} {arguments}")
+sys.addaudithook(hook)
+%s
+print(*acts, f"{threads() - before} threads", *sorted(set(sys.modules) - modules), sep="\\n")
+"""
+
+
+def test_import_writes_nothing_and_starts_nothing(installed: Path, tmp_path: Path) -> None:
+    """And takes no module of the standard library that is slow to import, nor our own that few need: 20 ms beyond torch, of 30."""
+    lines = run(installed, "-B", "-c", "import torch" + ACTS % "import relattn", cwd=tmp_path).stdout.splitlines()
+    acts, modules = lines[: lines.index("0 threads")], lines[lines.index("0 threads") + 1 :]
+    assert not acts
+    assert "relattn" in modules
+    ours = {"selfcheck", "huggingface", "toolkits", "distributed", "dtensor", "conversion", "__main__", "kernels.gpu"}
+    unwanted = {f"relattn.{name}" for name in ours} | {"statistics", "fractions", "argparse", "subprocess", "triton", "torch._dynamo"}
+    assert not unwanted & set(modules)
+    acting = ACTS % "open('file', 'w'); import threading; threading.Thread(target=threading.Event().wait, args=(1,)).start()"
+    assert run(installed, "-B", "-c", acting, cwd=tmp_path).stdout.splitlines()[:2] == ["writes file", "1 threads"]  # it would be seen
+
+
+def test_the_library_runs_on_glibc_2_28(wheel: Path) -> None:
+    """As the wheels are called. On Debian 12 it had asked for dlsym and pthread_mutex_trylock of 2.34."""
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.read(f"relattn/kernels/cpu/{build.LIBRARY}")
+    newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (8, 0, 0)}
+    asked = {tuple(found) for found in re.findall(rb"\0(GLIBC|GLIBCXX|CXXABI|GCC)_([0-9.]+)(?=\0)", library)}
+    versions = [(name.decode(), tuple(map(int, number.decode().split(".")))) for name, number in asked]
+    assert versions or sys.platform != "linux"
+    assert not [(name, number) for name, number in versions if number > newest[name]]

@@ -4,6 +4,7 @@ variant.cpp is compiled once for each instruction set, library.cpp once for any 
 Standard library only: setup.py loads this file by its path, before anything is installed.
 
 Environment: CXX, CXXFLAGS and LDFLAGS as usual. RELATTN_BUILD_DIR is where object files are kept (default: build/cpu of the source tree).
+RELATTN_PURE=1 builds nothing: for the wheel of those platforms that have no other.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def build(out: Path, *, sources: Path = HERE, sanitize: str = "", verbose: bool 
     report: dict[str, object] = {"library": False, "variants": [], "compiler": None, "reason": None}
     out.mkdir(parents=True, exist_ok=True)
     try:
+        if os.environ.get("RELATTN_PURE", "0") not in ("", "0"):
+            raise BuildError("this wheel is for any platform; where there is a C++ compiler: pip install --no-binary relattn relattn")
         if sys.platform == "win32":
             raise BuildError("the native CPU kernels are not built on Windows")
         program = compiler()

@@ -286,7 +286,7 @@ static int64_t carve_few(const Problem& p, char* base, Workspace& w) {
   w.content = carver.floats(rows * p.padded_size);
   w.position = p.position_is_content() ? w.content : carver.floats(rows * p.padded_depth);
   w.row = p.call.attn_mask.data ? carver.floats(p.block_keys) : nullptr;
-  w.keep = p.dropout.used() ? carver.floats(p.block_keys + kKeepBefore + kKeepAfter) + kKeepBefore : nullptr;
+  w.keep = p.dropout.used() ? carver.floats_after(kKeepBefore, p.block_keys + kKeepAfter) : nullptr;
   w.scratch = carver.floats(kPanel * p.padded_size);
   w.scores = carver.floats(rows * p.leading);
   return carver.used;

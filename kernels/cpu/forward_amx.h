@@ -266,7 +266,7 @@ static int64_t carve_amx(const AmxProblem& p, bool once, char* memory, AmxWorksp
   w.base.scratch = carver.floats(most(2 * p.padded_size, p.padded_value_size));
   w.base.edges = {carver.floats(rows), carver.floats(rows)};
   w.base.row = p.call.attn_mask.data ? carver.floats(p.block_keys) : nullptr;
-  w.base.keep = p.dropout.used() ? carver.floats(p.block_keys + kKeepBefore + kKeepAfter) + kKeepBefore : nullptr;
+  w.base.keep = p.dropout.used() ? carver.floats_after(kKeepBefore, p.block_keys + kKeepAfter) : nullptr;
   w.base.scores = carver.floats(kGroupRows * p.leading + 2 * kGroupRows);
   w.base.result = carver.floats(rows * p.padded_value_size);
   w.base.highest = carver.floats(rows);

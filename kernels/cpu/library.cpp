@@ -3,15 +3,15 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <thread>
 #include <vector>
 
-#include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #ifdef __linux__
 #include <sys/syscall.h>
+#else
+#include <dlfcn.h>
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -20,6 +20,12 @@
 #include "call.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
+
+#ifdef __linux__
+// Found by the loader, or null. Not with dlsym: glibc 2.34 moved that, and a library that asks for it there runs on no
+// older one.
+extern "C" __attribute__((weak, visibility("default"))) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+#endif
 
 namespace relattn {
 
@@ -115,8 +121,12 @@ const Named* current() {
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 Parallel openmp_parallel() {
+#ifdef __linux__
+  return GOMP_parallel;
+#else
   static const Parallel found = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
   return found;
+#endif
 }
 
 // In a forked child the parent's pool is gone but its records are not: entering it would wait for ever.
@@ -168,8 +178,26 @@ struct Arena {
   std::vector<MemoryBlock> blocks;
 };
 
+// Nobody waits for it: who finds it taken goes without what it guards. (A child forked while another thread held it
+// finds it taken for ever. std::mutex has a try_lock too, but glibc 2.34 moved it, and a library that asks for it there
+// runs on no older one.)
+class Turn {
+ public:
+  explicit Turn(std::atomic_flag& taken) : taken_(taken), mine_(!taken.test_and_set(std::memory_order_acquire)) {}
+  ~Turn() {
+    if (mine_) taken_.clear(std::memory_order_release);
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+  explicit operator bool() const { return mine_; }
+
+ private:
+  std::atomic_flag& taken_;
+  const bool mine_;
+};
+
 struct Kept {
-  std::mutex mutex;
+  std::atomic_flag taken = ATOMIC_FLAG_INIT;
   std::vector<MemoryBlock> blocks;
   int64_t bytes = 0;
 };
@@ -203,9 +231,8 @@ MemoryBlock take_block(int64_t bytes) {
   return block;
 #endif
   if (bytes <= kMostKept) {
-    // A child forked while another thread held the lock finds it locked for ever: then it goes without.
-    std::unique_lock<std::mutex> lock(kept().mutex, std::try_to_lock);
-    if (lock) {
+    const Turn turn(kept().taken);
+    if (turn) {
       std::vector<MemoryBlock>& blocks = kept().blocks;
       size_t best = blocks.size();
       for (size_t index = 0; index < blocks.size(); ++index)
@@ -226,8 +253,8 @@ MemoryBlock take_block(int64_t bytes) {
 
 void return_block(const MemoryBlock& block) {
 #if !defined(__SANITIZE_ADDRESS__)
-  std::unique_lock<std::mutex> lock(kept().mutex, std::try_to_lock);
-  if (lock && kept().bytes + block.size <= kMostKept) {
+  const Turn turn(kept().taken);
+  if (turn && kept().bytes + block.size <= kMostKept) {
     kept().blocks.push_back(block);  // within what was reserved
     kept().bytes += block.size;
     return;

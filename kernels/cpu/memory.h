@@ -49,13 +49,18 @@ struct Carver {
   int64_t used;
 
   float* floats(int64_t count) {
-    float* result = (float*)(base + used);
+    float* result = base ? (float*)(base + used) : nullptr;
     used += round_up(count * 4, 64);
 #if defined(__SANITIZE_ADDRESS__)
     if (base) ASAN_POISON_MEMORY_REGION(base + used, 64);
     used += 64;
 #endif
-    return base ? result : nullptr;
+    return result;
+  }
+  // So many behind the place that is returned, and some before it.
+  float* floats_after(int64_t before, int64_t count) {
+    float* result = floats(before + count);
+    return result ? result + before : nullptr;
   }
   Half* halves(int64_t count) { return (Half*)floats((count + 1) / 2); }
 };

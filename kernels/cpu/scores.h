@@ -122,7 +122,7 @@ static void carve_scores(const Problem& p, Carver& carver, Workspace& w) {
   w.position = p.position_is_content() ? w.content : carver.floats(p.block_rows * p.padded_depth);
   w.edges = {carver.floats(p.block_rows), carver.floats(p.block_rows)};
   w.row = p.call.attn_mask.data ? carver.floats(p.block_keys) : nullptr;
-  w.keep = p.dropout.used() ? carver.floats(p.block_keys + kKeepBefore + kKeepAfter) + kKeepBefore : nullptr;
+  w.keep = p.dropout.used() ? carver.floats_after(kKeepBefore, p.block_keys + kKeepAfter) : nullptr;
   w.scratch = carver.floats(kPanel * most(p.padded_size, p.padded_value_size) + kRows * kPanel);
   if (p.call.rel_q.data) {
     const int64_t leading = round_up(p.block_rows, kPanel) + 2 * kSlack;

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -55,6 +54,8 @@ def by_speed(
 
 def _measure(candidates: Sequence[Any], launch, fails: Callable[[Exception], bool], device: torch.device) -> dict[str, float]:
     """Milliseconds of a launch, by candidate."""
+    import statistics  # takes milliseconds to import, a quarter of relattn's
+
     times = {}
     for candidate in candidates:
         try:

@@ -149,6 +149,8 @@ def test_attention_weights(name: str) -> None:
     if not CASES[name].eager:
         model.set_attn_implementation("eager")
     expected = model(**inputs, output_attentions=True).attentions
+    if name == "umt5" and not expected:
+        pytest.skip("the original of this transformers (5.17) gives none")
     if not CASES[name].eager:
         model.set_attn_implementation("sdpa")
     output = convert(model)(**inputs, output_attentions=True)
