@@ -1,6 +1,7 @@
 """What the study varies: factors, schedules, and the presets as ordered lists of cells."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..compare.settings import PRESETS as COMPARE_PRESETS
@@ -94,6 +95,27 @@ SCHEDULES = {
         extrapolate=(16, 32),
     ),
 }
+
+# Learning rates of an arm's own: a trial at a third of the budget for each of these, and what runs at the chosen one
+# (rates.py). A schedule at another rate than its usual one is named after both, as short@4e-3.
+RATES = {"1e-3": 1e-3, "2e-3": 2e-3, "4e-3": 4e-3}
+_SHORT = SCHEDULES["short"]
+_AT_RATES = {
+    "trial": dataclasses.replace(_SHORT, tokens=(_SHORT.tokens or 0) // 3, extrapolate=None),
+    "short": _SHORT,
+    # Eight times the budget, looked at often: a curve of the loss against the tokens seen.
+    "curve": dataclasses.replace(_SHORT, tokens=8 * (_SHORT.tokens or 0), evaluations=32, extrapolate=None),
+}
+
+
+def at_rate(schedule: str, rate: str) -> str:
+    """The name of a schedule ("trial", "short", "curve") at one of RATES."""
+    return schedule if schedule in SCHEDULES and SCHEDULES[schedule].learning_rate == RATES[rate] else f"{schedule}@{rate}"
+
+
+for _name, _schedule in _AT_RATES.items():
+    for _rate in RATES:
+        SCHEDULES.setdefault(at_rate(_name, _rate), dataclasses.replace(_schedule, learning_rate=RATES[_rate]))
 
 
 @dataclass(frozen=True)
@@ -218,15 +240,56 @@ def _grid() -> list[tuple[float, dict]]:
     return groups
 
 
+TUNED_WINDOWS = (128, 512)
+CURVE_WINDOW = 512  # where absolute positions have hardly begun at the usual budget
+Choice = tuple[int, str]  # window, positions: what gets a learning rate of its own
+
+
+def trials() -> dict[Choice, dict[str, Cell]]:
+    """For every window and arm with a rate of its own: rate -> the cell that tells how good it is."""
+    return {
+        (window, arm["positions"]): {rate: _tuned(arm, window, 0, at_rate("trial", rate)) for rate in RATES}
+        for window in TUNED_WINDOWS
+        for arm in MAIN
+    }
+
+
+def _tuned(arm: dict, window: int, seed: int, schedule: str) -> Cell:
+    return Cell(window=window, masking="step", phase="any", seed=seed, schedule=schedule, **arm)
+
+
+def _rate_cells(seeds: int, chosen: Mapping[Choice, str]) -> list[Cell]:
+    """The trials, and then the cells at those rates that are chosen: the usual budget first, then the long curves."""
+    cells = [cell for by_rate in trials().values() for cell in by_rate.values()]
+    for schedule, windows, arms in (("short", TUNED_WINDOWS, MAIN), ("curve", (CURVE_WINDOW,), (ABSOLUTE, RELATIVE))):
+        for seed in range(seeds):
+            for window in windows:
+                for arm in arms:
+                    rate = chosen.get((window, arm["positions"]))
+                    if rate:
+                        cells.append(_tuned(arm, window, seed, at_rate(schedule, rate)))
+    return cells
+
+
 # A seed comes this many priorities after the one before: the first groups get all their repetitions before the last
 # get any.
 _SEED_STEP = 2.5
 
 
-def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
-    """The cells of a preset in the order in which they run: the most telling first."""
+PRESETS = ("grid", "seed", "rates", "tiny")
+
+
+def preset_cells(preset: str, seeds: int = 3, chosen: Mapping[Choice, str] | None = None) -> list[Cell]:
+    """The cells of a preset in the order in which they run: the most telling first.
+
+    chosen: the learning rates that preset "rates" has come to so far (rates.py); what waits for one is left out.
+    """
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    if preset == "rates":
+        return _rate_cells(seeds, chosen or {})
     notebook = dict(window=16, masking="time", phase="any", schedule="notebook")
     tiny = dict(window=16, masking="step", phase="any", schedule="tiny")
     groups: dict[str, list[tuple[float, dict]]] = {
@@ -234,8 +297,6 @@ def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
         "seed": [(1, arm | notebook) for arm in (ABSOLUTE, AS_PUBLISHED, RELATIVE, BOTH)],
         "tiny": [(1, arm | tiny) for arm in (ABSOLUTE, RELATIVE, AS_PUBLISHED, NONE)],
     }
-    if preset not in groups:
-        raise ValueError(f"preset: expected one of {', '.join(groups)}, got {preset!r}")
     ordered = []
     for priority, group in groups[preset]:
         ordered += [(priority + _SEED_STEP * seed, Cell(seed=seed, **group)) for seed in range(seeds)]
