@@ -4,11 +4,17 @@ The rule: the arm is trained with seed 0 at each of RATES for a third of the bud
 the rate with the lowest validation loss is its own; of equal ones the smaller. The test set has no say.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from .cells import Cell, Choice, trials
-from .results import read_result
+import numpy as np
+
+from .cells import Cell, Choice, at_rate, trials
+from .results import Results, read_result
+from .wording import LONGER
+
+Points = list[tuple[float, float]]  # (tokens seen, validation loss)
 
 
 def trial_losses(results: Mapping[Cell, dict]) -> dict[Choice, dict[str, float]]:
@@ -42,3 +48,34 @@ def waiting_for(folder: Path) -> list[str]:
     """In words: what has no rate yet."""
     chosen = chosen_in(folder)
     return [f"{positions} at window {window}" for window, positions in trials() if (window, positions) not in chosen]
+
+
+def at_own_rate(results: Results, schedule: str, choice: Choice) -> dict[Cell, dict]:
+    """The cells of a schedule ("short", "curve") at the rate of a window's arm; none before that is chosen."""
+    rate = chosen_rates(results.cells).get(choice)
+    if rate is None:
+        return {}
+    window, positions = choice
+    setting = LONGER | {"window": window, "schedule": at_rate(schedule, rate)}
+    return results.having(arm=positions, **setting)
+
+
+def curve(cell: Cell, result: dict) -> Points:
+    """The validation loss against the tokens that were seen; those of a budget are spread evenly over the steps."""
+    tokens = cell.settings.tokens
+    assert tokens is not None  # such are the schedules at rates
+    return [(tokens * step / result["steps"], loss) for step, loss in result["validation"]]
+
+
+def power_law(points: Points) -> tuple[float, float]:
+    """(a, b) of loss = exp(a) tokens^b, least squares in logarithms over the second half of the tokens."""
+    half = points[-1][0] / 2
+    tokens, losses = np.log([point for point in points if point[0] >= half]).T
+    slope, start = np.polyfit(tokens, losses, 1)
+    return float(start), float(slope)
+
+
+def tokens_to_reach(points: Points, loss: float) -> float:
+    """Tokens at which the power law through the curve's second half comes down to a loss: an extrapolation."""
+    start, slope = power_law(points)
+    return math.exp((math.log(loss) - start) / slope) if slope < 0 else math.inf

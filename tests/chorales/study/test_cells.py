@@ -45,6 +45,24 @@ def test_seed_preset_is_the_notebooks_schedule():
         assert settings == dataclasses.replace(notebook, seed=found.seed, **one_batch)
 
 
+def test_rates_wait_for_their_trials():
+    trials_alone = preset_cells("rates")
+    assert len({made.name for made in trials_alone}) == len(trials_alone) == 2 * 3 * 3
+    assert {made.settings.learning_rate for made in trials_alone} == {1e-3, 2e-3, 4e-3}
+    assert {made.settings.tokens for made in trials_alone} == {SCHEDULES["short"].tokens // 3}
+    chosen = {(512, "absolute"): "4e-3", (512, "relative"): "2e-3"}
+    more = preset_cells("rates", 2, chosen)[len(trials_alone) :]
+    assert [made.group for made in more[::2]] == [
+        "w512-step-any-absolute-short@4e-3",
+        "w512-step-any-absolute-short@4e-3",
+        "w512-step-any-absolute-curve@4e-3",
+        "w512-step-any-absolute-curve@4e-3",
+    ]
+    assert more[1] in preset_cells("grid")  # at the usual rate the grid's own run serves
+    assert more[-1].settings.learning_rate == 2e-3
+    assert more[-1].settings.tokens == 16_000_000
+
+
 def test_budget_is_in_real_tokens():
     made = cell(window=64, schedule="short")
     settings = made.settings.as_settings(made, 500_000)
