@@ -127,6 +127,7 @@ def test_report_on_rates_of_their_own(tmp_path):
     assert "| 1e-3 | 1.400 ± 2.484 (3) | -1.600 ± 2.484 (3), not told apart | -0.600 ± 2.484 (3), not told apart |" in text
     assert "| 16.0 M | 2.828 (1) | 1.000 (1) | -1.828 (1) |" in text
     assert "| 8.0 M | 4.000 (1) | 1.000 (1) | -3.000 (1) |" in text
+    assert "the validation loss of absolute changed by -0.438 (1)." in text  # from 4 / sqrt(1.5)
     assert "Extrapolated, not measured: " in text
     assert "at 128 M (seed 0) tokens" in text
     assert "trial" not in text.split("## Every setting")[1].split("##")[0]
