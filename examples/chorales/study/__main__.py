@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..terminal import exit_code
 from .cells import PRESETS, Cell, expected_seconds
-from .rates import waiting_for
+from .rates import chosen_in, waiting
 from .results import COMMITTED, read_result
 from .work import CONTINUES, run, selected
 
@@ -76,8 +76,8 @@ def list_cells(options: argparse.Namespace) -> None:
         print(f"{cell.name:48s} {'done' if done else f'{seconds:5.0f} s'}")
     finished = sum((options.out / f"{cell.name}.json").is_file() for cell in cells)
     print(f"{len(cells)} cells, {finished} finished; about {left / 3600:.1f} core-hours to go")
-    if options.preset == "rates" and (waiting := waiting_for(options.out)):
-        print(f"more cells follow once these have a learning rate: {', '.join(waiting)}")
+    if options.preset == "rates" and (later := waiting(chosen_in(options.out))):
+        print(f"more cells follow once these have a learning rate: {', '.join(later)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..compare.settings import PRESETS as COMPARE_PRESETS
 from ..compare.settings import Settings
@@ -96,20 +97,22 @@ SCHEDULES = {
     ),
 }
 
-# Learning rates of an arm's own: a trial at a third of the budget for each of these, and what runs at the chosen one
-# (rates.py). A schedule at another rate than its usual one is named after both, as short@4e-3.
+# Learning rates of an arm's own (rates.py): a trial at a third of a budget for each of these, and what runs at the chosen
+# one. A schedule at another rate than its usual one is named after both, as short@4e-3.
 RATES = {"1e-3": 1e-3, "2e-3": 2e-3, "4e-3": 4e-3}
+TRIALS = {"short": "trial", "curve": "curve-trial"}  # of a budget: the schedule that tries a rate for it
 _SHORT = SCHEDULES["short"]
 _AT_RATES = {
-    "trial": dataclasses.replace(_SHORT, tokens=(_SHORT.tokens or 0) // 3, extrapolate=None),
+    "trial": dataclasses.replace(_SHORT, tokens=2_000_000 // 3, extrapolate=None),
     "short": _SHORT,
     # Eight times the budget, looked at often: a curve of the loss against the tokens seen.
-    "curve": dataclasses.replace(_SHORT, tokens=8 * (_SHORT.tokens or 0), evaluations=32, extrapolate=None),
+    "curve-trial": dataclasses.replace(_SHORT, tokens=16_000_000 // 3, evaluations=11, extrapolate=None),
+    "curve": dataclasses.replace(_SHORT, tokens=16_000_000, evaluations=32, extrapolate=None),
 }
 
 
 def at_rate(schedule: str, rate: str) -> str:
-    """The name of a schedule ("trial", "short", "curve") at one of RATES."""
+    """The name of one of these schedules at one of RATES."""
     return schedule if schedule in SCHEDULES and SCHEDULES[schedule].learning_rate == RATES[rate] else f"{schedule}@{rate}"
 
 
@@ -240,34 +243,39 @@ def _grid() -> list[tuple[float, dict]]:
     return groups
 
 
-TUNED_WINDOWS = (128, 512)
+class Choice(NamedTuple):
+    """What gets a learning rate of its own: an arm at a budget (a schedule) and a window."""
+
+    schedule: str
+    window: int
+    positions: str
+
+    def cell(self, schedule: str, rate: str, seed: int = 0) -> Cell:
+        """Its cell of this schedule at one of RATES."""
+        arm: dict = next(arm for arm in MAIN if arm["positions"] == self.positions)
+        schedule = at_rate(schedule, rate)
+        return Cell(window=self.window, masking="step", phase="any", seed=seed, schedule=schedule, **arm)
+
+    def trials(self) -> dict[str, Cell]:
+        """rate -> the cell that tells how good it is."""
+        return {rate: self.cell(TRIALS[self.schedule], rate) for rate in RATES}
+
+
 CURVE_WINDOW = 512  # where absolute positions have hardly begun at the usual budget
-Choice = tuple[int, str]  # window, positions: what gets a learning rate of its own
-
-
-def trials() -> dict[Choice, dict[str, Cell]]:
-    """For every window and arm with a rate of its own: rate -> the cell that tells how good it is."""
-    return {
-        (window, arm["positions"]): {rate: _tuned(arm, window, 0, at_rate("trial", rate)) for rate in RATES}
-        for window in TUNED_WINDOWS
-        for arm in MAIN
-    }
-
-
-def _tuned(arm: dict, window: int, seed: int, schedule: str) -> Cell:
-    return Cell(window=window, masking="step", phase="any", seed=seed, schedule=schedule, **arm)
+CHOICES = (
+    *(Choice("short", window, arm["positions"]) for window in (128, 512) for arm in MAIN),
+    *(Choice("curve", CURVE_WINDOW, arm["positions"]) for arm in (ABSOLUTE, RELATIVE)),
+)
 
 
 def _rate_cells(seeds: int, chosen: Mapping[Choice, str]) -> list[Cell]:
-    """The trials, and then the cells at those rates that are chosen: the usual budget first, then the long curves."""
-    cells = [cell for by_rate in trials().values() for cell in by_rate.values()]
-    for schedule, windows, arms in (("short", TUNED_WINDOWS, MAIN), ("curve", (CURVE_WINDOW,), (ABSOLUTE, RELATIVE))):
-        for seed in range(seeds):
-            for window in windows:
-                for arm in arms:
-                    rate = chosen.get((window, arm["positions"]))
-                    if rate:
-                        cells.append(_tuned(arm, window, seed, at_rate(schedule, rate)))
+    """For each budget the trials, and then the cells at those rates that are chosen."""
+    cells = []
+    for schedule in TRIALS:
+        choices = [choice for choice in CHOICES if choice.schedule == schedule]
+        cells += [cell for choice in choices for cell in choice.trials().values()]
+        known = [choice for choice in choices if choice in chosen]
+        cells += [choice.cell(schedule, chosen[choice], seed) for seed in range(seeds) for choice in known]
     return cells
 
 

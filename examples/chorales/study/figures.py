@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 
 from ..reporting import COLOURS, save_figure
-from .cells import CURVE_WINDOW, TUNED_WINDOWS, Cell
+from .cells import CHOICES, CURVE_WINDOW, Choice
 from .estimates import Estimate, Values
-from .rates import at_own_rate, curve, power_law
+from .rates import at_own_rate, at_rate_of, curve, power_law
 from .results import Results
 from .wording import LONGER, NOTEBOOK, OWN_SCHEDULE, PUBLISHED_LOSS, Setting, setting_text
 
@@ -91,9 +91,12 @@ def _plot_windows(axes, results: Results) -> None:
         "more": ("8 or 16 M tokens", "*", 11, True),
     }
     for arm, shift in (("absolute", 0.94), ("relative", 1.0), ("both", 1.06)):
-        own = [(w, _losses(at_own_rate(results, "short", (w, arm)))) for w in TUNED_WINDOWS]
-        more = [(128, results.values(arm, **LONGER | {"schedule": "long"}))]
-        more.append((CURVE_WINDOW, _losses(at_own_rate(results, "curve", (CURVE_WINDOW, arm)))))
+        of_arm = [choice for choice in CHOICES if choice.positions == arm]
+        tuned = {choice: at_own_rate(results, choice) for choice in of_arm}
+        losses = {choice: {seed: result["test"]["loss"] for seed, result in found.items()} for choice, found in tuned.items()}
+        own = [(choice.window, values) for choice, values in losses.items() if choice.schedule == "short"]
+        more = [(choice.window, values) for choice, values in losses.items() if choice.schedule == "curve"]
+        more.append((LONGER["window"], results.values(arm, **LONGER | {"schedule": "long"})))
         short = [(w, results.values(arm, window=w, schedule="short", **setting)) for w in windows]
         for kind, found in (("short", short), ("own", own), ("more", more)):
             points = [(w * shift, Estimate.over(values)) for w, values in found if values]
@@ -117,27 +120,26 @@ def _plot_windows(axes, results: Results) -> None:
     axes.legend(fontsize="small", loc="upper left")
 
 
-def _losses(cells: dict[Cell, dict]) -> Values:
-    return {cell.seed: result["test"]["loss"] for cell, result in cells.items()}
-
-
 def plot_curves(path: Path, results: Results) -> None:
     """Validation loss against the tokens seen at the window where absolute positions begin late; one line per run."""
     figure, (axes,) = _figure(8, 4.6)
     for arm in ("absolute", "relative"):
-        choice = (CURVE_WINDOW, arm)
-        usual = results.having(arm=arm, **LONGER | {"window": CURVE_WINDOW})
-        kinds = {"2 M tokens, 2e-3": usual, "2 M tokens, own rate": at_own_rate(results, "short", choice)}
-        kinds["16 M tokens, own rate"] = at_own_rate(results, "curve", choice)
-        for (kind, cells), style in zip(kinds.items(), (":", "--", "-"), strict=True):
-            for number, (cell, result) in enumerate(cells.items()):
-                tokens, losses = zip(*curve(cell, result), strict=True)
-                axes.plot(tokens, losses, style, color=COLOURS[arm], label=None if number else f"{arm}, {kind}")
-                if style == "-" and arm == "absolute":
-                    start, slope = power_law(curve(cell, result))
-                    ends = [tokens[-1], 4 * tokens[-1]]
-                    label = None if number else "extrapolated: power law of the second half"
-                    axes.plot(ends, [math.exp(start) * end**slope for end in ends], "-.", color="grey", label=label)
+        short, long = Choice("short", CURVE_WINDOW, arm), Choice("curve", CURVE_WINDOW, arm)
+        kinds = {
+            "2 M tokens, 2e-3": (":", at_rate_of(results, short, "2e-3")),
+            "2 M tokens, own rate": ("--", at_own_rate(results, short)),
+            "16 M tokens, own rate": ("-", at_own_rate(results, long)),
+        }
+        for kind, (style, found) in kinds.items():
+            for number, points in enumerate(map(curve, found.values())):
+                label = None if number else f"{arm}, {kind}"
+                axes.plot(*zip(*points, strict=True), style, color=COLOURS[arm], label=label)
+        for number, points in enumerate(map(curve, at_own_rate(results, long).values())):
+            if arm == "absolute":
+                start, slope = power_law(points)
+                ends = [points[-1][0], 4 * points[-1][0]]
+                label = None if number else "extrapolated: power law of the second half"
+                axes.plot(ends, [math.exp(start) * end**slope for end in ends], "-.", color="grey", label=label)
     axes.set_xscale("log")
     limits = axes.get_xlim()
     axes.set_xticks([2.5e5 * 2**power for power in range(9)])

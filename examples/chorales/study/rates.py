@@ -1,7 +1,7 @@
 """The learning rate of an arm at a window, by one rule for all of them.
 
-The rule: the arm is trained with seed 0 at each of RATES for a third of the budget, with a schedule of that length, and
-the rate with the lowest validation loss is its own; of equal ones the smaller. The test set has no say.
+The rule: an arm is trained with seed 0 at each of RATES for a third of the budget, on a schedule of that length, and the
+rate with the lowest validation loss is its own; of equal ones the smaller. The test set has no say.
 """
 
 import math
@@ -10,19 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .cells import Cell, Choice, at_rate, trials
+from .cells import CHOICES, RATES, Cell, Choice
 from .results import Results, read_result
-from .wording import LONGER
 
 Points = list[tuple[float, float]]  # (tokens seen, validation loss)
-
-
-def trial_losses(results: Mapping[Cell, dict]) -> dict[Choice, dict[str, float]]:
-    """(window, positions) -> rate -> the validation loss of its trial, of those that have run."""
-    return {
-        choice: {rate: validation_loss(results[cell]) for rate, cell in by_rate.items() if cell in results}
-        for choice, by_rate in trials().items()
-    }
 
 
 def validation_loss(result: dict) -> float:
@@ -30,40 +21,44 @@ def validation_loss(result: dict) -> float:
     return min(loss for _, loss in result["validation"])
 
 
+def trial_losses(results: Mapping[Cell, dict], choice: Choice) -> dict[str, float]:
+    """rate -> the validation loss of its trial, of those that have run."""
+    return {rate: validation_loss(results[cell]) for rate, cell in choice.trials().items() if cell in results}
+
+
 def chosen_rates(results: Mapping[Cell, dict]) -> dict[Choice, str]:
-    """The rates that the rule chooses, for every choice whose trials have all run."""
-    found = trial_losses(results)
-    complete = {choice: losses for choice, losses in found.items() if len(losses) == len(trials()[choice])}
-    return {choice: min(losses, key=lambda rate: losses[rate]) for choice, losses in complete.items()}
+    """The rates that the rule chooses, where all trials have run."""
+    found = {choice: trial_losses(results, choice) for choice in CHOICES}
+    return {choice: min(RATES, key=losses.__getitem__) for choice, losses in found.items() if len(losses) == len(RATES)}
 
 
 def chosen_in(folder: Path) -> dict[Choice, str]:
     """As `chosen_rates`, from the JSON files in a folder."""
-    cells = [cell for by_rate in trials().values() for cell in by_rate.values()]
-    paths = {cell: folder / f"{cell.name}.json" for cell in cells}
+    paths = {cell: folder / f"{cell.name}.json" for choice in CHOICES for cell in choice.trials().values()}
     return chosen_rates({cell: read_result(path, cell) for cell, path in paths.items() if path.is_file()})
 
 
-def waiting_for(folder: Path) -> list[str]:
+def waiting(chosen: Mapping[Choice, str]) -> list[str]:
     """In words: what has no rate yet."""
-    chosen = chosen_in(folder)
-    return [f"{positions} at window {window}" for window, positions in trials() if (window, positions) not in chosen]
+    return [f"{choice.positions} at window {choice.window} ({choice.schedule})" for choice in CHOICES if choice not in chosen]
 
 
-def at_own_rate(results: Results, schedule: str, choice: Choice) -> dict[Cell, dict]:
-    """The cells of a schedule ("short", "curve") at the rate of a window's arm; none before that is chosen."""
-    rate = chosen_rates(results.cells).get(choice)
+def at_rate_of(results: Results, choice: Choice, rate: str | None) -> dict[int, dict]:
+    """seed -> result, of what is chosen for, at a rate; empty for None."""
     if rate is None:
         return {}
-    window, positions = choice
-    setting = LONGER | {"window": window, "schedule": at_rate(schedule, rate)}
-    return results.having(arm=positions, **setting)
+    one = choice.cell(choice.schedule, rate)
+    return {cell.seed: result for cell, result in results.cells.items() if cell.group == one.group}
 
 
-def curve(cell: Cell, result: dict) -> Points:
-    """The validation loss against the tokens that were seen; those of a budget are spread evenly over the steps."""
-    tokens = cell.settings.tokens
-    assert tokens is not None  # such are the schedules at rates
+def at_own_rate(results: Results, choice: Choice) -> dict[int, dict]:
+    """seed -> result, at the rate that the rule chooses; empty before that."""
+    return at_rate_of(results, choice, chosen_rates(results.cells).get(choice))
+
+
+def curve(result: dict) -> Points:
+    """The validation loss against the tokens seen, of a cell with a budget in tokens: those are spread evenly over the steps."""
+    tokens = result["configuration"]["schedule"]["tokens"]
     return [(tokens * step / result["steps"], loss) for step, loss in result["validation"]]
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..storage import atomic_write, write_part
-from .cells import CURVE_WINDOW, RATES, Cell, preset_cells, trials
+from .cells import CHOICES, CURVE_WINDOW, RATES, Choice, preset_cells
 from .estimates import Estimate, Values, difference, estimate
 from .figures import plot_curves, plot_differences, plot_story
-from .rates import Points, at_own_rate, chosen_rates, curve, tokens_to_reach, trial_losses
+from .rates import Points, at_own_rate, at_rate_of, chosen_rates, curve, tokens_to_reach, trial_losses, waiting
 from .results import Results
 from .wording import ARM_TEXT, LONGER, NOTEBOOK, OWN_SCHEDULE, PUBLISHED_LOSS, Setting, factor_text, setting_text
 
@@ -218,17 +218,24 @@ def section_rates(results: Results) -> str:
     """The trials of every arm's learning rate, what the rule chose, and the arms at these rates."""
     rows = []
     chosen = chosen_rates(results.cells)
-    for choice, losses in trial_losses(results.cells).items():
-        window, arm = choice
+    for choice in CHOICES:
+        losses = trial_losses(results.cells, choice)
         if not losses:
             continue
-        own, absolute = (_losses(at_own_rate(results, "short", (window, name))) for name in (arm, "absolute"))
-        usual = results.values(arm, **LONGER | {"window": window})
-        trials = [f"{losses[rate]:.3f}" if rate in losses else "–" for rate in RATES]
-        against_usual = "the same runs" if chosen.get(choice) == "2e-3" else _cell(difference(own, usual), "+.3f")
-        against_absolute = "" if arm == "absolute" else _cell(difference(own, absolute), "+.3f")
-        rate = chosen.get(choice, "–")
-        rows.append([f"window {window}, {arm}", *trials, rate, _cell(estimate(own)), against_usual, against_absolute])
+        own = _losses(at_own_rate(results, choice))
+        usual = _losses(at_rate_of(results, choice, "2e-3"))
+        absolute = _losses(at_own_rate(results, choice._replace(positions="absolute")))
+        budget = choice.cell(choice.schedule, "2e-3").settings.tokens or 0
+        rows.append(
+            [
+                f"window {choice.window}, {budget // 1_000_000} M tokens, {choice.positions}",
+                *(f"{losses[rate]:.3f}" if rate in losses else "–" for rate in RATES),
+                chosen.get(choice, "–"),
+                _cell(estimate(own)),
+                "the same runs" if chosen.get(choice) == "2e-3" else _cell(difference(own, usual), "+.3f"),
+                "" if choice.positions == "absolute" else _cell(difference(own, absolute), "+.3f"),
+            ]
+        )
     header = ["", *(f"trial at {rate}" for rate in RATES), "chosen", "test loss there", "against 2e-3", "against absolute"]
     return markdown_table(header, rows) if rows else ""
 
@@ -239,14 +246,14 @@ _RATES_NOTE = (
 )
 
 
-def _losses(cells: dict[Cell, dict]) -> Values:
-    return {cell.seed: result["test"]["loss"] for cell, result in cells.items()}
+def _losses(results: dict[int, dict]) -> Values:
+    return {seed: result["test"]["loss"] for seed, result in results.items()}
 
 
 def section_curve(results: Results) -> str:
     """Validation loss against tokens at the window where absolute positions begin late, and where they stand at the end."""
-    runs = {arm: at_own_rate(results, "curve", (CURVE_WINDOW, arm)) for arm in ("absolute", "relative")}
-    curves = {arm: {cell.seed: curve(cell, result) for cell, result in found.items()} for arm, found in runs.items()}
+    runs = {arm: at_own_rate(results, Choice("curve", CURVE_WINDOW, arm)) for arm in ("absolute", "relative")}
+    curves = {arm: {seed: curve(result) for seed, result in found.items()} for arm, found in runs.items()}
     if not any(curves.values()):
         return ""
     rows = []
@@ -301,7 +308,7 @@ def section_missing(results: Results) -> str:
                 left.setdefault(cell.group, []).append(cell.seed)
         groups = [f"{group} ({', '.join(map(str, seeds))})" for group, seeds in left.items()]
         if preset == "rates":
-            groups += [f"what waits for a rate of {arm} at window {window}" for window, arm in trials() if (window, arm) not in chosen]
+            groups += [f"what waits for a rate of {text}" for text in waiting(chosen)]
         if groups:
             lines.append(f"- `--preset {preset}`: {'; '.join(groups)}")
     return "Cells without a result here, and their seeds:\n\n" + "\n".join(lines) if lines else ""

@@ -4,13 +4,15 @@ import math
 
 import pytest
 
-from examples.chorales.study.cells import trials
+from examples.chorales.study.cells import Choice
 from examples.chorales.study.rates import chosen_rates, curve, power_law, tokens_to_reach
 
+CHOICE = Choice("short", 128, "absolute")
 
-def results(losses, choice=(128, "absolute")):
+
+def results(losses):
     """As of a run: rate -> the validation losses of its trial."""
-    made = trials()[choice]
+    made = CHOICE.trials()
     return {made[rate]: {"steps": 10, "validation": [[5, seen[0]], [10, seen[-1]]]} for rate, seen in losses.items()}
 
 
@@ -26,7 +28,7 @@ def results(losses, choice=(128, "absolute")):
 )
 def test_lowest_validation_loss_chooses(losses, rate):
     chosen = chosen_rates(results(losses))
-    assert chosen == ({(128, "absolute"): rate} if rate else {})
+    assert chosen == ({CHOICE: rate} if rate else {})
 
 
 def test_power_law_of_a_curve():
@@ -40,4 +42,5 @@ def test_power_law_of_a_curve():
 
 def test_curve_counts_tokens():
     (made,) = results({"2e-3": [0.5, 0.4]})
-    assert curve(made, results({"2e-3": [0.5, 0.4]})[made]) == [(made.settings.tokens / 2, 0.5), (made.settings.tokens, 0.4)]
+    result = {"configuration": made.configuration(), "steps": 10, "validation": [[5, 0.5], [10, 0.4]]}
+    assert curve(result) == [(made.settings.tokens / 2, 0.5), (made.settings.tokens, 0.4)]

@@ -109,7 +109,9 @@ def test_report_on_rates_of_their_own(tmp_path):
         name = arm["positions"]
         for rate in RATES:
             loss = 0.4 if rate == best[name] else 0.5
-            write_cell(tmp_path, cell(arm, window=512, schedule=at_rate("trial", rate)), 9.0, validation=[[1, loss], [2, loss + 1]])
+            for trial in ("trial", "curve-trial"):
+                made = cell(arm, window=512, schedule=at_rate(trial, rate))
+                write_cell(tmp_path, made, 9.0, validation=[[1, loss], [2, loss + 1]])
         for seed in range(3):
             write_cell(tmp_path, cell(arm, window=512, seed=seed), 3.0, validation=[[1, 4.0], [2, 3.0]])
             own = cell(arm, window=512, seed=seed, schedule=at_rate("short", best[name]))
@@ -122,9 +124,11 @@ def test_report_on_rates_of_their_own(tmp_path):
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "| window 512, absolute | 0.500 | 0.500 | 0.400 | 4e-3 | 2.000 ± 0.000 (3) | -1.000 ± 0.000 (3) |  |" in text
-    assert "| window 512, relative | 0.500 | 0.400 | 0.500 | 2e-3 | 0.500 ± 0.000 (3) | the same runs | -1.500 ± 0.000 (3) |" in text
+    row = "| window 512, 2 M tokens"
+    assert f"{row}, absolute | 0.500 | 0.500 | 0.400 | 4e-3 | 2.000 ± 0.000 (3) | -1.000 ± 0.000 (3) |  |" in text
+    assert f"{row}, relative | 0.500 | 0.400 | 0.500 | 2e-3 | 0.500 ± 0.000 (3) | the same runs | -1.500 ± 0.000 (3) |" in text
     assert "| 1e-3 | 1.400 ± 2.484 (3) | -1.600 ± 2.484 (3), not told apart | -0.600 ± 2.484 (3), not told apart |" in text
+    assert "| window 512, 16 M tokens, relative | 0.500 | 0.400 | 0.500 | 2e-3 | 1.000 (1) | the same runs | -1.828 (1) |" in text
     assert "| 16.0 M | 2.828 (1) | 1.000 (1) | -1.828 (1) |" in text
     assert "| 8.0 M | 4.000 (1) | 1.000 (1) | -3.000 (1) |" in text
     assert "the validation loss of absolute changed by -0.438 (1)." in text  # from 4 / sqrt(1.5)

@@ -155,7 +155,7 @@ def test_a_chosen_rate_brings_its_cells(small_json, tmp_path, monkeypatch, capsy
     printed = capsys.readouterr().out
     assert "4 cells, 4 finished" in printed
     assert "absolute at window 128" in printed
-    assert "relative at window 128" not in printed
+    assert "relative at window 128 (short)" not in printed
 
 
 def test_missing_data_is_told(tmp_path, capsys):
