@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 
 from ..reporting import COLOURS, save_figure
-from .cells import CHOICES, CURVE_WINDOW, Choice
+from .cells import CHOICES, CURVE_WINDOW
 from .estimates import Estimate, Values
-from .rates import at_own_rate, at_rate_of, curve, power_law
+from .rates import CURVE_KINDS, at_own_rate, curves, power_law
 from .results import Results
 from .wording import LONGER, NOTEBOOK, OWN_SCHEDULE, PUBLISHED_LOSS, Setting, setting_text
 
@@ -123,23 +123,16 @@ def _plot_windows(axes, results: Results) -> None:
 def plot_curves(path: Path, results: Results) -> None:
     """Validation loss against the tokens seen at the window where absolute positions begin late; one line per run."""
     figure, (axes,) = _figure(8, 4.6)
-    for arm in ("absolute", "relative"):
-        short, long = Choice("short", CURVE_WINDOW, arm), Choice("curve", CURVE_WINDOW, arm)
-        kinds = {
-            "2 M tokens, 2e-3": (":", at_rate_of(results, short, "2e-3")),
-            "2 M tokens, own rate": ("--", at_own_rate(results, short)),
-            "16 M tokens, own rate": ("-", at_own_rate(results, long)),
-        }
-        for kind, (style, found) in kinds.items():
-            for number, points in enumerate(map(curve, found.values())):
-                label = None if number else f"{arm}, {kind}"
-                axes.plot(*zip(*points, strict=True), style, color=COLOURS[arm], label=label)
-        for number, points in enumerate(map(curve, at_own_rate(results, long).values())):
-            if arm == "absolute":
+    styles = dict(zip(CURVE_KINDS, (":", "--", "-.", "-"), strict=True))
+    for (arm, kind), runs in curves(results).items():
+        for number, points in enumerate(runs):
+            label = None if number else f"{arm}, {kind}"
+            axes.plot(*zip(*points, strict=True), styles[kind], color=COLOURS[arm], label=label)
+            if arm == "absolute" and kind == CURVE_KINDS[-1]:
                 start, slope = power_law(points)
                 ends = [points[-1][0], 4 * points[-1][0]]
                 label = None if number else "extrapolated: power law of the second half"
-                axes.plot(ends, [math.exp(start) * end**slope for end in ends], "-.", color="grey", label=label)
+                axes.plot(ends, [math.exp(start) * end**slope for end in ends], ":", color="grey", label=label)
     axes.set_xscale("log")
     limits = axes.get_xlim()
     axes.set_xticks([2.5e5 * 2**power for power in range(9)])

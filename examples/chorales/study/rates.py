@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cells import CHOICES, RATES, Cell, Choice
+from .cells import CHOICES, CURVE_WINDOW, RATES, Cell, Choice
 from .results import Results, read_result
 
 Points = list[tuple[float, float]]  # (tokens seen, validation loss)
@@ -60,6 +60,22 @@ def curve(result: dict) -> Points:
     """The validation loss against the tokens seen, of a cell with a budget in tokens: those are spread evenly over the steps."""
     tokens = result["configuration"]["schedule"]["tokens"]
     return [(tokens * step / result["steps"], loss) for step, loss in result["validation"]]
+
+
+CURVE_KINDS = ("2 M tokens, 2e-3", "2 M tokens, own rate", "5.3 M tokens, each rate", "16 M tokens, own rate")
+
+
+def curves(results: Results) -> dict[tuple[str, str], list[Points]]:
+    """(positions, one of CURVE_KINDS) -> the curves of its runs at CURVE_WINDOW; only of those that have run."""
+    found = {}
+    for positions in ("absolute", "relative"):
+        short, long = (Choice(schedule, CURVE_WINDOW, positions) for schedule in ("short", "curve"))
+        tried = [results.cells[cell] for cell in long.trials().values() if cell in results.cells]
+        usual, own, longest = at_rate_of(results, short, "2e-3"), at_own_rate(results, short), at_own_rate(results, long)
+        for kind, runs in zip(CURVE_KINDS, (usual.values(), own.values(), tried, longest.values()), strict=True):
+            if runs and not (kind == CURVE_KINDS[1] and own == usual):
+                found[positions, kind] = [curve(result) for result in runs]
+    return found
 
 
 def power_law(points: Points) -> tuple[float, float]:

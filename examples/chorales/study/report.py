@@ -12,7 +12,7 @@ from ..storage import atomic_write, write_part
 from .cells import CHOICES, CURVE_WINDOW, RATES, Choice, preset_cells
 from .estimates import Estimate, Values, difference, estimate
 from .figures import plot_curves, plot_differences, plot_story
-from .rates import Points, at_own_rate, at_rate_of, chosen_rates, curve, tokens_to_reach, trial_losses, waiting
+from .rates import Points, at_own_rate, at_rate_of, chosen_rates, curve, curves, tokens_to_reach, trial_losses, waiting
 from .results import Results
 from .wording import ARM_TEXT, LONGER, NOTEBOOK, OWN_SCHEDULE, PUBLISHED_LOSS, Setting, factor_text, setting_text
 
@@ -253,17 +253,17 @@ def _losses(results: dict[int, dict]) -> Values:
 def section_curve(results: Results) -> str:
     """Validation loss against tokens at the window where absolute positions begin late, and where they stand at the end."""
     runs = {arm: at_own_rate(results, Choice("curve", CURVE_WINDOW, arm)) for arm in ("absolute", "relative")}
-    curves = {arm: {seed: curve(result) for seed, result in found.items()} for arm, found in runs.items()}
-    if not any(curves.values()):
+    by_arm = {arm: {seed: curve(result) for seed, result in found.items()} for arm, found in runs.items()}
+    if not any(by_arm.values()):
         return ""
     rows = []
-    for number, tokens in _tokens_shown(next(points for found in curves.values() for points in found.values())):
-        at = {arm: {seed: points[number][1] for seed, points in found.items()} for arm, found in curves.items()}
+    for number, tokens in _tokens_shown(next(points for found in by_arm.values() for points in found.values())):
+        at = {arm: {seed: points[number][1] for seed, points in found.items()} for arm, found in by_arm.items()}
         gap = difference(at["relative"], at["absolute"])
         rows.append([f"{tokens / 1e6:.1f} M", *(_cell(estimate(values)) for values in at.values()), _cell(gap, "+.3f")])
     last = _losses(runs["absolute"]), _losses(runs["relative"])
     rows.append(["test loss at the end", *(_cell(estimate(v)) for v in last), _cell(difference(last[1], last[0]), "+.3f")])
-    parts = [markdown_table(["tokens seen", "absolute", "relative", "relative - absolute"], rows), _where_it_stands(curves)]
+    parts = [markdown_table(["tokens seen", "absolute", "relative", "relative - absolute"], rows), _where_it_stands(by_arm)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -277,16 +277,16 @@ def _tokens_shown(points: Points) -> list[tuple[int, float]]:
     return [(index, points[index][0]) for index in reversed(indices)]
 
 
-def _where_it_stands(curves: dict[str, dict[int, Points]]) -> str:
+def _where_it_stands(by_arm: dict[str, dict[int, Points]]) -> str:
     """What the last quarter of the tokens still gained, and an extrapolation where the absolute arm lies behind."""
     lines = []
-    for arm, found in curves.items():
+    for arm, found in by_arm.items():
         falls = {seed: points[-1][1] - points[len(points) * 3 // 4 - 1][1] for seed, points in found.items()}
         if falls:
             lines.append(f"Over the last quarter of the tokens the validation loss of {arm} changed by {_cell(estimate(falls), '+.3f')}.")
-    goals = {seed: points[-1][1] for seed, points in curves["relative"].items()}
-    reach = {seed: tokens_to_reach(points, goals[seed]) for seed, points in curves["absolute"].items() if seed in goals}
-    behind = {seed: tokens for seed, tokens in reach.items() if curves["absolute"][seed][-1][1] > goals[seed]}
+    goals = {seed: points[-1][1] for seed, points in by_arm["relative"].items()}
+    reach = {seed: tokens_to_reach(points, goals[seed]) for seed, points in by_arm["absolute"].items() if seed in goals}
+    behind = {seed: tokens for seed, tokens in reach.items() if by_arm["absolute"][seed][-1][1] > goals[seed]}
     if behind:
         each = ", ".join(f"{tokens / 1e6:,.0f} M (seed {seed})" for seed, tokens in sorted(behind.items()))
         lines.append(
@@ -365,7 +365,7 @@ def render(results: Results) -> str:
         add("Where relative attention wins, and where it does not", section_verdicts(results))
     if table := section_rates(results):
         add("A learning rate for each arm", _RATES_NOTE, table)
-    if results.having(window=CURVE_WINDOW):
+    if curves(results):
         add(f"Loss against tokens: window {CURVE_WINDOW}", "![loss against tokens](curves.png)", section_curve(results))
     add("Where copying fails", section_changes(results))
     add("Longer than trained", section_longer(results))
@@ -403,7 +403,7 @@ def write_report(folder: Path, readme: Path | None = None) -> None:
         file.write(render(results))
     plot_story(folder / "story.png", results)
     written = ["report.md", "story.png"]
-    if results.having(window=CURVE_WINDOW):
+    if curves(results):
         plot_curves(folder / "curves.png", results)
         written.append("curves.png")
     if section_settings(results):
