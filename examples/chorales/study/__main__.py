@@ -2,6 +2,7 @@
 
     python -m examples.chorales.study                          # the grid; the same command continues after a kill
     python -m examples.chorales.study --preset seed            # the notebook's schedule: both published numbers
+    python -m examples.chorales.study --preset rates           # a learning rate for each arm, and long curves
     python -m examples.chorales.study --list                   # what would run, in which order, and what it costs
     python -m examples.chorales.study report --results DIR     # tables and figures, from the JSON files alone
 
@@ -11,14 +12,14 @@ to one of them, and the system releases it when its process ends, however it end
 """
 
 import argparse
-import fnmatch
 import sys
 from pathlib import Path
 
 from ..terminal import exit_code
-from .cells import Cell, expected_seconds, preset_cells
+from .cells import PRESETS, Cell, expected_seconds
+from .rates import chosen_in, waiting
 from .results import COMMITTED, read_result
-from .work import CONTINUES, run
+from .work import CONTINUES, run, selected
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -29,7 +30,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("action", nargs="?", choices=("run", "report"), default="run", help="default: run")
-    add("--preset", choices=("grid", "seed", "tiny"), default="grid", help="which cells (default: grid)")
+    add("--preset", choices=PRESETS, default="grid", help="which cells (default: grid)")
     add("--seeds", type=int, default=3, metavar="N", help="repetitions of every cell (default 3)")
     add("--only", metavar="PATTERN", help="cells whose name matches, as w016-*-s0 (see --list)")
     add("--list", action="store_true", help="print the cells and their cost, run nothing")
@@ -48,13 +49,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.action == "report" and options.out:
         parser.error("--out: of a run; report reads and writes --results DIR")
     options.out = options.out or Path("runs") / f"study-{options.preset}"
-    options.cells = preset_cells(options.preset, options.seeds)
-    if options.only:
-        options.cells = [cell for cell in options.cells if fnmatch.fnmatchcase(cell.name, options.only)]
-        if not options.cells:
-            parser.error(
-                f"--only: no cell of preset {options.preset} matches {options.only!r}; --list shows their names"
-            )
+    if not selected(options):
+        parser.error(f"--only: no cell of preset {options.preset} matches {options.only!r}; --list shows their names")
     return options
 
 
@@ -70,15 +66,18 @@ def measured_seconds(folder: Path, cells: list[Cell]) -> dict[str, float]:
 
 def list_cells(options: argparse.Namespace) -> None:
     """Print every cell with its state and cost."""
-    measured = measured_seconds(options.out, options.cells)
+    cells = selected(options)
+    measured = measured_seconds(options.out, cells)
     left = 0.0
-    for cell in options.cells:
+    for cell in cells:
         done = (options.out / f"{cell.name}.json").is_file()
         seconds = expected_seconds(cell, measured)
         left += 0 if done else seconds
         print(f"{cell.name:48s} {'done' if done else f'{seconds:5.0f} s'}")
-    finished = sum((options.out / f"{cell.name}.json").is_file() for cell in options.cells)
-    print(f"{len(options.cells)} cells, {finished} finished; about {left / 3600:.1f} core-hours to go")
+    finished = sum((options.out / f"{cell.name}.json").is_file() for cell in cells)
+    print(f"{len(cells)} cells, {finished} finished; about {left / 3600:.1f} core-hours to go")
+    if options.preset == "rates" and (later := waiting(chosen_in(options.out))):
+        print(f"more cells follow once these have a learning rate: {', '.join(later)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,9 @@
 """What the study varies: factors, schedules, and the presets as ordered lists of cells."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..compare.settings import PRESETS as COMPARE_PRESETS
 from ..compare.settings import Settings
@@ -94,6 +96,29 @@ SCHEDULES = {
         extrapolate=(16, 32),
     ),
 }
+
+# Learning rates of an arm's own (rates.py): a trial at a third of a budget for each of these, and what runs at the chosen
+# one. A schedule at another rate than its usual one is named after both, as short@4e-3.
+RATES = {"1e-3": 1e-3, "2e-3": 2e-3, "4e-3": 4e-3}
+TRIALS = {"short": "trial", "curve": "curve-trial"}  # of a budget: the schedule that tries a rate for it
+_SHORT = SCHEDULES["short"]
+_AT_RATES = {
+    "trial": dataclasses.replace(_SHORT, tokens=2_000_000 // 3, extrapolate=None),
+    "short": _SHORT,
+    # Eight times the budget, looked at often: a curve of the loss against the tokens seen.
+    "curve-trial": dataclasses.replace(_SHORT, tokens=16_000_000 // 3, evaluations=11, extrapolate=None),
+    "curve": dataclasses.replace(_SHORT, tokens=16_000_000, evaluations=32, extrapolate=None),
+}
+
+
+def at_rate(schedule: str, rate: str) -> str:
+    """The name of one of these schedules at one of RATES."""
+    return schedule if schedule in SCHEDULES and SCHEDULES[schedule].learning_rate == RATES[rate] else f"{schedule}@{rate}"
+
+
+for _name, _schedule in _AT_RATES.items():
+    for _rate in RATES:
+        SCHEDULES.setdefault(at_rate(_name, _rate), dataclasses.replace(_schedule, learning_rate=RATES[_rate]))
 
 
 @dataclass(frozen=True)
@@ -218,15 +243,61 @@ def _grid() -> list[tuple[float, dict]]:
     return groups
 
 
+class Choice(NamedTuple):
+    """What gets a learning rate of its own: an arm at a budget (a schedule) and a window."""
+
+    schedule: str
+    window: int
+    positions: str
+
+    def cell(self, schedule: str, rate: str, seed: int = 0) -> Cell:
+        """Its cell of this schedule at one of RATES."""
+        arm: dict = next(arm for arm in MAIN if arm["positions"] == self.positions)
+        schedule = at_rate(schedule, rate)
+        return Cell(window=self.window, masking="step", phase="any", seed=seed, schedule=schedule, **arm)
+
+    def trials(self) -> dict[str, Cell]:
+        """rate -> the cell that tells how good it is."""
+        return {rate: self.cell(TRIALS[self.schedule], rate) for rate in RATES}
+
+
+CURVE_WINDOW = 512  # where absolute positions have hardly begun at the usual budget
+CHOICES = (
+    *(Choice("short", window, arm["positions"]) for window in (128, 512) for arm in MAIN),
+    *(Choice("curve", CURVE_WINDOW, arm["positions"]) for arm in (ABSOLUTE, RELATIVE)),
+)
+
+
+def _rate_cells(seeds: int, chosen: Mapping[Choice, str]) -> list[Cell]:
+    """For each budget the trials, and then the cells at those rates that are chosen."""
+    cells = []
+    for schedule in TRIALS:
+        choices = [choice for choice in CHOICES if choice.schedule == schedule]
+        cells += [cell for choice in choices for cell in choice.trials().values()]
+        known = [choice for choice in choices if choice in chosen]
+        cells += [choice.cell(schedule, chosen[choice], seed) for seed in range(seeds) for choice in known]
+    return cells
+
+
 # A seed comes this many priorities after the one before: the first groups get all their repetitions before the last
 # get any.
 _SEED_STEP = 2.5
 
 
-def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
-    """The cells of a preset in the order in which they run: the most telling first."""
+PRESETS = ("grid", "seed", "rates", "tiny")
+
+
+def preset_cells(preset: str, seeds: int = 3, chosen: Mapping[Choice, str] | None = None) -> list[Cell]:
+    """The cells of a preset in the order in which they run: the most telling first.
+
+    chosen: the learning rates that preset "rates" has come to so far (rates.py); what waits for one is left out.
+    """
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    if preset == "rates":
+        return _rate_cells(seeds, chosen or {})
     notebook = dict(window=16, masking="time", phase="any", schedule="notebook")
     tiny = dict(window=16, masking="step", phase="any", schedule="tiny")
     groups: dict[str, list[tuple[float, dict]]] = {
@@ -234,8 +305,6 @@ def preset_cells(preset: str, seeds: int = 3) -> list[Cell]:
         "seed": [(1, arm | notebook) for arm in (ABSOLUTE, AS_PUBLISHED, RELATIVE, BOTH)],
         "tiny": [(1, arm | tiny) for arm in (ABSOLUTE, RELATIVE, AS_PUBLISHED, NONE)],
     }
-    if preset not in groups:
-        raise ValueError(f"preset: expected one of {', '.join(groups)}, got {preset!r}")
     ordered = []
     for priority, group in groups[preset]:
         ordered += [(priority + _SEED_STEP * seed, Cell(seed=seed, **group)) for seed in range(seeds)]

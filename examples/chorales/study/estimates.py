@@ -47,6 +47,10 @@ class Estimate:
         half = "" if self.half is None else f" ± {self.half:{form.replace('+', '')}}"
         return f"{self.mean:{form}}{half} ({self.n})"
 
+    def verdict(self, form: str = "+.3f") -> str:
+        """As `text`, of a difference: it says so where the interval holds 0."""
+        return self.text(form) + (", not told apart" if self.half is not None and not self.sign else "")
+
 
 def difference(one: Values, other: Values) -> Estimate | None:
     """Mean of one - other over the seeds that both have, or None where there is none."""

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from ..storage import atomic_write, write_part
+from .cells import CHOICES, CURVE_WINDOW, RATES, Choice, preset_cells
 from .estimates import Estimate, Values, difference, estimate
-from .figures import plot_differences, plot_repairs, plot_windows
+from .figures import plot_curves, plot_differences, plot_story
+from .rates import Points, at_own_rate, at_rate_of, chosen_rates, curve, curves, tokens_to_reach, trial_losses, waiting
 from .results import Results
-from .wording import ARM_TEXT, LONGER, NOTEBOOK, OWN_SCHEDULE, Setting, factor_text, setting_text
-
-PUBLISHED_LOSS = {"absolute": 0.4014, "relative.published.normal": 0.4865}  # the seed notebook's last lines
+from .wording import ARM_TEXT, LONGER, NOTEBOOK, OWN_SCHEDULE, PUBLISHED_LOSS, Setting, factor_text, setting_text
 
 
 def _cell(value: Estimate | None, form: str = ".3f") -> str:
-    return "–" if value is None else value.text(form)
+    """A measure, or with a sign in its form a difference."""
+    if value is None:
+        return "–"
+    return value.verdict(form) if form.startswith("+") else value.text(form)
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -191,17 +194,17 @@ def section_reversal(results: Results, setting: Setting) -> str:
     published = difference(loss("relative.published.normal"), loss("absolute"))
     if published is None:
         return "The published comparison has not run yet."
-    lines = [f"As published, the relative arm's loss is {published.text('+.3f')} against absolute positions."]
+    lines = [f"As published, the relative arm's loss is {published.verdict()} against absolute positions."]
 
     def add(text: str, one: str, other: str) -> None:
         gap = difference(loss(one), loss(other))
         if gap is not None:
             share = ""
-            if published.mean > 0 and other == "relative.published.normal":
+            if published.sign > 0 and gap.sign and other == "relative.published.normal":
                 percent = f"{abs(gap.mean) / published.mean:.0%}"
                 effect = f"closes {percent} of the gap" if gap.mean < 0 else f"widens the gap by {percent}"
                 share = f", which {effect}"
-            lines.append(f"{text}: {gap.text('+.3f')}{share}.")
+            lines.append(f"{text}: {gap.verdict()}{share}.")
 
     add("The same arm against a model with no positions at all", "relative.published.normal", "none")
     add("Repairing only the skew changes it by", "relative.normal", "relative.published.normal")
@@ -209,6 +212,106 @@ def section_reversal(results: Results, setting: Setting) -> str:
     add("Both repairs change it by", "relative", "relative.published.normal")
     add("What then remains against absolute positions", "relative", "absolute")
     return " ".join(lines)
+
+
+def section_rates(results: Results) -> str:
+    """The trials of every arm's learning rate, what the rule chose, and the arms at these rates."""
+    rows = []
+    chosen = chosen_rates(results.cells)
+    for choice in CHOICES:
+        losses = trial_losses(results.cells, choice)
+        if not losses:
+            continue
+        own = _losses(at_own_rate(results, choice))
+        usual = _losses(at_rate_of(results, choice, "2e-3"))
+        absolute = _losses(at_own_rate(results, choice._replace(positions="absolute")))
+        budget = choice.cell(choice.schedule, "2e-3").settings.tokens or 0
+        rows.append(
+            [
+                f"window {choice.window}, {budget // 1_000_000} M tokens, {choice.positions}",
+                *(f"{losses[rate]:.3f}" if rate in losses else "–" for rate in RATES),
+                chosen.get(choice, "–"),
+                _cell(estimate(own)),
+                "the same runs" if chosen.get(choice) == "2e-3" else _cell(difference(own, usual), "+.3f"),
+                "" if choice.positions == "absolute" else _cell(difference(own, absolute), "+.3f"),
+            ]
+        )
+    header = ["", *(f"trial at {rate}" for rate in RATES), "chosen", "test loss there", "against 2e-3", "against absolute"]
+    return markdown_table(header, rows) if rows else ""
+
+
+_RATES_NOTE = (
+    "The rule, for every arm alike: trained with seed 0 for a third of the budget, on a schedule of that length, at each of the "
+    "three rates, it takes the one of the lowest validation loss. Last column: each arm at its own rate."
+)
+
+
+def _losses(results: dict[int, dict]) -> Values:
+    return {seed: result["test"]["loss"] for seed, result in results.items()}
+
+
+def section_curve(results: Results) -> str:
+    """Validation loss against tokens at the window where absolute positions begin late, and where they stand at the end."""
+    runs = {arm: at_own_rate(results, Choice("curve", CURVE_WINDOW, arm)) for arm in ("absolute", "relative")}
+    by_arm = {arm: {seed: curve(result) for seed, result in found.items()} for arm, found in runs.items()}
+    if not any(by_arm.values()):
+        return ""
+    rows = []
+    for number, tokens in _tokens_shown(next(points for found in by_arm.values() for points in found.values())):
+        at = {arm: {seed: points[number][1] for seed, points in found.items()} for arm, found in by_arm.items()}
+        gap = difference(at["relative"], at["absolute"])
+        rows.append([f"{tokens / 1e6:.1f} M", *(_cell(estimate(values)) for values in at.values()), _cell(gap, "+.3f")])
+    last = _losses(runs["absolute"]), _losses(runs["relative"])
+    rows.append(["test loss at the end", *(_cell(estimate(v)) for v in last), _cell(difference(last[1], last[0]), "+.3f")])
+    parts = [markdown_table(["tokens seen", "absolute", "relative", "relative - absolute"], rows), _where_it_stands(by_arm)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _tokens_shown(points: Points) -> list[tuple[int, float]]:
+    """(index, tokens) of the evaluations at the end, at half of it, a quarter, ..."""
+    indices = []
+    at = len(points)
+    while at:
+        indices.append(at - 1)
+        at //= 2
+    return [(index, points[index][0]) for index in reversed(indices)]
+
+
+def _where_it_stands(by_arm: dict[str, dict[int, Points]]) -> str:
+    """What the last quarter of the tokens still gained, and an extrapolation where the absolute arm lies behind."""
+    lines = []
+    for arm, found in by_arm.items():
+        falls = {seed: points[-1][1] - points[len(points) * 3 // 4 - 1][1] for seed, points in found.items()}
+        if falls:
+            lines.append(f"Over the last quarter of the tokens the validation loss of {arm} changed by {_cell(estimate(falls), '+.3f')}.")
+    goals = {seed: points[-1][1] for seed, points in by_arm["relative"].items()}
+    reach = {seed: tokens_to_reach(points, goals[seed]) for seed, points in by_arm["absolute"].items() if seed in goals}
+    behind = {seed: tokens for seed, tokens in reach.items() if by_arm["absolute"][seed][-1][1] > goals[seed]}
+    if behind:
+        each = ", ".join(f"{tokens / 1e6:,.0f} M (seed {seed})" for seed, tokens in sorted(behind.items()))
+        lines.append(
+            f"Extrapolated, not measured: a power law through the second half of its curve brings the absolute arm to the relative "
+            f"arm's last loss at {each} tokens. The rate decays to 0 at the end of the curve, which makes its end steep, so this "
+            f"errs in favour of absolute positions."
+        )
+    return " ".join(lines)
+
+
+def section_missing(results: Results) -> str:
+    """The cells of the presets that have no result here."""
+    lines = []
+    chosen = chosen_rates(results.cells)
+    for preset in ("grid", "seed", "rates"):
+        left: dict[str, list[int]] = {}
+        for cell in preset_cells(preset, chosen=chosen):
+            if cell not in results.cells:
+                left.setdefault(cell.group, []).append(cell.seed)
+        groups = [f"{group} ({', '.join(map(str, seeds))})" for group, seeds in left.items()]
+        if preset == "rates":
+            groups += [f"what waits for a rate of {text}" for text in waiting(chosen)]
+        if groups:
+            lines.append(f"- `--preset {preset}`: {'; '.join(groups)}")
+    return "Cells without a result here, and their seeds:\n\n" + "\n".join(lines) if lines else ""
 
 
 def render(results: Results) -> str:
@@ -224,6 +327,7 @@ def render(results: Results) -> str:
         "masked token of the test set; differences are paired by seed, negative where the first is better. Intervals "
         "are not widened for the number of comparisons. Data fingerprint "
         f"{one['data_fingerprint']}; {versions}.",
+        "![the published pair, its repairs one by one, every window](story.png)",
     ]
 
     def add(title: str, *sections: str) -> None:
@@ -242,7 +346,6 @@ def render(results: Results) -> str:
         add(
             "The published comparison, repaired step by step",
             f"{setting_text(NOTEBOOK)}, as in the notebook; a fixed budget of tokens.",
-            "![repairs](repairs.png)",
             section_reversal(results, NOTEBOOK),
             section_arms(results, NOTEBOOK),
             section_effects(results, NOTEBOOK),
@@ -250,7 +353,7 @@ def render(results: Results) -> str:
     if LONGER in settings:
         add(f"A longer window: {setting_text(LONGER)}", section_arms(results, LONGER), section_effects(results, LONGER))
     if table := section_settings(results):
-        add("Every setting", "![differences](differences.png)", "![windows](windows.png)", table)
+        add("Every setting", "![differences](differences.png)", table)
         factors = section_factors(results)
         add(
             "One factor at a time",
@@ -260,8 +363,13 @@ def render(results: Results) -> str:
             factors,
         )
         add("Where relative attention wins, and where it does not", section_verdicts(results))
+    if table := section_rates(results):
+        add("A learning rate for each arm", _RATES_NOTE, table)
+    if curves(results):
+        add(f"Loss against tokens: window {CURVE_WINDOW}", "![loss against tokens](curves.png)", section_curve(results))
     add("Where copying fails", section_changes(results))
     add("Longer than trained", section_longer(results))
+    add("Missing", section_missing(results))
     return "\n\n".join(parts) + "\n"
 
 
@@ -279,6 +387,10 @@ def readme_part(results: Results) -> str:
         ]
     if table := section_settings(results):
         parts += ["Every setting:", table]
+    if table := section_rates(results):
+        parts += ["A learning rate for each arm:", table, _RATES_NOTE]
+    if text := section_curve(results):
+        parts += [f"Validation loss against tokens, window {CURVE_WINDOW}, each arm at its own rate:", text]
     return "\n\n".join(parts) + "\n"
 
 
@@ -289,13 +401,12 @@ def write_report(folder: Path, readme: Path | None = None) -> None:
         write_part(readme, "study", readme_part(results))
     with atomic_write(folder / "report.md") as file:
         file.write(render(results))
-    settings = results.settings()
-    written = ["report.md"]
-    if NOTEBOOK in settings:
-        plot_repairs(folder / "repairs.png", results, NOTEBOOK)
-        written.append("repairs.png")
+    plot_story(folder / "story.png", results)
+    written = ["report.md", "story.png"]
+    if curves(results):
+        plot_curves(folder / "curves.png", results)
+        written.append("curves.png")
     if section_settings(results):
         plot_differences(folder / "differences.png", results)
-        plot_windows(folder / "windows.png", results)
-        written += ["differences.png", "windows.png"]
+        written.append("differences.png")
     print(f"{len(results.cells)} cells; written: {', '.join(str(folder / name) for name in written)}")

@@ -84,9 +84,13 @@ class Results:
         return {cell.seed: result[part][metric] for cell, result in found.items() if part in result}
 
     def settings(self) -> list[Setting]:
-        """The distinct settings (everything but arm and seed), shortest budget first."""
+        """The distinct settings (everything but arm and seed), shortest budget first.
+
+        Not those at a rate of an arm's own, where two arms of one setting may be of two schedules (rates.py).
+        """
         order = {"tiny": 0, "short": 1, "long": 2, "notebook": 3}
-        keys = {(order[c.schedule], c.window, c.masking, c.phase, c.voice, c.schedule) for c in self.cells}
+        common = [cell for cell in self.cells if cell.schedule in order]
+        keys = {(order[c.schedule], c.window, c.masking, c.phase, c.voice, c.schedule) for c in common}
         names = ("window", "masking", "phase", "voice", "schedule")
         return [dict(zip(names, key[1:], strict=True)) for key in sorted(keys)]
 

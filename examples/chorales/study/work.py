@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fnmatch
 import multiprocessing
 import os
 import shutil
@@ -13,9 +14,18 @@ from pathlib import Path
 from ..command import prepare_process, quiet_transformers
 from ..storage import write_json
 from ..terminal import exit_code
+from .cells import Cell, preset_cells
+from .rates import chosen_in
 from .results import read_result
 
 CONTINUES = "the same command continues"
+
+
+def selected(options: argparse.Namespace) -> list[Cell]:
+    """The cells that the options ask for, as far as it is known by now: some wait for a learning rate."""
+    chosen = chosen_in(options.out) if options.preset == "rates" else {}
+    cells = preset_cells(options.preset, options.seeds, chosen)
+    return [cell for cell in cells if fnmatch.fnmatchcase(cell.name, options.only or "*")]
 
 
 @contextlib.contextmanager
@@ -42,6 +52,14 @@ def claim(path: Path) -> Iterator[bool]:
             path.unlink(missing_ok=True)
 
 
+def _one_after_another(options: argparse.Namespace) -> Iterator[Cell]:
+    """Every selected cell once; after each the selection is made anew, as a cell that has finished may add to it."""
+    seen: set[Cell] = set()
+    while left := [cell for cell in selected(options) if cell not in seen]:
+        seen.add(left[0])
+        yield left[0]
+
+
 def work(options: argparse.Namespace) -> None:
     """Run every cell that is not finished and not claimed by another process."""
     started = time.monotonic()
@@ -58,7 +76,7 @@ def work(options: argparse.Namespace) -> None:
     chorales = Chorales.load(options.data)
     fingerprint = chorales.fingerprint()
     versions = {name: environment(processes=1)[name] for name in ("python", "torch", "transformers", "numpy", "system")}
-    for cell in options.cells:
+    for cell in _one_after_another(options):
         path = options.out / f"{cell.name}.json"
         if path.is_file():
             read_result(path, cell, fingerprint)

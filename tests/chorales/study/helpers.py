@@ -18,7 +18,7 @@ def results_of(folder):
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-def write_cell(folder, made, loss, change=0.5, longer=None, longer_window=512, fingerprint="f"):
+def write_cell(folder, made, loss, change=0.5, longer=None, longer_window=512, fingerprint="f", validation=()):
     score = dict(loss=loss, accuracy=0.8, copy_accuracy=0.78, change_loss=1.0, change_accuracy=change, change_copy_accuracy=0.1)
     score |= dict(masked_tokens=100, change_tokens=20)
     result = {
@@ -26,6 +26,8 @@ def write_cell(folder, made, loss, change=0.5, longer=None, longer_window=512, f
         "data_fingerprint": fingerprint,
         "environment": {"python": "3"},
         "parameters": 437_045,
+        "steps": max((step for step, _ in validation), default=0),
+        "validation": validation,
         "test": score,
     }
     if longer:

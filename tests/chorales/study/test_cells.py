@@ -15,6 +15,7 @@ from examples.chorales.study.cells import (
     SCHEDULES,
     SKEWS,
     TABLES,
+    Choice,
     preset_cells,
 )
 from tests.chorales.study.helpers import cell
@@ -43,6 +44,29 @@ def test_seed_preset_is_the_notebooks_schedule():
         notebook = PRESETS["seed"]
         one_batch = dict(batch=notebook.batch * notebook.accumulation, accumulation=1)  # of as many windows a step
         assert settings == dataclasses.replace(notebook, seed=found.seed, **one_batch)
+
+
+def test_rates_wait_for_their_trials():
+    trials = preset_cells("rates")
+    assert len({made.name for made in trials}) == len(trials) == (2 * 3 + 2) * 3
+    for made in trials:
+        budget = SCHEDULES["short"].tokens * (8 if made.schedule.startswith("curve") else 1)
+        assert made.settings.tokens == budget // 3
+    assert {made.settings.learning_rate for made in trials} == {1e-3, 2e-3, 4e-3}
+    chosen = {Choice("short", 512, "absolute"): "4e-3", Choice("short", 512, "relative"): "2e-3", Choice("curve", 512, "relative"): "1e-3"}
+    cells = preset_cells("rates", 2, chosen)
+    more = [made for made in cells if made not in trials]
+    assert [made.name for made in more] == [
+        "w512-step-any-absolute-short@4e-3-s0",
+        "w512-step-any-relative-s0",  # at the usual rate the grid's own run serves
+        "w512-step-any-absolute-short@4e-3-s1",
+        "w512-step-any-relative-s1",
+        "w512-step-any-relative-curve@1e-3-s0",
+        "w512-step-any-relative-curve@1e-3-s1",
+    ]
+    assert more[1] in preset_cells("grid")
+    assert [made.settings.learning_rate for made in more] == [4e-3, 2e-3, 4e-3, 2e-3, 1e-3, 1e-3]
+    assert cells.index(more[3]) < cells.index(trials[-1]) < cells.index(more[4])  # the long ones and their trials last
 
 
 def test_budget_is_in_real_tokens():

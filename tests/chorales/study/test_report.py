@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from examples.chorales.study.__main__ import main
-from examples.chorales.study.cells import ABSOLUTE, AS_PUBLISHED, BOTH, RELATIVE
+from examples.chorales.study.cells import ABSOLUTE, AS_PUBLISHED, BOTH, RATES, RELATIVE, at_rate
 from examples.chorales.study.estimates import Estimate, difference
 from examples.chorales.study.report import readme_part, render, verdicts, write_report
 from examples.chorales.study.results import COMMITTED, Results
@@ -68,13 +68,16 @@ def test_report_from_files_alone(tmp_path):
     assert readme.read_text().startswith("a\n<!-- study -->\n27 cells of up to 3 seeds")
     assert readme.read_text().endswith("\n<!-- /study -->\nb\n")
     text = (tmp_path / "report.md").read_text()
-    for name in ("repairs.png", "differences.png", "windows.png"):
+    for name in ("story.png", "differences.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert name in text
     assert "| absolute | 0.510 ± 0.025 (3) | 80.0% ± 0.0% (3)" in text  # 4.3027 * 0.01 / sqrt(3)
     assert "the relative arm's loss is +0.200 ± 0.000 (3)" in text
     assert "Both repairs change it by: -0.150 ± 0.000 (3), which closes 75% of the gap." in text
-    assert "Small tables alone change it by: +0.050 (1), which widens the gap by 25%." in text
+    assert "Small tables alone change it by: +0.050 (1)." in text  # one seed: no share of the gap
+    assert "What then remains against absolute positions: +0.050 ± 0.000 (3)." in text
+    assert "| both against absolute | -0.107 ± 0.029 (3) |" in text  # of -0.1, -0.12, -0.1
+    assert "| both against repaired relative | -0.007 ± 0.029 (3), not told apart |" in text
     assert "| both against absolute | -0.050 (1) |" in text
     # From window 16 to 128 with other masks is no change of one factor; a voice label is.
     assert "window 16 → window 128" not in text
@@ -99,11 +102,49 @@ def test_committed_report_is_of_the_committed_cells():
     assert part == readme_part(results)
 
 
+def test_report_on_rates_of_their_own(tmp_path):
+    """Three arms at 512 tokens with rates of their own; the long curve of the first two."""
+    best = {"absolute": "4e-3", "relative": "2e-3", "both": "1e-3"}
+    for arm in (ABSOLUTE, RELATIVE, BOTH):
+        name = arm["positions"]
+        for rate in RATES:
+            loss = 0.4 if rate == best[name] else 0.5
+            for trial in ("trial", "curve-trial"):
+                made = cell(arm, window=512, schedule=at_rate(trial, rate))
+                write_cell(tmp_path, made, 9.0, validation=[[1, loss], [2, loss + 1]])
+        for seed in range(3):
+            write_cell(tmp_path, cell(arm, window=512, seed=seed), 3.0, validation=[[1, 4.0], [2, 3.0]])
+            own = cell(arm, window=512, seed=seed, schedule=at_rate("short", best[name]))
+            write_cell(tmp_path, own, {"absolute": 2.0, "relative": 0.5, "both": 0.4 + seed}[name], validation=[[1, 4.0], [2, 3.0]])
+    # The absolute arm falls as the square root of the tokens, from 4 at the half to 2.83 at the end: 1 needs eight times as many.
+    falling = [[step, 4 * (4 / step) ** 0.5] for step in range(1, 9)]
+    for arm, losses in ((ABSOLUTE, falling), (RELATIVE, [[step, 1.0] for step in range(1, 9)])):
+        made = cell(arm, window=512, schedule=at_rate("curve", best[arm["positions"]]))
+        write_cell(tmp_path, made, losses[-1][1], validation=losses)
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    row = "| window 512, 2 M tokens"
+    assert f"{row}, absolute | 0.500 | 0.500 | 0.400 | 4e-3 | 2.000 ± 0.000 (3) | -1.000 ± 0.000 (3) |  |" in text
+    assert f"{row}, relative | 0.500 | 0.400 | 0.500 | 2e-3 | 0.500 ± 0.000 (3) | the same runs | -1.500 ± 0.000 (3) |" in text
+    assert "| 1e-3 | 1.400 ± 2.484 (3) | -1.600 ± 2.484 (3), not told apart | -0.600 ± 2.484 (3), not told apart |" in text
+    assert "| window 512, 16 M tokens, relative | 0.500 | 0.400 | 0.500 | 2e-3 | 1.000 (1) | the same runs | -1.828 (1) |" in text
+    assert "| 16.0 M | 2.828 (1) | 1.000 (1) | -1.828 (1) |" in text
+    assert "| 8.0 M | 4.000 (1) | 1.000 (1) | -3.000 (1) |" in text
+    assert "the validation loss of absolute changed by -0.438 (1)." in text  # from 4 / sqrt(1.5)
+    assert "Extrapolated, not measured: " in text
+    assert "at 128 M (seed 0) tokens" in text
+    assert "trial" not in text.split("## Every setting")[1].split("##")[0]
+    missing = text.split("## Missing")[1]
+    assert "w512-step-any-absolute-curve@4e-3 (1, 2)" in missing
+    assert "a rate of both at window 128" in missing
+
+
 def test_one_finished_cell_makes_a_report(tmp_path):
     write_cell(tmp_path, cell(ABSOLUTE, masking="time"), 0.5)
     assert "0.500 (1)" in render(Results(tmp_path))
     write_report(tmp_path)
-    assert (tmp_path / "repairs.png").is_file()
+    assert (tmp_path / "story.png").is_file()
     assert not (tmp_path / "differences.png").exists()
 
 

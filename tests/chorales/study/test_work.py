@@ -134,6 +134,30 @@ def test_no_cell_starts_after_the_hours(small_json, tmp_path, monkeypatch, capsy
     assert not results_of(tmp_path)
 
 
+def test_a_chosen_rate_brings_its_cells(small_json, tmp_path, monkeypatch, capsys):
+    """One command runs the trials and what they lead to; a restart finds it from the files. Only the training is left out."""
+    ran = []
+
+    def run_cell(made, *_, **__):
+        ran.append(made.name)
+        return {"test": {"loss": 1.0, "accuracy": 0.5}, "cpu_seconds": 1.0, "validation": [[1, made.settings.learning_rate]]}
+
+    monkeypatch.setattr(training, "run_cell", run_cell)
+    line = ["--preset=rates", "--seeds=1", f"--data={small_json}", f"--out={tmp_path}", "--only=w128-*-relative*"]
+    assert main(line) == 0
+    trials = [f"w128-step-any-relative-trial@{rate}-s0" for rate in ("1e-3", "2e-3", "4e-3")]
+    assert ran == [*trials, "w128-step-any-relative-short@1e-3-s0"]
+    (tmp_path / f"{ran[-1]}.json").unlink()
+    assert main(line) == 0
+    assert ran[4:] == ran[3:4]
+    capsys.readouterr()
+    assert main([*line, "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 cells, 4 finished" in printed
+    assert "absolute at window 128" in printed
+    assert "relative at window 128 (short)" not in printed
+
+
 def test_missing_data_is_told(tmp_path, capsys):
     assert main(command(tmp_path / "none.json", tmp_path)[3:]) == 2
     assert "none.json: no such file" in capsys.readouterr().err
