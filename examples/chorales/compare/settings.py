@@ -51,7 +51,7 @@ PRESETS = {
     # The model of examples.chorales.harmonize, with --arms both: half an hour of an idle core. Windows of two bars start at
     # quarters, so that absolute positions tell voices and beats, as they do where it is used.
     "harmonize": Settings(
-        window=128, stride=16, masking="voices", epochs=5, batch=8, learning_rate=2e-3, warmup=200, evaluations=16,
+        window=128, stride=16, masking="voices", epochs=3, batch=8, learning_rate=2e-3, warmup=100, evaluations=16,
         valid_windows=400, transpose=6, half=True,
     ),  # fmt: skip
     # Proves that everything runs, in half a minute.
