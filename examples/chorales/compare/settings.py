@@ -51,9 +51,17 @@ PRESETS = {
     # The model of examples.chorales.harmonize, with --arms both: half an hour of an idle core. Windows of two bars start at
     # quarters, so that absolute positions tell voices and beats, as they do where it is used.
     "harmonize": Settings(
-        window=128, stride=16, masking="voices", epochs=3, batch=8, learning_rate=2e-3, warmup=100, evaluations=16,
-        valid_windows=400, transpose=6, half=True,
-    ),  # fmt: skip
+        window=128,
+        stride=16,
+        masking="voices",
+        epochs=2,
+        batch=8,
+        learning_rate=2e-3,
+        evaluations=10,
+        valid_windows=400,
+        transpose=6,
+        half=True,
+    ),
     # Proves that everything runs, in half a minute.
     "tiny": Settings(
         window=32,
