@@ -27,7 +27,7 @@ demo test test-toolkits explore sanitize emulate: export OMP_WAIT_POLICY ?= PASS
 # Nothing is fetched from a model hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-toolkits explore sanitize emulate bench figures resources lint clean
+.PHONY: help demo test test-toolkits explore sanitize emulate bench figures resources docs docs-serve lint clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -56,13 +56,20 @@ emulate: $(INSTALLED) ## the GPU kernels' PTX on this CPU, with race detection (
 bench: $(INSTALLED) ## speed and memory against peers on this machine (BENCH_ARGS="--quick")
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-figures: $(INSTALLED) ## reports, pictures and the README's parts of the committed benchmarks and study
-	$(BIN)/python -m benchmarks.render $(wildcard benchmarks/results/*-*) --readme README.md
-	$(BIN)/python -m benchmarks.huggingface --render --out benchmarks/results/huggingface --readme README.md
-	$(BIN)/python -m examples.chorales.study report --readme examples/chorales/README.md
+figures: $(INSTALLED) ## reports, pictures and the manual's parts of the committed benchmarks and study
+	$(BIN)/python -m benchmarks.render $(wildcard benchmarks/results/cpu-*) --readme docs/benchmarks.md
+	$(BIN)/python -m benchmarks.huggingface --render --out benchmarks/results/huggingface --readme docs/models.md
+	$(BIN)/python -m examples.chorales.study report --readme docs/chorales.md
+	$(BIN)/python docs/skew.py
 
 resources: $(INSTALLED) ## what the GPU kernels take of each chip, by compiling them
 	$(BIN)/python -m relattn.kernels.gpu.resources
+
+docs: $(VENV)/.docs-ready $(INSTALLED) ## the manual, docs/_build/index.html; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
+docs-serve: docs ## the manual at http://localhost:8000
+	$(BIN)/python -m http.server --directory docs/_build --bind localhost 8000
 
 lint: $(INSTALLED) ## ruff, mypy, clang-format
 	$(BIN)/python -m ruff check .
@@ -70,7 +77,7 @@ lint: $(INSTALLED) ## ruff, mypy, clang-format
 	$(BIN)/clang-format --dry-run --Werror kernels/cpu/*.h kernels/cpu/*.cpp
 
 clean: ## delete builds and caches (not .venv: remove it yourself to set up anew)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	rm -f kernels/cpu/*.so kernels/cpu/build_report.json $(VENV)/.installed-*
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
@@ -85,6 +92,10 @@ $(STAMP): requirements-dev.txt constraints.txt pyproject.toml setup.py
 	$(BIN)/python -m pip install -c constraints.txt $$(grep '^torch==' requirements-dev.txt)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@rm $(VENV)/.unfinished && touch $@
+
+$(VENV)/.docs-ready: requirements-docs.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
+	touch $@
 
 # torch from the pinned requirements, the toolkits without the torch that they ask for.
 $(TOOLKITS)/.ready: requirements-toolkits.txt requirements-dev.txt constraints.txt pyproject.toml setup.py $(NATIVE)

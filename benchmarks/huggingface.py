@@ -5,7 +5,7 @@ of audio (frames computed from the model's stride; text models have tokens inste
 projections included; the whole encoder; of two models also the attention alone ("core"), its projections taken out. Peak memory beyond
 inputs and weights is that of a process's first call, each side in a process of its own; in another process both sides, which share their
 weights, take turns, and their outputs are compared. Running out of memory, a crash or a timeout is a result too. Interrupted, the same
-command goes on where it was. Writes results.json and report.md to --out; `--readme README.md` also writes that file's part between
+command goes on where it was. Writes results.json and report.md to --out; `--readme docs/models.md` also writes that file's part between
 `<!-- conversion -->` and `<!-- /conversion -->`.
 """
 

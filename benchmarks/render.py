@@ -1,16 +1,18 @@
-"""Report and pictures of measured rows: `python -m benchmarks.render DIR ... [--readme README.md]`.
+"""Report and pictures of measured rows: `python -m benchmarks.render DIR ... [--readme docs/benchmarks.md]`.
 
-From DIR/results.json alone: DIR/report.md, time.png, memory.png, speed.png. With --readme, the part of that file between
-`<!-- benchmarks -->` and `<!-- /benchmarks -->` is written anew from the folders given, in their order.
+From DIR/results.json alone: DIR/report.md, time.png, memory.png, speed.png, and, of training, overview.png, time beside memory. With
+--readme, the part of that file between `<!-- benchmarks -->` and `<!-- /benchmarks -->` is written anew from the folders given, in
+their order.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.peers import PASSES, PEERS
 from examples.chorales.storage import atomic_write, read_json, write_part
@@ -173,17 +175,38 @@ def _remarks(results: Results) -> list[str]:
     return lines
 
 
+class Panel(NamedTuple):
+    """A value of every peer's rows of one pass against their length."""
+
+    passed: str
+    title: str
+    label: str
+    value: Callable[[dict[str, Any]], float | None]
+
+
 def draw(results: Results) -> list[Path]:
-    """time.png, memory.png and speed.png; a panel for each pass."""
+    """time.png, memory.png and speed.png, with a panel for each pass; overview.png, time and memory of training."""
     import matplotlib
 
     matplotlib.use("Agg")
-    fields: dict[str, tuple[str, Callable[[str, dict[str, Any]], float | None]]] = {
-        "time": ("median time, ms", lambda passed, row: row["median_ms"]),
-        "memory": ("peak memory beyond the inputs, MiB", lambda passed, row: row["peak_bytes"] / _MIB),
-        "speed": ("speed, as a part of attention\nwithout a relative term", lambda passed, row: _relative_speed(results, passed, row)),
+    labels = {
+        "time": "median time, ms",
+        "memory": "peak memory beyond the inputs, MiB",
+        "speed": "speed, as a part of attention\nwithout a relative term",
     }
-    return [_picture(results, name, label, value) for name, (label, value) in fields.items()]
+
+    def panel(passed: str, name: str) -> Panel:
+        value: dict[str, Callable[[dict[str, Any]], float | None]] = {
+            "time": lambda row: row["median_ms"],
+            "memory": lambda row: row["peak_bytes"] / _MIB,
+            "speed": lambda row: _relative_speed(results, passed, row),
+        }
+        return Panel(passed, _PASSES[passed], labels[name], value[name])
+
+    pictures = {name: [panel(passed, name) for passed in results.passes] for name in labels}
+    if "train" in results.passes:
+        pictures["overview"] = [panel("train", name)._replace(title=f"{_PASSES['train']}: {name}") for name in ("time", "memory")]
+    return [_picture(results, name, panels) for name, panels in pictures.items()]
 
 
 def _relative_speed(results: Results, passed: str, row: dict[str, Any]) -> float | None:
@@ -191,22 +214,22 @@ def _relative_speed(results: Results, passed: str, row: dict[str, Any]) -> float
     return None if base is None else base / row["median_ms"]
 
 
-def _picture(results: Results, name: str, label: str, value: Callable[[str, dict[str, Any]], float | None]) -> Path:
+def _picture(results: Results, name: str, panels: list[Panel]) -> Path:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure, axes = pyplot.subplots(
-        1, len(results.passes), figsize=(1.6 + 4.4 * len(results.passes) + 1.4, 4.4), sharey=True, squeeze=False, layout="constrained"
-    )
+    alike = len({panel.label for panel in panels}) == 1
+    size = (1.6 + 4.4 * len(panels) + 1.4, 4.4)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=alike, squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
-    for axis, passed in zip(axes[0], results.passes, strict=True):
+    for axis, (passed, title, label, value) in zip(axes[0], panels, strict=True):
         lost: dict[int, list[str]] = {}
         for peer in results.peers(passed):
             if peer == _REFERENCE:
                 continue
             colour, marker, width = _STYLE[peer]
             rows = [results.row(passed, peer, length) for length in results.lengths]
-            points = [(row["length"], value(passed, row)) for row in rows if row["status"] == "ok"]
+            points = [(row["length"], value(row)) for row in rows if row["status"] == "ok"]
             points = [(length, height) for length, height in points if height is not None]
             line = axis.plot(
                 *zip(*points, strict=True) if points else ([], []), color=colour, marker=marker, linewidth=width, markersize=4 + width,
@@ -217,14 +240,15 @@ def _picture(results: Results, name: str, label: str, value: Callable[[str, dict
                 if row["status"] in _FAILED:
                     lost.setdefault(row["length"], []).append(peer)
         axis.set(xscale="log", yscale="log", xlabel="sequence length L")
-        axis.set_title(_PASSES[passed], pad=18 if lost else 6, fontsize=12)
+        axis.set_title(title, pad=18 if lost else 6, fontsize=12)
         axis.set_xticks(results.lengths, [str(length) for length in results.lengths])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda height, _: f"{height:g}"))
         axis.grid(True, which="major", color="#DDDDDD", linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
+        if not alike or axis is axes[0][0]:
+            axis.set_ylabel(label)
         _mark_lost(results, axis, passed, lost)
-    axes[0][0].set_ylabel(label)
     labels = [PEERS[peer].label for peer in handles]
     figure.legend(handles.values(), labels, loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(f"{results.title()}\n{results.machine()}", fontsize=9)
@@ -275,12 +299,12 @@ def render(folder: Path) -> list[Path]:
 
 
 def readme_part(folders: list[Path], root: Path) -> str:
-    """What stands between the marks of the README."""
+    """What stands between the marks of a page in the folder `root`."""
     lines = []
     for folder in folders:
         results = Results(folder)
-        place = folder.resolve().relative_to(root.resolve()).as_posix()
-        lines += [f"**{results.machine()}**: {results.title()} ([report]({place}/report.md)).", ""]
+        place = Path(os.path.relpath(folder.resolve(), root.resolve())).as_posix()
+        lines += [f"**{results.machine()}**: {results.title()} (all figures: `{place}/report.md`).", ""]
         lengths = [length for length in results.lengths if length in (512, 2048, 8192, 32768)]
         lengths = lengths if len(lengths) > 2 else results.lengths[-3:]
         for passed in results.passes:

@@ -10,7 +10,8 @@ class KeyValueCache:
     """Keys and values of the positions seen so far, for incremental decoding with one `RelativeMultiheadAttention`.
 
     One cache serves one layer and one batch of sequences: give every layer its own, and a fresh (or `reset`) one to
-        every new batch.
+    every new batch.
+
     Without autograd the tensors lie in buffers that double when full, so that n steps copy O(n) positions, not O(n^2).
     With autograd enabled, or inside torch.compile, they are joined anew at each step, since a tensor saved for the
     backward pass must not change.

@@ -321,12 +321,12 @@ def test_part_of_the_readme(tmp_path, capsys):
     assert "--readme" in capsys.readouterr().err
 
 
-def test_readme_shows_the_committed_results():
-    readme = (CLONE / "README.md").read_text()
-    part = readme.split("<!-- benchmarks -->")[1].split("<!-- /benchmarks -->")[0]
-    folders = [CLONE / place for place in dict.fromkeys(re.findall(r"\[report\]\((.+?)/report.md\)", part))]
+def test_manual_shows_the_committed_results():
+    page = (CLONE / "docs" / "benchmarks.md").read_text()
+    part = page.split("<!-- benchmarks -->")[1].split("<!-- /benchmarks -->")[0]
+    folders = [CLONE / "docs" / place for place in dict.fromkeys(re.findall("`(.+?)/report.md`", part))]
     assert folders
-    assert part == "\n" + render.readme_part(folders, CLONE)
+    assert part == "\n" + render.readme_part(folders, CLONE / "docs")
     for folder in folders:
         assert (folder / "report.md").read_text() == render.report(render.Results(folder))
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.huggingface`: its runs, its report, and the part of the README."""
+"""`python -m benchmarks.huggingface`: its runs, its report, and the part of the manual."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.huggingface.models import wav2vec2_bert
 
 
 def test_benchmark_goes_on_where_it_was(tmp_path, capsys, monkeypatch) -> None:
-    """From the command line to the part of a README, on a model of a small configuration, in this process."""
+    """From the command line to the part of a page, on a model of a small configuration, in this process."""
     from benchmarks import huggingface as benchmark
 
     def attempt(function, arguments, timeout, threads):
@@ -96,10 +96,10 @@ def test_benchmark_of_what_ended_badly(tmp_path, monkeypatch) -> None:
     assert "goal >= 6" not in text
 
 
-def test_readme_shows_the_committed_measurements() -> None:
+def test_manual_shows_the_committed_measurements() -> None:
     from benchmarks import huggingface as benchmark
 
     clone = Path(benchmark.__file__).parents[1]
-    part = (clone / "README.md").read_text().split("<!-- conversion -->\n")[1].split("<!-- /conversion -->")[0]
+    part = (clone / "docs" / "models.md").read_text().split("<!-- conversion -->\n")[1].split("<!-- /conversion -->")[0]
     folder = clone / "benchmarks" / "results" / "huggingface"
     assert part == (folder / "report.md").read_text() == benchmark.report(read_json(folder / "results.json"))

@@ -203,7 +203,7 @@ def test_torch_is_the_only_requirement(wheel: Path) -> None:
         metadata = Parser().parsestr(archive.read(name).decode())
     required = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     assert [one.name for one in required if not one.marker] == ["torch"]
-    assert set(metadata.get_all("Provides-Extra", [])) == {"chorales", "music", "huggingface", "bench", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"chorales", "music", "huggingface", "bench", "test", "docs", "dev"}
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Version"] == distribution("relattn").version
 

@@ -25,8 +25,9 @@ def wanted() -> bool:
 
 
 def cache_file() -> Path:
-    """Where timings are kept: autotune.json in the folder RELATTN_CACHE, or else in ~/.cache/relattn."""
-    return Path(os.environ.get("RELATTN_CACHE", "~/.cache/relattn")).expanduser() / "autotune.json"
+    """Where timings are kept: autotune.json in the folder RELATTN_CACHE, or else relattn in XDG_CACHE_HOME or ~/.cache."""
+    folder = os.environ.get("RELATTN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "relattn")
+    return Path(folder).expanduser() / "autotune.json"
 
 
 def by_speed(

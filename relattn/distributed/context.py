@@ -22,7 +22,7 @@ def context_parallel(
     convolutions_of: nn.Module | None = None,
 ) -> Iterator[None]:
     """Within it, `relattn.relative_attention` is `relattn.distributed.relative_attention`, whoever calls it: layers
-    (`RelativeMultiheadAttention`) and converted models run on sharded sequences as they are. It holds for the whole process, all threads.
+    (`RelativeMultiheadAttention`) and converted models run on sharded sequences as they are. It holds for the whole process, all threads::
 
         inputs, targets = (shard(tensor, 1, layout="zigzag") for tensor in (inputs, targets))
         with context_parallel(mesh, layout="zigzag"):

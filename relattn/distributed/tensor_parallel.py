@@ -59,7 +59,7 @@ class HeadsParallel(ParallelStyle):
         output_layouts: how the output is to lie, Replicate() or Shard of the length.
         use_local_output: return a plain tensor, else a DTensor.
 
-    Raises (when applied):
+    Raises:
         TypeError: the module is no `RelativeMultiheadAttention`.
         ValueError: the mesh has more than one dimension, the number of heads is no multiple of its devices, or the layer is parallel
             already.

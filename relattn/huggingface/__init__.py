@@ -1,6 +1,7 @@
 """relattn in Hugging Face models: the attention implementation "relattn", and BERT-like models with relative positions.
 
 Importing this module registers
+
 - ``attn_implementation="relattn"``: `relattn.relative_attention` with its mask function. An attention module without
   relative tables computes what "sdpa" does (but a query that may see no key gets 0), and also gives the weights when
   `output_attentions=True` asks;

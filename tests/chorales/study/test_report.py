@@ -95,7 +95,7 @@ def test_report_from_files_alone(tmp_path):
 def test_committed_report_is_of_the_committed_cells():
     results = Results(COMMITTED)
     assert (COMMITTED / "report.md").read_text() == render(results)
-    part = (COMMITTED.parent / "README.md").read_text().split("<!-- study -->\n")[1].split("<!-- /study -->")[0]
+    part = (COMMITTED.parents[2] / "docs" / "chorales.md").read_text().split("<!-- study -->\n")[1].split("<!-- /study -->")[0]
     assert part == readme_part(results)
 
 
