@@ -68,18 +68,20 @@ MODES = (*GROUPINGS, VOICES_MODE)
 BLOCKS = (1, 2, 4, 8, 16)  # time steps of a voice that "voices" hides together
 
 
-def _hidden_voices(batch: Batch, keys: np.ndarray) -> np.ndarray:
+def _hidden_voices(batch: Batch, keys: np.ndarray, easy: bool) -> np.ndarray:
     """What "voices" hides, (B, L): alto, tenor and bass in blocks of a voice, each with the same probability.
 
-    Probability and length of the blocks are drawn per window; in a tenth of the windows the soprano stands alone. These
+    Probability and length of the blocks are drawn per window; in a fifth of the windows the soprano stands alone. These
     are the states that Gibbs sampling passes through as Coconet does it (Huang et al. 2017), from nothing but the melody
-    to few notes that are drawn anew. In half of the windows single notes are hidden, 15 % of them: without such easy ones
-    a model does not find out for thousands of steps which notes are neighbours.
+    to few notes that are drawn anew.
+
+    Args:
+        easy: hide single notes, 15 % of them. A model that begins with these finds out soon which notes are neighbours; with
+            the hard ones alone it does not for thousands of steps.
     """
     length = batch.ids.shape[1]
-    easy = _uniform(keys, 7, 1) < 0.5
-    share = np.where(easy, MASKED_SHARE, 1.25 * _uniform(keys, 3, 1))
-    block = np.where(easy, 1, np.array(BLOCKS)[(_uniform(keys, 4, 1) * len(BLOCKS)).astype(int)])
+    share = MASKED_SHARE if easy else 1.25 * _uniform(keys, 3, 1)
+    block = 1 if easy else np.array(BLOCKS)[(_uniform(keys, 4, 1) * len(BLOCKS)).astype(int)]
     name = (batch.step // block * 4 + batch.voice) % length  # of a token's block: steps of a window are consecutive
     return (batch.voice > 0) & (np.take_along_axis(_uniform(keys, 5, length), name, axis=1) < share)
 
@@ -94,12 +96,15 @@ class Masked(NamedTuple):
     voice: np.ndarray
 
 
-def mask_batch(batch: Batch, keys: np.ndarray, mode: str, vocabulary_size: int) -> Masked:
-    """Mask `batch`; `keys`, (B,) uint64, one per window (see `window_keys`), decides everything random."""
+def mask_batch(batch: Batch, keys: np.ndarray, mode: str, vocabulary_size: int, easy: bool = False) -> Masked:
+    """Mask `batch`; `keys`, (B,) uint64, one per window (see `window_keys`), decides everything random.
+
+    easy: of the mode "voices", that few notes are hidden.
+    """
     if mode not in MODES:
         raise ValueError(f"masking: expected one of {', '.join(MODES)}, got {mode!r}")
     if mode == VOICES_MODE:
-        hidden = _hidden_voices(batch, keys)
+        hidden = _hidden_voices(batch, keys, easy)
         return Masked(np.where(hidden, MASK, batch.ids), np.where(hidden, batch.ids, IGNORED), batch.step, batch.voice)
     groups = GROUPINGS[mode](batch)
     length = groups.shape[1]
@@ -163,13 +168,16 @@ class MaskingCollator:
         seed: of the masks; a different one for every split and, in training, every run.
         transpose: a window is transposed by up to so many semitones, as far as the vocabulary's pitches go, which must
             have no gaps.
+        easy_epochs: in so many of the first epochs the mode "voices" hides few notes.
     """
 
-    def __init__(self, windows: Windows, mode: str, vocabulary_size: int, seed: int, transpose: int = 0):
+    def __init__(
+        self, windows: Windows, mode: str, vocabulary_size: int, seed: int, transpose: int = 0, easy_epochs: int = 0
+    ):
         if mode not in MODES:
             raise ValueError(f"masking: expected one of {', '.join(MODES)}, got {mode!r}")
         self.windows, self.mode, self.vocabulary_size, self.seed = windows, mode, vocabulary_size, seed
-        self.transpose = transpose
+        self.transpose, self.easy_epochs = transpose, easy_epochs
 
     def masked(self, indices: np.ndarray, epoch: int = 0) -> Masked:
         """The masked windows `indices`, (B,), as arrays."""
@@ -177,7 +185,7 @@ class MaskingCollator:
         batch = self.windows.gather(indices)
         if self.transpose:
             batch = batch._replace(ids=_transposed(batch.ids, keys, self.transpose, self.vocabulary_size))
-        return mask_batch(batch, keys, self.mode, self.vocabulary_size)
+        return mask_batch(batch, keys, self.mode, self.vocabulary_size, easy=epoch < self.easy_epochs)
 
     def __call__(self, items: list[tuple[int, int]]) -> dict:
         import torch

@@ -11,7 +11,8 @@ class Settings(TrainingSettings):
 
     train_windows, valid_windows and test_windows limit the windows used of a split (None: all); max_relative_position
     None means window - 1, the largest that leaves no row unused; transpose is the largest transposition in training, in
-    semitones; half, that models are saved (and tested) in half precision.
+    semitones; easy_epochs, the first passes in which the masking "voices" hides few notes; half, that models are saved (and
+    tested) in half precision.
     """
 
     window: int
@@ -29,6 +30,7 @@ class Settings(TrainingSettings):
     test_windows: int | None = None
     max_relative_position: int | None = None
     transpose: int = 0
+    easy_epochs: int = 0
     half: bool = False
     seed: int = 0
 
@@ -37,7 +39,7 @@ class Settings(TrainingSettings):
         if self.window < 2:
             raise ValueError("window: expected at least 2 tokens, got 1")
         self.check_positive("epochs", "learning_rate")
-        self.check_at_least(0, "transpose")
+        self.check_at_least(0, "transpose", "easy_epochs")
         if self.max_relative_position is None:
             object.__setattr__(self, "max_relative_position", self.window - 1)
 
@@ -52,14 +54,15 @@ PRESETS = {
     # quarters, so that absolute positions tell voices and beats, as they do where it is used.
     "harmonize": Settings(
         window=128,
-        stride=16,
+        stride=64,
         masking="voices",
-        epochs=2,
+        epochs=6,
         batch=8,
         learning_rate=2e-3,
-        evaluations=10,
-        valid_windows=400,
+        evaluations=12,
+        valid_windows=300,
         transpose=6,
+        easy_epochs=1,
         half=True,
     ),
     # Proves that everything runs, in half a minute.

@@ -96,7 +96,9 @@ def run_arm(
     if state.is_main_process:
         print(f"{arm}: {parameters:,} parameters", flush=True)
     checkpoints = folder / "checkpoints"
-    collator = MaskingCollator(windows["train"], settings.masking, vocabulary_size, settings.seed, settings.transpose)
+    collator = MaskingCollator(
+        windows["train"], settings.masking, vocabulary_size, settings.seed, settings.transpose, settings.easy_epochs
+    )
     evaluation = evaluation_collators(windows, settings, vocabulary_size)
     trainer, clock = train_model(model, settings, windows, collator, evaluation, checkpoints, state, arm, workers)
     if settings.half:  # what is tested is what is saved
