@@ -77,7 +77,8 @@ def write_musicxml(path: Path, grid: np.ndarray, title: str) -> None:
     from music21 import clef, layout, metadata, note, stream
 
     score: Any = stream.Score()
-    score.metadata = metadata.Metadata(title=title, composer="")
+    score.metadata = metadata.Metadata()
+    score.metadata.title = score.metadata.movementName = title
     for voice, name in enumerate(VOICES):
         part = stream.Part(id=name)
         part.partName = name.capitalize()

@@ -82,7 +82,7 @@ def test_annealing_goes_from_all_to_few_and_from_hot_to_cold():
     annealing = Annealing(steps=100, hot=1.0, cold=0.1, least=0.05)
     shares = [annealing.share(step) for step in range(100)]
     assert shares[0] == 1
-    assert shares[75:] == [0.05] * 25
+    assert shares[75:] == pytest.approx([0.05] * 25)
     assert shares[37] == pytest.approx(1 - 0.95 * 37 / 75)
     assert annealing.temperature(0) == 1
     assert annealing.temperature(99) == pytest.approx(0.1)
