@@ -14,7 +14,7 @@ import numpy as np
 
 from .command import prepare_process, quiet_transformers, require_packages
 from .data.files import SILENT, SPLITS, VOICES, Splits
-from .storage import read_json, write_json
+from .storage import read_json, write_json, write_part
 from .terminal import exit_code, printable, progress_bar
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--melody", metavar="PIECE", default="test:3", help="a .mid, .xml, .musicxml or .mxl file, or test:3 (default), valid:0, ...")
     add("--evaluate", metavar="N", type=int, help="instead: harmonize N pieces of the test set, and compare them all with Bach's")
+    add("--readme", metavar="FILE", type=Path, help="with --evaluate: write the table into this file, between <!-- harmonize --> marks")
     add("--checkpoint", metavar="DIR", type=Path, default=CHECKPOINT, help="a both/model folder of compare --preset harmonize")
     add("--out", metavar="DIR", type=Path, default=Path("runs/harmonized"), help="default: runs/harmonized")
     add("--samples", type=int, default=1, help="how many (default 1)")
@@ -49,6 +50,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("samples", "evaluate"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if options.readme and not options.evaluate:
+        parser.error(f"--readme {options.readme}: expected --evaluate N beside it")
     if not 20 <= options.bpm <= 400:
         parser.error(f"--bpm: expected 20 to 400, got {options.bpm:g}")
     if not 0 < options.temperature <= usual.hot:
@@ -179,7 +182,10 @@ def evaluate(model, options: argparse.Namespace) -> dict:
         agreed = {name: (right + now[name][0], count + now[name][1]) for name, (right, count) in agreed.items()}
         print(f"test:{index}: as Bach's: {_percentages(now)}", flush=True)
     counts = {"harmonized": measures.total(written), "Bach's": measures.total(pieces[index] for index in chosen)}
-    print(f"\nAs Bach's, {len(chosen)} pieces: {_percentages(agreed)}\n\n{measures.describe(counts)}")
+    summary = f"As Bach's, {len(chosen)} pieces: {_percentages(agreed)}"
+    print(f"\n{summary}\n\n{measures.describe(counts)}")
+    if options.readme:
+        write_part(options.readme, "harmonize", f"{summary}.\n\n{measures.markdown(counts)}")
     return {"pieces": chosen, "agreement": agreed, "measures": counts}
 
 

@@ -81,10 +81,7 @@ def report(results: dict[str, dict]) -> str:
         lines.append(f"| {index} | " + " | ".join(cells) + " |")
     columns = {arm: result["measures"]["generated"] for arm, result in results.items()}
     columns |= {name: counts for name, counts in results[ARMS[0]]["measures"].items() if name.startswith("Bach")}
-    head, *rows = measures.rows(columns)
-    lines += ["", "| " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", measures.markdown(columns)])
 
 
 def run(options: argparse.Namespace) -> dict:

@@ -11,7 +11,6 @@ from ..command import require_packages
 from ..storage import atomic_write
 from ..terminal import exit_code, progress_bar
 
-
 _LARGEST = 20_000  # bytes: music21 takes minutes for a collection of songs or a movement of a quartet
 
 
@@ -37,7 +36,8 @@ def run(options: argparse.Namespace) -> int:
     # .rntxt are analyses, not scores.
     paths = [path for path in paths if "bach" not in path.parts and path.suffix != ".rntxt" and path.stat().st_size <= _LARGEST]
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(options.pieces, len(paths))).round().astype(int))
-    for path in progress_bar([paths[index] for index in chosen], desc="exporting"):
+    smallest_first = sorted((paths[index] for index in chosen), key=lambda path: path.stat().st_size)
+    for path in progress_bar(smallest_first, desc="exporting"):
         target = options.out / f"{path.parent.name}-{path.name}.mid"
         if not target.is_file():
             try:

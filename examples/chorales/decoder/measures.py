@@ -153,6 +153,12 @@ def rows(columns: dict[str, dict[str, int]]) -> list[tuple[str, ...]]:
     return table
 
 
+def markdown(columns: dict[str, dict[str, int]]) -> str:
+    """The table for a page."""
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows(columns)]
+    return "\n".join([head, "| --- |" + " ---: |" * len(columns), *body]) + "\n"
+
+
 def describe(columns: dict[str, dict[str, int]]) -> str:
     """The table for a terminal."""
     return "\n".join(aligned(rows(columns)))
