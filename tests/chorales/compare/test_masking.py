@@ -140,8 +140,8 @@ def test_voices_mode_hides_any_share_of_the_lower_voices_and_shows_only_masks(ch
     np.testing.assert_array_equal(masked.input_ids[~hidden], batch.ids[~hidden])
     assert not hidden[batch.voice <= 0].any()  # the soprano, and what is no note
     share = hidden.sum(axis=1) / np.maximum(1, (batch.voice > 0).sum(axis=1))
-    assert 0.1 < (share == 1).mean() < 0.35  # a fifth by design
-    assert (share < 0.3).mean() > 0.1
+    assert 0.05 < (share == 1).mean() < 0.2  # a tenth by design
+    assert (share < 0.3).mean() > 0.5
     # Hidden together: where blocks are long, a voice's neighbours mostly share their fate; else as often as chance has it.
     note = (batch.voice[:, 4:] == batch.voice[:, :-4]) & (batch.voice[:, 4:] > 0)
     middle = (share > 0.3) & (share < 0.7)
@@ -159,7 +159,7 @@ def test_voices_mode_begins_with_easy_masks(chorales):
     shares = [(collator.masked(indices, epoch).labels != IGNORED)[lower].mean() for epoch in range(3)]
     assert shares[0] == pytest.approx(0.15, abs=0.02)
     assert shares[1] == pytest.approx(0.15, abs=0.02)
-    assert shares[2] > 0.5
+    assert shares[2] > 0.3
 
 
 def test_windows_are_transposed_as_a_whole_within_the_vocabulary(chorales):
