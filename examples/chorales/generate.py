@@ -330,8 +330,8 @@ def measure(samples: list[dict], prime: int, language, data: Data | None) -> dic
         if committed:
             columns[f"committed, {arm}"] = measures.total(read_chorale(path) for path in committed)
     try:
-        pieces = [] if data is None else data.music().splits["test"]
-        if len(pieces):
+        if data is not None:
+            pieces = data.music().splits["test"]
             columns["Bach, test"] = measures.total(language.decode(pieces[index]) for index in range(len(pieces)))
     except (OSError, ValueError, ModuleNotFoundError):
         pass  # the check for copies has said so
