@@ -29,7 +29,7 @@ napoleon_use_rtype = False
 
 html_theme = "pydata_sphinx_theme"
 html_title = "relattn"
-html_static_path = ["_static"]
+html_static_path = ["_static", "../examples/chorales/samples"]
 html_css_files = ["wide.css"]
 html_show_sourcelink = False
 html_sidebars = {"**": ["globaltoc.html"]}

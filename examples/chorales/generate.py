@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .decoder.passages import Music
 
 CHECKPOINT = Path(__file__).with_name("checkpoint") / "relative"
+SAMPLES = Path(__file__).with_name("samples")  # those of both committed checkpoints
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -293,7 +294,9 @@ def run(options: argparse.Namespace) -> dict:
     write_json(options.out / "generated.json", result)
     if not options.no_check:  # after the music: the first time it takes a while to parse the corpus
         check_copying(samples, len(ids), data)
-        write_json(options.out / "generated.json", result)
+    if language.name == "chorale":
+        result["measures"] = measure(samples, len(ids), language, None if options.no_check else data)
+    write_json(options.out / "generated.json", result)
     print(f"Written: {options.out}/generated.json")
     return result
 
@@ -313,6 +316,27 @@ def check_copying(samples: list[dict], prime: int, data: Data) -> None:
         report = check(np.array(sample["ids"][prime:]))
         sample["copying"] = report | {"test_pieces": check.of_test_pieces(report["generated"])}
         print(f"sample-{index}: {describe(report, sample['copying']['test_pieces'])}", flush=True)
+
+
+def measure(samples: list[dict], prime: int, language, data: Data | None) -> dict:
+    """Measures of four-part writing of what was generated, beyond the prime, beside those of the committed samples and, where
+    the `data` can be had, of Bach's test pieces; prints them."""
+    from .decoder import measures
+    from .decoder.sound import read_chorale
+
+    columns = {"generated": measures.total(language.decode(sample["ids"][prime:]) for sample in samples)}
+    for arm in ("relative", "absolute"):
+        committed = sorted(SAMPLES.glob(f"{arm}-*.mid"))
+        if committed:
+            columns[f"committed, {arm}"] = measures.total(read_chorale(path) for path in committed)
+    try:
+        if data is not None:
+            pieces = data.music().splits["test"]
+            columns["Bach, test"] = measures.total(language.decode(pieces[index]) for index in range(len(pieces)))
+    except (OSError, ValueError, ModuleNotFoundError):
+        pass  # the check for copies has said so
+    print(f"\n{measures.describe(columns)}\n")
+    return columns
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..command import prepare_folder, prepare_process, quiet_transformers, require_packages, training_threads
 from ..terminal import exit_code
+from .masking import MODES, VOICES_MODE
 from .model import ARMS, NOTEBOOK_POSITIONS
 from .settings import PRESETS, Settings
 
@@ -22,7 +23,8 @@ _OVERRIDES = (
         "--masking",
         "masking",
         str,
-        "hidden together: token, time (four tokens), step (a time step of the music), span (a voice)",
+        "hidden together: token, time (four tokens), step (a time step of the music), span (a voice); or voices: any share "
+        "of the three lower ones",
     ),
     ("--epochs", "epochs", float, "passes over the training windows"),
     ("--batch", "batch", int, "windows per micro-batch, over all processes"),
@@ -35,6 +37,7 @@ _OVERRIDES = (
     ("--valid-windows", "valid_windows", int, "use at most so many validation windows"),
     ("--test-windows", "test_windows", int, "use at most so many test windows"),
     ("--max-relative-position", "max_relative_position", int, "clip of relative distances (default: window - 1)"),
+    ("--transpose", "transpose", int, "transpose training windows by up to so many semitones, at random (default 0)"),
     ("--seed", "seed", int, "of weights, order, dropout and training masks"),
 )
 
@@ -53,7 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
     add("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
     for flag, field, kind, text in _OVERRIDES:
-        choices = ("token", "time", "step", "span") if field == "masking" else None
+        choices = MODES if field == "masking" else None
         add(flag, dest=field, type=kind, choices=choices, help=text)
     options = parser.parse_args(arguments)
     options.out = options.out or Path("runs") / f"chorales-{options.preset}"
@@ -75,6 +78,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> dict:
     """Train the arms, score the baseline, write the files; returns the content of results.json."""
     require_packages("the comparison needs", "chorales", "transformers", "accelerate", "matplotlib", "tqdm")
+    import numpy as np
     import torch
     from accelerate import PartialState
 
@@ -88,7 +92,9 @@ def run(options: argparse.Namespace) -> dict:
     settings: Settings = options.settings
     state = PartialState(cpu=not torch.cuda.is_available())
     with state.main_process_first():  # the first process parses and caches, the others read the cache
-        chorales = Chorales.load(options.data)
+        chorales = Chorales.load(options.data, whole_steps=settings.masking == VOICES_MODE)
+    if settings.transpose and np.any(np.diff(chorales.vocabulary.pitches) != 1):
+        raise ValueError("--transpose: expected 0, as the training set lacks pitches between its lowest and its highest")
     config = {
         **settings.as_dict(),
         "vocabulary": len(chorales.vocabulary),

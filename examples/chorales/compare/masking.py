@@ -3,6 +3,9 @@
 A grouping says which tokens are hidden together; 15 % of a window's groups (rounded, at least one) are hidden. Every
 hidden token becomes <MASK> (80 %), a random token (10 %) or stays (10 %). All three choices are the seed notebook's.
 
+The mode "voices" is another task, that of harmonising a melody: any share of the three lower voices is hidden, all of
+it shows <MASK>, and the soprano is given.
+
 Randomness is a hash of (seed, epoch, window, position), not a stream: a window's mask is the same whatever the batch
 size, the number of workers or processes, and the order of windows, and the same for every model that is compared.
 """
@@ -12,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.tokens import IGNORED, MASK, NOWHERE, PAD, Batch, Windows
+from ..data.tokens import IGNORED, MASK, NOWHERE, PAD, SPECIALS, Batch, Windows
 
 MASKED_SHARE = 0.15
 SPAN_STEPS = 8  # a half note on the 16th grid
@@ -60,6 +63,30 @@ GROUPINGS: dict[str, Callable[[Batch], np.ndarray]] = {
 }
 
 
+VOICES_MODE = "voices"
+MODES = (*GROUPINGS, VOICES_MODE)
+BLOCKS = (1, 2, 4, 8, 16)  # time steps of a voice that "voices" hides together
+
+
+def _hidden_voices(batch: Batch, keys: np.ndarray, easy: bool) -> np.ndarray:
+    """What "voices" hides, (B, L): alto, tenor and bass in blocks of a voice, each with the same probability.
+
+    Probability and length of the blocks are drawn per window; in a tenth of the windows the soprano stands alone. These
+    are the states that Gibbs sampling passes through as Coconet does it (Huang et al. 2017), from nothing but the melody
+    to few notes that are drawn anew. In half of the windows, the easy ones, single notes are hidden, 15 % of them.
+
+    Args:
+        easy: all windows are easy ones. A model that begins with these finds out soon which notes are neighbours; with the
+            hard ones alone it does not for thousands of steps, and with hard ones alone later it forgets it again.
+    """
+    length = batch.ids.shape[1]
+    few = easy | (_uniform(keys, 7, 1) < 0.5)
+    share = np.where(few, MASKED_SHARE, 1.25 * _uniform(keys, 3, 1))
+    block = np.where(few, 1, np.array(BLOCKS)[(_uniform(keys, 4, 1) * len(BLOCKS)).astype(int)])
+    name = (batch.step // block * 4 + batch.voice) % length  # of a token's block: steps of a window are consecutive
+    return (batch.voice > 0) & (np.take_along_axis(_uniform(keys, 5, length), name, axis=1) < share)
+
+
 class Masked(NamedTuple):
     """A masked batch, all (B, L) int64: what the model sees, the labels (IGNORED where nothing is to be predicted), and
     step and voice of each token (for the copy baseline; the models do not see these)."""
@@ -70,10 +97,16 @@ class Masked(NamedTuple):
     voice: np.ndarray
 
 
-def mask_batch(batch: Batch, keys: np.ndarray, mode: str, vocabulary_size: int) -> Masked:
-    """Mask `batch`; `keys`, (B,) uint64, one per window (see `window_keys`), decides everything random."""
-    if mode not in GROUPINGS:
-        raise ValueError(f"masking: expected one of {', '.join(GROUPINGS)}, got {mode!r}")
+def mask_batch(batch: Batch, keys: np.ndarray, mode: str, vocabulary_size: int, easy: bool = False) -> Masked:
+    """Mask `batch`; `keys`, (B,) uint64, one per window (see `window_keys`), decides everything random.
+
+    easy: of the mode "voices", that few notes are hidden.
+    """
+    if mode not in MODES:
+        raise ValueError(f"masking: expected one of {', '.join(MODES)}, got {mode!r}")
+    if mode == VOICES_MODE:
+        hidden = _hidden_voices(batch, keys, easy)
+        return Masked(np.where(hidden, MASK, batch.ids), np.where(hidden, batch.ids, IGNORED), batch.step, batch.voice)
     groups = GROUPINGS[mode](batch)
     length = groups.shape[1]
     maskable = groups != NOWHERE
@@ -117,6 +150,15 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def _transposed(ids: np.ndarray, keys: np.ndarray, most: int, vocabulary_size: int) -> np.ndarray:
+    """Windows of ids, (B, L), each with its notes moved by -most to most places in the vocabulary, as far as that goes."""
+    note = ids >= len(SPECIALS)
+    down = np.minimum(most, np.where(note, ids, vocabulary_size).min(axis=1) - len(SPECIALS))
+    up = np.minimum(most, vocabulary_size - 1 - np.where(note, ids, 0).max(axis=1))
+    places = np.floor(_uniform(keys, 6, 1)[:, 0] * (down + up + 1)).astype(np.int64) - down
+    return np.where(note, ids + places[:, None], ids)
+
+
 class MaskingCollator:
     """Turns items (epoch, index) of a `Windows` into a batch of tensors for a masked language model.
 
@@ -125,17 +167,26 @@ class MaskingCollator:
         mode: a name in GROUPINGS.
         vocabulary_size: random replacements are drawn below it.
         seed: of the masks; a different one for every split and, in training, every run.
+        transpose: a window is transposed by up to so many semitones, as far as the vocabulary's pitches go, which must
+            have no gaps.
+        easy_epochs: in so many of the first epochs the mode "voices" hides few notes.
     """
 
-    def __init__(self, windows: Windows, mode: str, vocabulary_size: int, seed: int):
-        if mode not in GROUPINGS:
-            raise ValueError(f"masking: expected one of {', '.join(GROUPINGS)}, got {mode!r}")
+    def __init__(
+        self, windows: Windows, mode: str, vocabulary_size: int, seed: int, transpose: int = 0, easy_epochs: int = 0
+    ):
+        if mode not in MODES:
+            raise ValueError(f"masking: expected one of {', '.join(MODES)}, got {mode!r}")
         self.windows, self.mode, self.vocabulary_size, self.seed = windows, mode, vocabulary_size, seed
+        self.transpose, self.easy_epochs = transpose, easy_epochs
 
     def masked(self, indices: np.ndarray, epoch: int = 0) -> Masked:
         """The masked windows `indices`, (B,), as arrays."""
         keys = window_keys(self.seed, epoch, indices)
-        return mask_batch(self.windows.gather(indices), keys, self.mode, self.vocabulary_size)
+        batch = self.windows.gather(indices)
+        if self.transpose:
+            batch = batch._replace(ids=_transposed(batch.ids, keys, self.transpose, self.vocabulary_size))
+        return mask_batch(batch, keys, self.mode, self.vocabulary_size, easy=epoch < self.easy_epochs)
 
     def __call__(self, items: list[tuple[int, int]]) -> dict:
         import torch

@@ -10,7 +10,9 @@ class Settings(TrainingSettings):
     """Settings of one comparison, the same for every arm. Two runs with equal settings and data give equal results.
 
     train_windows, valid_windows and test_windows limit the windows used of a split (None: all); max_relative_position
-    None means window - 1, the largest that leaves no row unused.
+    None means window - 1, the largest that leaves no row unused; transpose is the largest transposition in training, in
+    semitones; easy_epochs, the first passes in which the masking "voices" hides few notes; half, that models are saved (and
+    tested) in half precision.
     """
 
     window: int
@@ -27,6 +29,9 @@ class Settings(TrainingSettings):
     valid_windows: int | None = None
     test_windows: int | None = None
     max_relative_position: int | None = None
+    transpose: int = 0
+    easy_epochs: int = 0
+    half: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -34,6 +39,7 @@ class Settings(TrainingSettings):
         if self.window < 2:
             raise ValueError("window: expected at least 2 tokens, got 1")
         self.check_positive("epochs", "learning_rate")
+        self.check_at_least(0, "transpose", "easy_epochs")
         if self.max_relative_position is None:
             object.__setattr__(self, "max_relative_position", self.window - 1)
 
@@ -44,6 +50,21 @@ PRESETS = {
     "quick": Settings(window=64, stride=31, epochs=2, batch=16, learning_rate=2e-3, evaluations=5, valid_windows=600),
     # The seed notebook's schedule.
     "seed": Settings(window=16, stride=1, masking="time", epochs=10, batch=8, accumulation=4, evaluations=10),
+    # The model of examples.chorales.harmonize, with --arms both: half an hour of an idle core. Windows of two bars start at
+    # quarters, so that absolute positions tell voices and beats, as they do where it is used.
+    "harmonize": Settings(
+        window=128,
+        stride=64,
+        masking="voices",
+        epochs=40,
+        batch=8,
+        learning_rate=2e-3,
+        evaluations=20,
+        valid_windows=300,
+        transpose=6,
+        easy_epochs=1,
+        half=True,
+    ),
     # Proves that everything runs, in half a minute.
     "tiny": Settings(
         window=32,

@@ -96,13 +96,19 @@ def run_arm(
     if state.is_main_process:
         print(f"{arm}: {parameters:,} parameters", flush=True)
     checkpoints = folder / "checkpoints"
-    collator = MaskingCollator(windows["train"], settings.masking, vocabulary_size, settings.seed)
+    collator = MaskingCollator(
+        windows["train"], settings.masking, vocabulary_size, settings.seed, settings.transpose, settings.easy_epochs
+    )
     evaluation = evaluation_collators(windows, settings, vocabulary_size)
     trainer, clock = train_model(model, settings, windows, collator, evaluation, checkpoints, state, arm, workers)
+    if settings.half:  # what is tested is what is saved
+        cast(BertForMaskedLM, trainer.model).half().float()
     test = trainer.score(trainer.evaluation["test"])
     result = {"arm": arm, "parameters": parameters, "test": test, **record(trainer, clock)}
     if state.is_main_process:
-        cast(BertForMaskedLM, trainer.model).save_pretrained(folder / "model")
+        saved = cast(BertForMaskedLM, trainer.model)
+        saved.config.pitches = chorales.vocabulary.pitches.tolist()  # what its ids mean
+        (saved.half() if settings.half else saved).save_pretrained(folder / "model")
         write_json(finished, result)
         shutil.rmtree(checkpoints, ignore_errors=True)
     state.wait_for_everyone()

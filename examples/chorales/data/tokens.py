@@ -142,13 +142,17 @@ class Chorales:
     tokens: dict[str, Tokens]
 
     @classmethod
-    def from_splits(cls, splits: Splits) -> "Chorales":
+    def from_splits(cls, splits: Splits, whole_steps: bool = False) -> "Chorales":
+        """Of pieces, or of those of their steps in which all four voices sound: the n-th note's voice is then n mod 4."""
+        if whole_steps:
+            whole = {name: [piece[(piece != SILENT).all(axis=1)] for piece in splits[name]] for name in SPLITS}
+            splits = {name: [piece for piece in pieces if len(piece)] for name, pieces in whole.items()}
         vocabulary = Vocabulary(splits["train"])
         return cls(vocabulary, {name: Tokens.from_pieces(splits[name], vocabulary) for name in SPLITS})
 
     @classmethod
-    def load(cls, path: str | os.PathLike | None = None) -> "Chorales":
-        """From a classic file, or from music21's corpus where `path` is None."""
+    def load(cls, path: str | os.PathLike | None = None, whole_steps: bool = False) -> "Chorales":
+        """From a classic file, or from music21's corpus where `path` is None; `whole_steps` as in `from_splits`."""
         if path is not None:
             splits = load_file(path)
         else:
@@ -158,7 +162,7 @@ class Chorales:
         empty = [name for name in SPLITS if not splits[name]]
         if empty:
             raise ValueError(f"--data {path}: no pieces in {', '.join(empty)}")
-        return cls.from_splits(splits)
+        return cls.from_splits(splits, whole_steps)
 
     def windows(self, size: int, stride: int) -> dict[str, Windows]:
         return {name: Windows(tokens, size, stride) for name, tokens in self.tokens.items()}

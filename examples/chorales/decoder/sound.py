@@ -9,6 +9,7 @@ import tempfile
 import wave
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def open_midi(data: bytes):
 
 
 def draw_piano_roll(path: Path, midi, title: str, prime: float = 0.0, trained: float | None = None) -> None:
-    """Notes over time, a colour per instrument.
+    """A picture of notes over time, a colour per instrument.
 
     Args:
         prime: seconds at the beginning that were given, not generated.
@@ -107,6 +108,37 @@ def draw_piano_roll(path: Path, midi, title: str, prime: float = 0.0, trained: f
     end = max(midi.get_end_time(), 1.0)
     figure = Figure(figsize=(min(24, max(8, end / 4)), 4.5), layout="constrained")
     axes = figure.subplots()
+    _draw_notes(axes, midi, end)
+    if prime:
+        axes.axvspan(0, prime, color="black", alpha=0.08, label="prime, given")
+    if trained is not None and trained < end:
+        axes.axvline(trained, color="black", linestyle=":", linewidth=1.2, label="end of the training length")
+    axes.set(xlabel="seconds", title=title)
+    axes.legend(
+        fontsize="small",
+        ncols=len(midi.instruments) + 2,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+        frameon=False,
+    )
+    save_figure(figure, path, dpi=110)
+
+
+def draw_piano_rolls(path: Path, midis: dict[str, Any], seconds: float, title: str) -> None:
+    """The beginnings of several pieces on one picture, two in a row, with their names."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 1.6 * -(-len(midis) // 2) + 0.5), layout="constrained")
+    for axes, (name, midi) in zip(figure.subplots(-(-len(midis) // 2), 2, squeeze=False).flat, midis.items(), strict=False):
+        _draw_notes(axes, midi, seconds)
+        axes.set_title(name, fontsize="small", loc="left")
+        axes.tick_params(labelsize="small")
+    figure.suptitle(title)
+    save_figure(figure, path, dpi=80)
+
+
+def _draw_notes(axes, midi, end: float) -> None:
+    """Notes over time up to second `end`, a colour per instrument."""
     for index, instrument in enumerate(midi.instruments):
         bars = [(note.start, note.end - note.start) for note in instrument.notes]
         pitches = [note.pitch for note in instrument.notes]
@@ -116,23 +148,11 @@ def draw_piano_roll(path: Path, midi, title: str, prime: float = 0.0, trained: f
             pitches, [max(width - gap, gap) for width in widths], left=starts, height=0.8,
             color=_COLOURS[index % len(_COLOURS)], label=instrument.name or f"track {index + 1}",
         )  # fmt: skip
-    if prime:
-        axes.axvspan(0, prime, color="black", alpha=0.08, label="prime, given")
-    if trained is not None and trained < end:
-        axes.axvline(trained, color="black", linestyle=":", linewidth=1.2, label="end of the training length")
     octaves = range(0, 128, 12)
     axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])
     heights = [note.pitch for instrument in midi.instruments for note in instrument.notes] or [60]
-    axes.set(xlim=(0, end), ylim=(min(heights) - 2, max(heights) + 2), xlabel="seconds", title=title)
+    axes.set(xlim=(0, end), ylim=(min(heights) - 2, max(heights) + 2))
     axes.grid(axis="y", alpha=0.4)
-    axes.legend(
-        fontsize="small",
-        ncols=len(midi.instruments) + 2,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.12),
-        frameon=False,
-    )
-    save_figure(figure, path, dpi=110)
 
 
 def write_sound(path: Path, midi, midi_path: Path, soundfont: str | None = None) -> str:
@@ -164,6 +184,21 @@ def write_sound(path: Path, midi, midi_path: Path, soundfont: str | None = None)
         recording.setframerate(_RATE)
         recording.writeframes(samples.tobytes())
     return "pretty_midi's sines"
+
+
+def write_recording(path: Path, wav: Path, seconds: float) -> None:
+    """Write the beginning of a .wav as a small .mp3: one channel, half the rate, faded out over its last two seconds."""
+    import soundfile
+
+    sound, rate = soundfile.read(wav, always_2d=True)
+    mono = sound[: round(seconds * rate)].mean(axis=1)
+    if len(mono) < len(sound):
+        mono[-2 * rate :] *= np.linspace(1, 0, len(mono[-2 * rate :]))
+    halved = mono[: len(mono) // 2 * 2].reshape(-1, 2).mean(axis=1)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, halved, rate // 2, format="MP3", bitrate_mode="VARIABLE", compression_level=0.9)
+    with atomic_write(path, "wb") as file:
+        file.write(buffer.getvalue())
 
 
 def _organ(phase: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from examples.chorales.compare.masking import GROUPINGS, MaskingCollator, mask_batch, window_keys
-from examples.chorales.data.tokens import END, IGNORED, MASK, NOWHERE, PAD, Batch
+from examples.chorales.data.tokens import END, IGNORED, MASK, NOWHERE, PAD, SPECIALS, Batch, Chorales
 
 
 def masked_windows(chorales, mode, size=32, stride=3, seed=1, epoch=0, indices=None):
@@ -128,5 +128,62 @@ def test_window_of_one_end_token_has_nothing_to_predict():
 
 
 def test_unknown_mode_is_refused(chorales):
-    with pytest.raises(ValueError, match="masking: expected one of token, time, step, span, got 'bars'"):
+    with pytest.raises(ValueError, match="masking: expected one of token, time, step, span, voices, got 'bars'"):
         masked_windows(chorales, "bars")
+
+
+def test_voices_mode_hides_any_share_of_the_lower_voices_and_shows_only_masks(chorales):
+    batch, masked = masked_windows(chorales, "voices", size=64)
+    hidden = masked.labels != IGNORED
+    assert (masked.input_ids[hidden] == MASK).all()
+    np.testing.assert_array_equal(masked.labels[hidden], batch.ids[hidden])
+    np.testing.assert_array_equal(masked.input_ids[~hidden], batch.ids[~hidden])
+    assert not hidden[batch.voice <= 0].any()  # the soprano, and what is no note
+    share = hidden.sum(axis=1) / np.maximum(1, (batch.voice > 0).sum(axis=1))
+    assert 0.05 < (share == 1).mean() < 0.2  # a tenth by design
+    assert (share < 0.3).mean() > 0.5
+    # Hidden together: where blocks are long, a voice's neighbours mostly share their fate; else as often as chance has it.
+    note = (batch.voice[:, 4:] == batch.voice[:, :-4]) & (batch.voice[:, 4:] > 0)
+    middle = (share > 0.3) & (share < 0.7)
+    same = (hidden[:, 4:] == hidden[:, :-4]) & note
+    together = same[middle].sum(axis=1) / np.maximum(1, note[middle].sum(axis=1))
+    assert together.max() > 0.85
+    assert together.min() < 0.65
+
+
+def test_voices_mode_begins_with_easy_masks(chorales):
+    windows = chorales.windows(64, 4)["train"]
+    collator = MaskingCollator(windows, "voices", len(chorales.vocabulary), 1, easy_epochs=2)
+    indices = np.arange(len(windows))
+    lower = windows.gather(indices).voice > 0
+    shares = [(collator.masked(indices, epoch).labels != IGNORED)[lower].mean() for epoch in range(3)]
+    assert shares[0] == pytest.approx(0.15, abs=0.02)
+    assert shares[1] == pytest.approx(0.15, abs=0.02)
+    assert shares[2] > 0.3
+
+
+def test_windows_are_transposed_as_a_whole_within_the_vocabulary(chorales):
+    windows, size = chorales.windows(16, 5)["train"], len(chorales.vocabulary)
+    indices = np.arange(len(windows))
+    plain = windows.gather(indices).ids
+    moved = MaskingCollator(windows, "step", size, 1, transpose=6).masked(indices)
+    shown = np.where(moved.labels == IGNORED, moved.input_ids, moved.labels)  # what was hidden is the transposed note, too
+    note = plain >= len(SPECIALS)
+    np.testing.assert_array_equal(shown[~note], plain[~note])
+    shifts = []
+    for before, after, is_note in zip(plain, shown, note, strict=True):
+        shift = np.unique((after - before)[is_note])
+        assert len(shift) <= 1
+        shifts += shift.tolist()
+    assert shown.max() < size
+    assert shown[note].min() >= len(SPECIALS)
+    assert set(shifts) == set(range(-6, 7))
+
+
+def test_whole_steps_tell_every_tokens_voice(small_json):
+    plain, whole = Chorales.load(small_json), Chorales.load(small_json, whole_steps=True)
+    tokens = whole.tokens["train"]
+    assert 0 < len(tokens.ids) < len(plain.tokens["train"].ids)
+    for first, end in zip(tokens.bounds[:-1], tokens.bounds[1:], strict=True):
+        voice = tokens.voice[first + 1 : end - 1]
+        np.testing.assert_array_equal(voice, np.arange(len(voice)) % 4)

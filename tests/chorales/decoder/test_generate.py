@@ -19,7 +19,7 @@ import torch
 
 from examples.chorales import generate
 from examples.chorales.data.files import SILENT, load_file
-from examples.chorales.decoder import sound
+from examples.chorales.decoder import measures, sound
 from examples.chorales.decoder.languages import ChoraleLanguage
 from examples.chorales.decoder.model import MusicTransformer
 from examples.chorales.decoder.passages import load_music
@@ -69,7 +69,12 @@ def test_primed_samples_are_reproducible_and_checked(trained, small_json, tmp_pa
         assert sample["copying"]["generated"] == (100 - 33) // 4  # the prime is not checked
         passage = sample["copying"]["longest_common_passage"]
         assert passage is None or passage["events"] <= sample["copying"]["generated"]
-    assert re.search("sample-2: (longest passage shared|nothing in common) with the training set", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search("sample-2: (longest passage shared|nothing in common) with the training set", printed)
+    assert "steps with crossed voices" in printed
+    decode = ChoraleLanguage().decode
+    assert one["measures"]["generated"] == measures.total(decode(row[33:]) for row in rows)
+    assert one["measures"]["Bach, test"] == measures.total(load_file(small_json)["test"])
 
 
 def test_a_copy_does_not_go_unnoticed(trained, small_json, tmp_path, monkeypatch, capsys):
