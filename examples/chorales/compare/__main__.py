@@ -37,6 +37,8 @@ _OVERRIDES = (
     ("--valid-windows", "valid_windows", int, "use at most so many validation windows"),
     ("--test-windows", "test_windows", int, "use at most so many test windows"),
     ("--max-relative-position", "max_relative_position", int, "clip of relative distances (default: window - 1)"),
+    ("--layers", "layers", int, "layers of the model (default 2)"),
+    ("--dropout", "dropout", float, "of hidden states and attention weights (default 0.1)"),
     ("--transpose", "transpose", int, "transpose training windows by up to so many semitones, at random (default 0)"),
     ("--seed", "seed", int, "of weights, order, dropout and training masks"),
 )

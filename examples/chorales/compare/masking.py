@@ -66,25 +66,35 @@ GROUPINGS: dict[str, Callable[[Batch], np.ndarray]] = {
 VOICES_MODE = "voices"
 MODES = (*GROUPINGS, VOICES_MODE)
 BLOCKS = (1, 2, 4, 8, 16)  # time steps of a voice that "voices" hides together
+_FEW_BLOCKS = (1, 2, 4)
 
 
 def _hidden_voices(batch: Batch, keys: np.ndarray, easy: bool) -> np.ndarray:
     """What "voices" hides, (B, L): alto, tenor and bass in blocks of a voice, each with the same probability.
 
-    Probability and length of the blocks are drawn per window; in a tenth of the windows the soprano stands alone. These
-    are the states that Gibbs sampling passes through as Coconet does it (Huang et al. 2017), from nothing but the melody
-    to few notes that are drawn anew. In half of the windows, the easy ones, single notes are hidden, 15 % of them.
+    Probability and length of the blocks are drawn per window: any probability in three quarters of the windows, such that
+    in a tenth of all the soprano stands alone, and 15 to 30 % in short blocks in the others. These are the states that
+    Gibbs sampling passes through as Coconet does it (Huang et al. 2017), from nothing but the melody to few notes that are
+    drawn anew.
 
     Args:
-        easy: all windows are easy ones. A model that begins with these finds out soon which notes are neighbours; with the
-            hard ones alone it does not for thousands of steps, and with hard ones alone later it forgets it again.
+        easy: single notes are hidden, 15 % of them, in every window. A model that begins with these finds out soon which
+            notes are neighbours; with the others alone it does not for thousands of steps.
     """
     length = batch.ids.shape[1]
-    few = easy | (_uniform(keys, 7, 1) < 0.5)
-    share = np.where(few, MASKED_SHARE, 1.25 * _uniform(keys, 3, 1))
-    block = np.where(few, 1, np.array(BLOCKS)[(_uniform(keys, 4, 1) * len(BLOCKS)).astype(int)])
+    share, length_of_block, kind = (_uniform(keys, draw, 1) for draw in (3, 4, 7))
+    few = kind < 0.25
+    share = np.where(few, 0.15 + 0.15 * share, 1.15 * share)
+    block = np.where(few, _picked(_FEW_BLOCKS, length_of_block), _picked(BLOCKS, length_of_block))
+    if easy:
+        share, block = np.full_like(share, MASKED_SHARE), np.ones_like(block)
     name = (batch.step // block * 4 + batch.voice) % length  # of a token's block: steps of a window are consecutive
     return (batch.voice > 0) & (np.take_along_axis(_uniform(keys, 5, length), name, axis=1) < share)
+
+
+def _picked(values: tuple[int, ...], where: np.ndarray) -> np.ndarray:
+    """One of the values for every number in [0, 1)."""
+    return np.array(values)[(where * len(values)).astype(int)]
 
 
 class Masked(NamedTuple):

@@ -12,7 +12,13 @@ NOTEBOOK_POSITIONS = 128
 
 
 def build_model(
-    arm: str, vocabulary_size: int, window: int, max_relative_position: int, seed: int
+    arm: str,
+    vocabulary_size: int,
+    window: int,
+    max_relative_position: int,
+    seed: int,
+    layers: int = 2,
+    dropout: float = 0.1,
 ) -> "BertForMaskedLM":
     """The notebook's `BertForMaskedLM` (437,045 parameters at 53 tokens), its attention replaced in the relative arms.
 
@@ -22,6 +28,7 @@ def build_model(
         max_relative_position: distances beyond it share the last row of the relative table. More than window - 1 would
             leave rows that no distance reaches.
         seed: of the initial weights. Equal seeds start the arms from the same weights where they share them.
+        layers, dropout: the notebook's are 2 and 0.1, of hidden states and attention weights alike.
     """
     import torch
     from transformers import BertConfig, BertForMaskedLM
@@ -39,10 +46,12 @@ def build_model(
     config = BertConfig(
         vocab_size=vocabulary_size,
         hidden_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         intermediate_size=512,
         max_position_embeddings=max(NOTEBOOK_POSITIONS, window),
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
         **specials,
     )
     model = BertForMaskedLM(config)

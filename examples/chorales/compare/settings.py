@@ -29,17 +29,21 @@ class Settings(TrainingSettings):
     valid_windows: int | None = None
     test_windows: int | None = None
     max_relative_position: int | None = None
+    layers: int = 2
+    dropout: float = 0.1
     transpose: int = 0
     easy_epochs: int = 0
     half: bool = False
     seed: int = 0
 
     def __post_init__(self):
-        self.check_at_least(1, "window", "stride", "batch", "accumulation", "evaluations")
+        self.check_at_least(1, "window", "stride", "batch", "accumulation", "evaluations", "layers")
         if self.window < 2:
             raise ValueError("window: expected at least 2 tokens, got 1")
         self.check_positive("epochs", "learning_rate")
         self.check_at_least(0, "transpose", "easy_epochs")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected at least 0 and less than 1, got {self.dropout}")
         if self.max_relative_position is None:
             object.__setattr__(self, "max_relative_position", self.window - 1)
 
@@ -59,8 +63,11 @@ PRESETS = {
         epochs=40,
         batch=8,
         learning_rate=2e-3,
+        warmup=400,
         evaluations=20,
         valid_windows=300,
+        layers=4,
+        dropout=0,
         transpose=6,
         easy_epochs=1,
         half=True,

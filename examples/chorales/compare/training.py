@@ -91,7 +91,15 @@ def run_arm(
         return read_json(finished)
     vocabulary_size = len(chorales.vocabulary)
     assert settings.max_relative_position is not None  # Settings has chosen it
-    model = build_model(arm, vocabulary_size, settings.window, settings.max_relative_position, settings.seed)
+    model = build_model(
+        arm,
+        vocabulary_size,
+        settings.window,
+        settings.max_relative_position,
+        settings.seed,
+        settings.layers,
+        settings.dropout,
+    )
     parameters = parameter_count(model)
     if state.is_main_process:
         print(f"{arm}: {parameters:,} parameters", flush=True)
