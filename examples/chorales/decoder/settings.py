@@ -51,10 +51,10 @@ class DecoderSettings(TrainingSettings):
 
 
 PRESETS = {
-    # The committed checkpoints: 20 minutes on one core for each kind of positions.
+    # The committed checkpoints: an hour and a half of one core for each kind of positions.
     "small": DecoderSettings(
         layers=4, width=128, heads=4, feed_forward=512, window=512, max_relative_position=256,
-        epochs=32, batch=4, learning_rate=2e-3, warmup=300, evaluations=8, saved_precision="fp16",
+        epochs=128, batch=4, learning_rate=2e-3, warmup=300, evaluations=32, saved_precision="fp16",
     ),
     # Six layers, for a GPU.
     "paper": DecoderSettings(

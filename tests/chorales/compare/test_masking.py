@@ -141,7 +141,8 @@ def test_voices_mode_hides_any_share_of_the_lower_voices_and_shows_only_masks(ch
     assert not hidden[batch.voice <= 0].any()  # the soprano, and what is no note
     share = hidden.sum(axis=1) / np.maximum(1, (batch.voice > 0).sum(axis=1))
     assert 0.05 < (share == 1).mean() < 0.2  # a tenth by design
-    assert (share < 0.3).mean() > 0.5
+    assert (share < 0.35).mean() > 0.35  # few of them in a quarter by design, and where chance has it
+    assert ((share > 0.35) & (share < 1)).mean() > 0.3
     # Hidden together: where blocks are long, a voice's neighbours mostly share their fate; else as often as chance has it.
     note = (batch.voice[:, 4:] == batch.voice[:, :-4]) & (batch.voice[:, 4:] > 0)
     middle = (share > 0.3) & (share < 0.7)
