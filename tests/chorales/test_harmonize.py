@@ -49,6 +49,8 @@ def test_a_melody_gets_three_lower_voices(tmp_path, capsys):
     # Voices drawn from all pitches would cross in nearly every step, and leave their ranges in half of them.
     assert counts["crossed"] < 0.1 * counts["steps"]
     assert counts["out_of_range"] < 0.1 * counts["notes"]
+    # Nor would they meet in chords: drawn from each voice's register alone, in one step of ten.
+    assert counts["triads"] + counts["sevenths"] > 0.75 * counts["steps"]
     assert "steps that are triads" in printed
 
 

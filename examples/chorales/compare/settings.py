@@ -54,7 +54,7 @@ PRESETS = {
     "quick": Settings(window=64, stride=31, epochs=2, batch=16, learning_rate=2e-3, evaluations=5, valid_windows=600),
     # The seed notebook's schedule.
     "seed": Settings(window=16, stride=1, masking="time", epochs=10, batch=8, accumulation=4, evaluations=10),
-    # The model of examples.chorales.harmonize, with --arms both: half an hour of an idle core. Windows of two bars start at
+    # The model of examples.chorales.harmonize, with --arms both: 35 minutes of an idle core. Windows of two bars start at
     # quarters, so that absolute positions tell voices and beats, as they do where it is used.
     "harmonize": Settings(
         window=128,
