@@ -87,6 +87,7 @@ def train_one(
         **record(trainer, clock),
     }
     if state.is_main_process:
+        model.config.use_cache = True  # the Trainer turns it off, and it would be saved so
         saved = {name: tensor.to(saved_dtype) for name, tensor in whole.items()}
         model.to(saved_dtype).save_pretrained(folder / "model", state_dict=saved)
         music.language.save(folder / "model")

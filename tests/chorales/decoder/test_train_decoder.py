@@ -43,6 +43,7 @@ def test_training_leaves_the_promised_files(trained, small_json):
         assert result["valid"]["nll"] == pytest.approx(min(point["loss"] for point in result["validation"]), rel=1e-3)
         config = read(trained / positions / "model" / "config.json")
         assert (config["positions"], config["language"], config["training_length"]) == (positions, "chorale", 64)
+        assert config["use_cache"]  # for whoever decodes with it
     assert results["published_unverified"] == {"absolute": 0.417, "relative": 0.357}
     text = train_decoder.table(results)
     assert re.search(rf"relative +{results['models']['relative']['valid']['nll']:.4f} .* 0\.357", text)
