@@ -34,6 +34,11 @@ class TrainingSettings:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
 
+    def check_dropout(self, dropout: float) -> None:
+        """Raise ValueError unless it is a probability below 1."""
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected at least 0 and less than 1, got {dropout}")
+
     def update_steps(self, windows: int) -> tuple[int, int]:
         """(optimizer steps in all, steps between evaluations) for so many training windows.
 

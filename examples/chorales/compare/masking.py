@@ -82,12 +82,13 @@ def _hidden_voices(batch: Batch, keys: np.ndarray, easy: bool) -> np.ndarray:
             notes are neighbours; with the others alone it does not for thousands of steps.
     """
     length = batch.ids.shape[1]
-    share, length_of_block, kind = (_uniform(keys, draw, 1) for draw in (3, 4, 7))
-    few = kind < 0.25
-    share = np.where(few, 0.15 + 0.15 * share, 1.15 * share)
-    block = np.where(few, _picked(_FEW_BLOCKS, length_of_block), _picked(BLOCKS, length_of_block))
     if easy:
-        share, block = np.full_like(share, MASKED_SHARE), np.ones_like(block)
+        share, block = np.array(MASKED_SHARE), np.array(1)
+    else:
+        few = _uniform(keys, 7, 1) < 0.25
+        share, block = _uniform(keys, 3, 1), _uniform(keys, 4, 1)
+        share = np.where(few, MASKED_SHARE + MASKED_SHARE * share, 1.15 * share)
+        block = np.where(few, _picked(_FEW_BLOCKS, block), _picked(BLOCKS, block))
     name = (batch.step // block * 4 + batch.voice) % length  # of a token's block: steps of a window are consecutive
     return (batch.voice > 0) & (np.take_along_axis(_uniform(keys, 5, length), name, axis=1) < share)
 

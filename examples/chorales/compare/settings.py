@@ -42,8 +42,7 @@ class Settings(TrainingSettings):
             raise ValueError("window: expected at least 2 tokens, got 1")
         self.check_positive("epochs", "learning_rate")
         self.check_at_least(0, "transpose", "easy_epochs")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {self.dropout}")
+        self.check_dropout(self.dropout)
         if self.max_relative_position is None:
             object.__setattr__(self, "max_relative_position", self.window - 1)
 

@@ -43,8 +43,7 @@ class DecoderSettings(TrainingSettings):
         self.check_positive("epochs", "learning_rate")
         if not 0 <= self.transpose <= 127:
             raise ValueError(f"transpose: expected 0 to 127 semitones, got {self.transpose}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and less than 1, got {self.dropout}")
+        self.check_dropout(self.dropout)
         for name in ("precision", "saved_precision"):
             if getattr(self, name) not in PRECISIONS:
                 raise ValueError(f"{name}: expected one of {', '.join(PRECISIONS)}, got {getattr(self, name)!r}")
