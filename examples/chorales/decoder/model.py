@@ -173,7 +173,7 @@ class MusicTransformer(PreTrainedModel, GenerationMixin):
             input_ids: (B, L) tokens; with a cache, those behind the tokens that it holds.
             attention_mask: (B, keys), 0 for padding, on either side; keys are all tokens so far, those of the cache
                 too. None: no padding.
-            past_key_values: a DynamicCache.
+            past_key_values: a DynamicCache; `cache` is the same.
             labels: (B, L) tokens, -100 where none is to be predicted; label t is predicted from the inputs before t.
             use_cache: return a cache.
             output_attentions: return every layer's weights, (B, heads, L, keys).
@@ -188,6 +188,8 @@ class MusicTransformer(PreTrainedModel, GenerationMixin):
                 newest.
             ValueError: `attention_mask` or `logits_to_keep` does not fit; the message says what is accepted.
         """
+        if past_key_values is None:
+            past_key_values = kwargs.get("cache")  # its name in generate() since transformers 5.24
         if not isinstance(past_key_values, DynamicCache | None):
             raise TypeError(f"past_key_values: expected a DynamicCache, got {type(past_key_values).__name__}")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
