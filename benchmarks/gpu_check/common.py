@@ -33,10 +33,12 @@ def device() -> str:
     return "cpu" if is_dry() else "cuda"
 
 
-def problem(length: int, head_dim: int, clip: int | None = None, batch: int = 2, heads: int = 12) -> Problem:
+def problem(
+    length: int, head_dim: int, clip: int | None = None, batch: int = 2, heads: int = 12, causal: bool = False
+) -> Problem:
     """Of one head in a dry run, where every program takes a second."""
     batch, heads = (1, 1) if is_dry() else (batch, heads)
-    return Problem(length, "train", batch, heads, head_dim, "bfloat16", device(), clip=clip)
+    return Problem(length, "train", batch, heads, head_dim, "bfloat16", device(), causal, clip)
 
 
 def emit(result: Any) -> None:

@@ -79,11 +79,13 @@ def _able_torch(given: Problem) -> list[str]:
     return [side for side in (*_TORCH, "sdpa") if PEERS[side].refusal(given) is None]
 
 
-def shipped(length: int, head_dims: list[int], clips: list[int | None], seconds: float) -> dict[str, Any]:
+def shipped(
+    length: int, head_dims: list[int], clips: list[int | None], seconds: float, causal: bool = False
+) -> dict[str, Any]:
     """relattn as it is, beside torch's attention; then its kernels one by one."""
     found: dict[str, Any] = {}
     for size, clip in itertools.product(head_dims, clips):
-        given = problem(length, size, clip)
+        given = problem(length, size, clip, causal=causal)
         row = found[f"D {size}, clip {clip}"] = _compared(given, (OWN, *_able_torch(given)), seconds)
         emit(found)
         for passed in _PASSES:
@@ -348,6 +350,7 @@ def plan(dry: bool) -> list[Group]:
     timings = [
         alone("torch alone", torch_alone, 60.0, length=8192, head_dims=list(sizes), seconds=0.4),
         alone("shipped L 8192", shipped, 90.0, length=8192, **ours),
+        alone("shipped L 8192, causal", shipped, 90.0, length=8192, causal=True, **ours),
         *(
             Job("sweep " + _name(setting), sweep, setting | dict(candidates=[None, *configurations()]), 60.0)
             for setting in settings
@@ -376,6 +379,7 @@ def _dry() -> list[Group]:
     jobs = [
         Job("torch alone", torch_alone, dict(length=9, head_dims=[16], seconds=0.0)),
         Job("shipped", shipped, dict(length=9, head_dims=[16], clips=[3], seconds=0.0)),
+        Job("shipped, causal", shipped, dict(length=9, head_dims=[16], clips=[None], seconds=0.0, causal=True)),
         Job("sweep", sweep, small | dict(clip=3, candidates=[(32, 4, 1)])),
         Job("peers", against_peers, small | dict(seconds=0.0)),
         Job("memory", memory, dict(lengths=[9], clips=[3], head_dim=16)),
