@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import SkipTest
 
 import torch
 from torch import Tensor
@@ -308,6 +309,8 @@ def errors(
     """
     global DEVICE
     DEVICE = "cuda" if backend == "triton" and not gpu.INTERPRETED else "cpu"
+    if DEVICE == "cuda" and dtype.itemsize == 2 and 1 in (call.tensors["query"].shape[-1], call.tensors["value"].shape[-1]):
+        raise SkipTest("16-bit heads of size 1, which the backend leaves to others on Hopper")
     rounded = Call(call.seed, {name: tensor.double() for name, tensor in call.cast(dtype)[0].items()}, call.arguments)
     if "attn_mask" in call.tensors:
         rounded.tensors["attn_mask"] = call.tensors["attn_mask"].to(dtype).double().clamp(min=torch.finfo(torch.float64).min)

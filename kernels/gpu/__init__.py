@@ -16,5 +16,6 @@ KERNELS = {
     "table_gradient": tables.table_gradient_kernel,
     "product": products.product_kernel,
     "join": products.join_kernel,
+    "matrix_sum": tables.matrix_sum_kernel,
     "table_sum": tables.table_sum_kernel,
 }

@@ -17,6 +17,7 @@ class Configuration(NamedTuple):
     block: int  # queries and keys of a tile
     num_warps: int
     num_stages: int
+    registers: int | None = None  # of a thread at most; None: as many as the compiler wants
 
 
 # Larger tiles move fewer bytes, and Hopper's matrix instructions take 64 rows, of 4 warps: 8 warps share them badly. Two stages overlap
@@ -147,6 +148,9 @@ def configurations(kernel: str, target: str, size: int, itemsize: int, clipped: 
         # With the block of the kernel that made the tiles. Loads are what takes time: up to three stages, where that leaves room for a
         # second program; two in any case, if there is room.
         stage = (8192 + 128 * size) * (2 if kernel == "product" and size > 64 else 1)  # queries have two products in a step
+        # On an H200 four programs on an SM without a pipeline beat two with one.
+        if target == "sm_90" and 64 < size <= 128 and itemsize == 2 and kernel != "join":
+            return [Configuration(block, 4, 1, 128) for block in (64, 32)]
         room = SHARED_MEMORY[family(target)] // stage if target != "interpreter" else 1
         most, warps = min(3, max(room // 2, min(room, 2), 1)), 4 if size <= 128 else 8
         return [Configuration(block, warps, stages) for block in (64, 32) for stages in range(most, 0, -1)]

@@ -16,7 +16,8 @@ SIZES = [
     "heads", "group", "queries", "keys", "batches", "split_keys", "splits", "rows", "table_rows", "table_start", "first", "last",
     "threshold", "diagonals", "first_diagonal", "shared_heads", "chunk", "chunk_batches", "first_pair", "columns", "key_begin", "key_end",
     "value_programs", "key_programs", "query_programs",
-    "count", "step", "distances", "first_row", "pairs", "pair_step", "edge_rows", "first_table", "first_head",
+    "count", "step", "distances", "first_row", "pairs", "pair_step", "edge_rows", "first_table", "first_head", "first_edge",
+    "numbers", "seen_begin", "seen_end",
 ]  # fmt: skip
 
 

@@ -145,7 +145,9 @@ def _by_distance(
     visible = Visible(nearest, farthest, queries, key_stop, None, None, 0.0, chunks_of(inputs, batch))
     tables = Tables(None, None, None, None, table_rows, start)
     total, sums = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32), tl.full((TILE.BLOCK,), 0.0, tl.float32)
-    for block in tl.range(tl.maximum(0, -diagonal), tl.minimum(blocks, part.columns - diagonal)):
+    lead = part.begin + diagonal * TILE.BLOCK  # of a tile's first key over its first query; what it holds lies on both sides of that
+    seen = (lead - 2 * TILE.BLOCK <= farthest) & (lead + 2 * TILE.BLOCK >= nearest)
+    for block in tl.range(tl.maximum(0, -diagonal), tl.where(seen, tl.minimum(blocks, part.columns - diagonal), 0)):
         key_start = part.begin + (block + diagonal) * TILE.BLOCK
         span = key_ranges(block * TILE.BLOCK, visible, tables, TILE)
         begin, end = tl.maximum(span.start, part.begin), tl.minimum(span.stop, part.end)

@@ -4,7 +4,8 @@ Where products.py does not serve (clipped tables, rel_q, rel_v, offsets by batch
 whose first key minus first query is the same have the same window of distances, so its two blocks of the table's gradient are summed in
 registers while the program walks the queries of its share of heads and batch elements. Each program writes its sums to a place of its own;
 `table_sum_kernel` adds them up in a fixed order, as it does the sums of products.py, and folds the distances beyond the tables into the
-edge rows.
+edge rows. It has a program for some rows of a table, which are few where a table is clipped: what many programs left is added up by
+`matrix_sum_kernel` before.
 """
 
 import triton
@@ -212,6 +213,21 @@ def _store_window(partial, slot, low, high, SIZE: tl.constexpr, COLUMNS: tl.cons
     store_rows(Matrix(window + BLOCK * SIZE, SIZE, 1), high, 0, BLOCK, SIZE, COLUMNS, BLOCK)
 
 
+@triton.jit(do_not_specialize=SIZES)
+def matrix_sum_kernel(partial, total, numbers, count, step, first_pair, first_table, TILE: tl.constexpr):
+    """Program (block of numbers, table, side): of partial (sides, count, numbers) float32 the sum of every step-th matrix from
+    (table - first_pair) mod step on, to total (sides, tables, numbers). In the order of the matrices, whatever their number."""
+    lane = tl.program_id(0) * TILE.BLOCK + tl.arange(0, TILE.BLOCK)
+    table, side = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
+    own = partial + side * count * numbers
+    held = tl.full((TILE.BLOCK,), 0.0, tl.float32)
+    for begin in tl.range((table + first_table + step - first_pair % step) % step, count, 16 * step):
+        for index in tl.static_range(16):  # loads that do not wait for one another
+            matrix = begin + index * step
+            held += tl.load(own + tl.cast(matrix, tl.int64) * numbers + lane, mask=(lane < numbers) & (matrix < count), other=0.0)
+    tl.store(total + (side * tl.num_programs(1) + table) * numbers + lane, held, mask=lane < numbers)
+
+
 @triton.jit
 def _add_rows(total, matrices, count, first, step, held, row, known, TILE: tl.constexpr):
     """Add the rows of every step-th of `count` matrices (held, D), in their order."""
@@ -230,27 +246,28 @@ def _add_rows(total, matrices, count, first, step, held, row, known, TILE: tl.co
 
 @triton.jit(do_not_specialize=SIZES)
 def table_sum_kernel(
-    partial, edges, gradient, scale, count, step, first_pair, distances, chunk, first_row, pairs, pair_step, edge_rows, first_table,
-    table_rows, HALVES: tl.constexpr, ADD: tl.constexpr, TILE: tl.constexpr,
+    partial, edges, gradient, scale, count, step, first_pair, distances, seen_begin, seen_end, chunk, first_row,
+    pairs, pair_step, first_edge, edge_rows, first_table, table_rows, HALVES: tl.constexpr, ADD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (block of table rows, table): what `partial` holds by distance, summed by table row, times `scale`, to gradient (T, R, D).
     The first two programs of a table have its first and its last row, to which all distances beyond belong.
 
     partial (count, distances, D) float32. Of two HALVES it is (count, diagonals, 2, chunk, D): the high half of a diagonal and the low
-    half of the next one hold the same distances, and these are (diagonals + 1) chunk. Distance x belongs to row x + first_row; to table t
-    belongs every step-th matrix from (t - first_pair) mod step on. edges (2, pairs, edge_rows, D) float32, or None: what far tiles owe to
-    the first and to the last row, to table t of every pair_step-th pair. With ADD the gradient, float32 then, is added to.
+    half of the next one hold the same distances, and these are (diagonals + 1) chunk. Distance x belongs to row x + first_row, and only
+    those from seen_begin to before seen_end hold anything; to table t belongs every step-th matrix from (t - first_pair) mod step on.
+    edges (2, pairs, edge_rows, D) float32, or None: what far tiles owe to the first and to the last row, to table t of every pair_step-th
+    pair from (t - first_edge) mod pair_step on. With ADD the gradient, float32 then, is added to.
     """
     block, table = tl.program_id(0), tl.program_id(1) + first_table
     lane = tl.arange(0, TILE.BLOCK)
     # Of a program in between each lane has a row; of the first and the last row all lanes have distances.
     edge = block < 2
     row = tl.where(edge, (table_rows - 1) * block, (block - 2) * TILE.BLOCK + 1 + lane)
-    start = tl.where(edge, 0, (block - 2) * TILE.BLOCK + 1 - first_row)
+    start = tl.where(edge, seen_begin, (block - 2) * TILE.BLOCK + 1 - first_row)
     stop = tl.minimum(start + TILE.BLOCK, table_rows - 1 - first_row)
     last = tl.where(table_rows == 1, distances, tl.maximum(table_rows - 1 - first_row, 0))
-    start = tl.where(block == 1, last, start)
-    stop = tl.where(edge, tl.where((block == 1) | (table_rows == 1), distances, 1 - first_row), stop)
+    start = tl.where(block == 1, tl.maximum(last, seen_begin), start)
+    stop = tl.where(edge, tl.where((block == 1) | (table_rows == 1), seen_end, tl.minimum(1 - first_row, seen_end)), stop)
     total = tl.full((TILE.BLOCK, TILE.COLUMNS), 0.0, tl.float32)
     first = (table + step - first_pair % step) % step
     for begin in tl.range(start, tl.minimum(stop, distances), TILE.BLOCK):
@@ -265,11 +282,12 @@ def table_sum_kernel(
             total = _add_rows(total, partial, count, first, step, held, low - chunk, known & (distance >= chunk), TILE)
     if edges is not None:  # noqa: SIM102 (this is the compiler's condition)
         if edge:
+            first_pair_of = (table + pair_step - first_edge % pair_step) % pair_step
             for side in tl.range(block, tl.where(table_rows == 1, 2, block + 1)):  # a table of one row has both
                 owed = edges + tl.cast(side, tl.int64) * pairs * edge_rows * TILE.SIZE
                 for begin in tl.range(0, edge_rows, TILE.BLOCK):
                     known = begin + lane < edge_rows
-                    total = _add_rows(total, owed, pairs, table % pair_step, pair_step, edge_rows, begin + lane, known, TILE)
+                    total = _add_rows(total, owed, pairs, first_pair_of, pair_step, edge_rows, begin + lane, known, TILE)
     column = tl.arange(0, TILE.COLUMNS)
     rows = tl.where(edge, tl.minimum(1, table_rows - block), table_rows - 2 - (block - 2) * TILE.BLOCK)
     mask = (lane < rows)[:, None] & (column < TILE.SIZE)[None, :]

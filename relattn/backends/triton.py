@@ -100,6 +100,8 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
         return f"head sizes go to 256, and these are {query.shape[3]} and {tensors.value.shape[3]}"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
+    if min(query.shape[3], tensors.value.shape[3]) == 1 and query.dtype.itemsize == 2 and _miscompiles_ones(query.device):
+        return "of 16-bit heads of size 1 NVIDIA's compiler makes wrong code for Hopper"
     return _FAILED.get(_kind(tensors, settings)) if _FAILED else None
 
 
@@ -424,7 +426,9 @@ class Call:
         if kernel == "decode":  # its tiles are small: scores are scaled at once
             tile = tile._replace(LATE=False)
         arguments = self.arguments | arguments | {"TILE": tile}
-        options = dict(num_warps=configuration.num_warps, num_stages=configuration.num_stages, enable_fp_fusion=True)
+        options: dict[str, Any] = dict(num_warps=configuration.num_warps, num_stages=configuration.num_stages, enable_fp_fusion=True)
+        if configuration.registers is not None:
+            options["maxnreg"] = configuration.registers
         self.tape.launch(function, grid, tuple(arguments[name] for name in function.arg_names), options)
 
     def _splits(self, programs: int, block: int) -> int:
@@ -521,6 +525,12 @@ def _target(device: torch.device) -> str:
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _miscompiles_ones(device: torch.device) -> bool:
+    """ptxas 12.8, which Triton 3.6 and 3.7 bring, overwrites a matrix descriptor in these kernels; 12.9 and 13.0 do not."""
+    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_properties(device).major == 9
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from relattn.arguments import Settings
 from relattn.backends import triton as launcher
 from relattn.backends.tape import Slot
 
+_MATRICES = 8  # of a table: so many `table_sum_kernel` adds up itself
 _SMALL = 64  # tiles for each of the GPU's processors: of parts up to that size all products are one launch
 
 
@@ -226,16 +227,39 @@ class Backward(launcher.Call):
             gradient, count = Slot(f"grad_{name}"), self._tables(name)
             factor = 1.0 if total is not None else self.keep_scale if name == "rel_v" else float(self.settings.scale)
         tables, block = tables or range(count), min(256, 4096 // launcher._columns(size))
+        numbers = {"chunk": 0, "first_pair": 0, **numbers, "step": step or count}  # a matrix for each head of a batch element
+        distances = numbers["distances"]
+        held = distances if numbers["HALVES"] == 1 else 2 * (distances - numbers["chunk"])
+        if numbers["count"] > _MATRICES * numbers["step"]:
+            partial = self._matrix_sum(partial, held * size, tables, 1, numbers["count"], numbers["step"], numbers["first_pair"])
+            numbers |= dict(count=len(tables), step=len(tables), first_pair=tables.start)
+        seen = 0, distances
+        if numbers["HALVES"] == 1:  # a causal mask hides half of the distances: they lie beyond the table's last row, and hold zeros
+            begin, end = (bound - first_row - self.table_start for bound in (self.first, self.last + 1))
+            seen = max(0, min(begin, distances)), max(0, min(end, distances))
         edge_rows = 0 if edges is None else self.tape.live[edges].numel() // (2 * self.pairs * size)
+        edge_numbers = dict(edge_rows=edge_rows, pairs=self.pairs, pair_step=count, first_edge=0)
+        if edges is not None and self.pairs > _MATRICES * count:
+            edges = self._matrix_sum(edges, edge_rows * size, tables, 2, self.pairs, count, 0)
+            edge_numbers |= dict(pairs=len(tables), pair_step=len(tables), first_edge=tables.start)
         self._launch(
             "table_sum", (2 + -(-max(0, self.table_rows - 2) // block), len(tables)),
             launcher._kernels().configs.Configuration(block, 4, 1), size=size,
             partial=partial, gradient=self._operand(total or gradient, "hrc"),
-            scale=factor, step=step or count,  # a matrix for each head of a batch element
-            first_row=max(-numbers["distances"], min(first_row, self.table_rows)),  # 32 bits, wherever the table lies
-            first_table=tables.start, edges=edges, edge_rows=edge_rows, pairs=self.pairs, pair_step=count,
-            ADD=total is not None, **{"chunk": 0, **numbers},
+            scale=factor, first_row=max(-distances, min(first_row, self.table_rows)),  # 32 bits, wherever the table lies
+            seen_begin=seen[0], seen_end=seen[1],
+            first_table=tables.start, edges=edges, ADD=total is not None, **edge_numbers, **numbers,
         )  # fmt: skip
+
+    def _matrix_sum(self, partial: Slot, numbers: int, tables: range, sides: int, count: int, step: int, first_pair: int) -> Slot:
+        """Of (sides, count, numbers) the sums of each table's matrices, (sides, tables, numbers)."""
+        block = 512
+        total = self.tape.new("matrix_sums", (sides, len(tables), numbers))
+        self._launch(
+            "matrix_sum", (-(-numbers // block), len(tables), sides), launcher._kernels().configs.Configuration(block, 4, 1),
+            partial=partial, total=total, numbers=numbers, count=count, step=step, first_pair=first_pair, first_table=tables.start,
+        )  # fmt: skip
+        return total
 
     def _table_gradient(self, name: str | None, sums: Slot | None, far_block: int) -> None:
         """The gradient of a table (None: of none), and `sums`, by `table_gradient_kernel`.

@@ -133,6 +133,11 @@ class Translator:
         if special is not None:
             return special(instruction, mask)
         destination, *sources = instruction.operands
+        if name == "setp" and instruction.type in ("f16x2", "bf16x2"):  # a predicate of each half, the low one's first
+            both = [self.read(source, "b32") for source in sources[:2]]
+            halves = [[f"({operand} >> u4({shift})).astype(u2)" for operand in both] for shift in (0, 16)]
+            pair = zip(destination.items, halves, strict=True)
+            return [line for place, half in pair for line in self.write(place, self._compared(instruction, sources, *half), "pred", mask)]
         text, kind = self._arithmetic(instruction, sources)
         if name == "setp" and isinstance(destination, Vector):
             first, second = destination.items
@@ -212,10 +217,14 @@ class Translator:
         return self.read(operand, "pred" if kind == "pred" else f"b{bits(kind)}")
 
     def _comparison(self, instruction: Instruction, sources: list[Operand]) -> str:
+        return self._compared(instruction, sources, *(self.read(source, instruction.type) for source in sources[:2]))
+
+    def _compared(self, instruction: Instruction, sources: list[Operand], a: str, b: str) -> str:
         comparison, kind = instruction.parts[1], instruction.type
-        a, b = self.read(sources[0], kind), self.read(sources[1], kind)
-        if kind == "bf16":
-            a, b = f"from_bf16({a})", f"from_bf16({b})"
+        if kind == "f16x2":
+            a, b, kind = f"{a}.view(f2)", f"{b}.view(f2)", "f16"
+        if kind in ("bf16", "bf16x2"):
+            a, b, kind = f"from_bf16({a})", f"from_bf16({b})", "f32"
         if kind[0] in "fb" and kind in ("f16", "bf16", "f32", "f64"):
             if comparison in ("num", "nan"):
                 text = f"(({a} == {a}) & ({b} == {b}))"
