@@ -22,7 +22,7 @@ def is_spoiled(error: BaseException) -> bool:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
-    if os.environ.get("PYTEST_XDIST_WORKER") and call.excinfo is not None and is_spoiled(call.excinfo.value):
+    if hasattr(item.config, "workerinput") and call.excinfo is not None and is_spoiled(call.excinfo.value):
         print(f"{item.nodeid}: {call.excinfo.value}", flush=True)
         os._exit(3)
     return report

@@ -19,6 +19,9 @@ class Configuration(NamedTuple):
     num_stages: int
     registers: int | None = None  # of a thread at most; None: as many as the compiler wants
 
+    def __str__(self) -> str:
+        return str(tuple(self[:3] if self.registers is None else self))
+
 
 # Larger tiles move fewer bytes, and Hopper's matrix instructions take 64 rows, of 4 warps: 8 warps share them badly. Two stages overlap
 # the loads of the next tile with the work on this one. A smaller block always is a divisor of a larger one.

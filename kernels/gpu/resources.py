@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import MockTensor, create_function_from_signature
 
-from . import KERNELS, clocks, configs
+from . import KERNELS, clocks, configs, descriptors
 from .configs import Configuration
 from .operands import LACKING, Inputs, Operand, Saved, Tile, Units
 from .operands import SIZES as LOOSE
@@ -122,6 +122,8 @@ def measure(case: Case, configuration: Configuration) -> tuple[Resources, dict[s
     hip = case.target.startswith("gfx")
     target = GPUTarget("hip", case.target, 64) if hip else GPUTarget("cuda", int(case.target.removeprefix("sm_")), 32)
     options = dict(num_warps=configuration.num_warps, num_stages=configuration.num_stages)
+    if configuration.registers is not None:
+        options["maxnreg"] = configuration.registers
     compiled = triton.compile(_source(case, configuration, target), target=target, options=options)
     assembly, shared = compiled.asm, compiled.metadata.shared
     if hip:
@@ -166,13 +168,16 @@ def _shipped(case: Case) -> tuple[str, bool]:
     for configuration in _configurations(case):
         found = _attempt(case, configuration)
         if isinstance(found, str):
-            refused.append(f"{tuple(configuration)} does not compile ({found})")
+            refused.append(f"{configuration} does not compile ({found})")
             if "PassManager" not in found:  # a launch would not go on
                 break
             continue
-        what = found[0]
-        row = f"{tuple(configuration)!s:>21}{what.registers:10}{what.stack:6}{what.shared:8}{what.products:9}"
-        return f"{_name(case)}{row}{'' if what.fits else '  does not fit'}{''.join(f'  {text}' for text in refused)}", what.fits
+        what, assembly = found
+        wrong = descriptors.overwritten(_cuobjdump(assembly["cubin"], "-sass")) if case.target == "sm_90" else []
+        row = f"{configuration!s:>21}{what.registers:10}{what.stack:6}{what.shared:8}{what.products:9}"
+        remarks = [] if what.fits else ["does not fit"]
+        remarks += [f"overwrites matrix descriptors: {len(wrong)}"] if wrong else []
+        return "  ".join([_name(case) + row, *remarks, *refused]), what.fits and not wrong
     return f"{_name(case)}  {'; '.join(refused)}", False
 
 
@@ -206,9 +211,9 @@ class Candidate(NamedTuple):
 
     def row(self) -> str:
         if self.problem or self.resources is None:
-            return f"{tuple(self.configuration)!s:13}{self.problem}"
+            return f"{self.configuration!s:13}{self.problem}"
         found = self.resources
-        row = f"{tuple(self.configuration)!s:13}{self.programs:8}{found.registers:10}{found.stack:6}{found.shared:8}"
+        row = f"{self.configuration!s:13}{self.programs:8}{found.registers:10}{found.stack:6}{found.shared:8}"
         loops = [loop for loop in (self.near, self.far) if loop is not None]
         return row + "".join(
             f"{loop.clocks:8.0f}{loop.instructions:7}{loop.spills:7}{loop.bytes / 1024:6.0f}  {loop.bound:21}" for loop in loops

@@ -224,7 +224,8 @@ def matrix_sum_kernel(partial, total, numbers, count, step, first_pair, first_ta
     for begin in tl.range((table + first_table + step - first_pair % step) % step, count, 16 * step):
         for index in tl.static_range(16):  # loads that do not wait for one another
             matrix = begin + index * step
-            held += tl.load(own + tl.cast(matrix, tl.int64) * numbers + lane, mask=(lane < numbers) & (matrix < count), other=0.0)
+            there = tl.where(matrix < count, numbers, 0)
+            held += tl.load(own + tl.cast(matrix, tl.int64) * numbers + lane, mask=lane < there, other=0.0)
     tl.store(total + (side * tl.num_programs(1) + table) * numbers + lane, held, mask=lane < numbers)
 
 

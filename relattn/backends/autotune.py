@@ -48,8 +48,8 @@ def by_speed(
         timings = {key: _measure(candidates, launch, fails, device)}
         _write(timings)
     times = timings[key]
-    known = [candidate for candidate in candidates if str(tuple(candidate)) in times]
-    return sorted(known, key=lambda candidate: times[str(tuple(candidate))]) or list(candidates)
+    known = [candidate for candidate in candidates if str(candidate) in times]
+    return sorted(known, key=lambda candidate: times[str(candidate)]) or list(candidates)
 
 
 def _measure(candidates: Sequence[Any], launch, fails: Callable[[Exception], bool], device: torch.device) -> dict[str, float]:
@@ -66,7 +66,7 @@ def _measure(candidates: Sequence[Any], launch, fails: Callable[[Exception], boo
             continue
         once = _milliseconds(launch, candidate, 1, device)
         count = max(1, min(1000, int(1e3 * _SECONDS / max(once, 1e-3))))
-        times[str(tuple(candidate))] = statistics.median(_milliseconds(launch, candidate, count, device) for _ in range(_REPEATS))
+        times[str(candidate)] = statistics.median(_milliseconds(launch, candidate, count, device) for _ in range(_REPEATS))
     return times
 
 

@@ -58,10 +58,15 @@ class Tape:
         self._steps.append(step)
         return Slot(name)
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """A Triton kernel with its arguments in their order, Slots in place of tensors."""
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any],
+        check: Callable[[Any], None] | None = None,
+    ) -> None:  # fmt: skip
+        """A Triton kernel with its arguments in their order, Slots in place of tensors. check: raises if what was compiled must not run."""
         fill = _filler(arguments)
         with self._on_device():
+            if check is not None:
+                check(kernel.warmup(*fill(self.live), grid=grid, **options))
             compiled = kernel[grid](*fill(self.live), **options)
         if hasattr(compiled, "packed_metadata"):  # by Triton's compiler, and not the interpreter
             whole = (*grid, 1, 1)[:3]

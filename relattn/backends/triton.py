@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from relattn.arguments import DIFFERENTIABLE, Settings, Tensors, empty_gradient, empty_with_layout, hidden_from
-from relattn.backends import autotune, blocked
+from relattn.backends import autotune, blocked, machine_code
 from relattn.backends.tape import Slot, Tape
 
+# Of 16-bit heads that Hopper gets, whatever ptxas is: a smaller one was wrong on an H200, and nobody knows why (docs/gpus.md).
+SMALLEST_HALF = 16
 _LOG2_E = 1.0 / math.log(2.0)
 _UNBOUNDED = 2**62 + 1
 _TABLES = ("rel_k", "rel_q", "rel_v", "rel_bias")
@@ -100,8 +102,8 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
         return f"head sizes go to 256, and these are {query.shape[3]} and {tensors.value.shape[3]}"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
-    if min(query.shape[3], tensors.value.shape[3]) == 1 and query.dtype.itemsize == 2 and _miscompiles_ones(query.device):
-        return "of 16-bit heads of size 1 NVIDIA's compiler makes wrong code for Hopper"
+    if query.dtype.itemsize == 2 and min(query.shape[3], tensors.value.shape[3]) < SMALLEST_HALF and _is_doubtful(query.device):
+        return f"16-bit heads below {SMALLEST_HALF} gave wrong results on an H200 with this version of Triton's compiler"
     return _FAILED.get(_kind(tensors, settings)) if _FAILED else None
 
 
@@ -429,7 +431,8 @@ class Call:
         options: dict[str, Any] = dict(num_warps=configuration.num_warps, num_stages=configuration.num_stages, enable_fp_fusion=True)
         if configuration.registers is not None:
             options["maxnreg"] = configuration.registers
-        self.tape.launch(function, grid, tuple(arguments[name] for name in function.arg_names), options)
+        check = machine_code.check if not INTERPRETED and machine_code.suspected(_target(self.device)) else None
+        self.tape.launch(function, grid, tuple(arguments[name] for name in function.arg_names), options, check)
 
     def _splits(self, programs: int, block: int) -> int:
         """How many parts the keys are cut into, where queries alone leave the chip idle."""
@@ -494,7 +497,9 @@ def _columns(size: int) -> int:
 
 
 def _does_not_go(error: Exception) -> bool:
-    """Whether a configuration failed for want of room, or because its pipeline is beyond this version of Triton's compiler."""
+    """Whether a configuration failed for want of room, or because it is beyond this version of the compilers."""
+    if isinstance(error, machine_code.MiscompiledError):
+        return True
     return isinstance(error, _kernels().OutOfResources) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
 
 
@@ -527,10 +532,8 @@ def _target(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-@functools.cache
-def _miscompiles_ones(device: torch.device) -> bool:
-    """ptxas 12.8, which Triton 3.6 and 3.7 bring, overwrites a matrix descriptor in these kernels; 12.9 and 13.0 do not."""
-    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_properties(device).major == 9
+def _is_doubtful(device: torch.device) -> bool:
+    return not INTERPRETED and machine_code.suspected(_target(device))
 
 
 @functools.cache

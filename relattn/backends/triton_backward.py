@@ -238,7 +238,7 @@ class Backward(launcher.Call):
             begin, end = (bound - first_row - self.table_start for bound in (self.first, self.last + 1))
             seen = max(0, min(begin, distances)), max(0, min(end, distances))
         edge_rows = 0 if edges is None else self.tape.live[edges].numel() // (2 * self.pairs * size)
-        edge_numbers = dict(edge_rows=edge_rows, pairs=self.pairs, pair_step=count, first_edge=0)
+        edge_numbers: dict[str, Any] = dict(edge_rows=edge_rows, pairs=self.pairs, pair_step=count, first_edge=0)
         if edges is not None and self.pairs > _MATRICES * count:
             edges = self._matrix_sum(edges, edge_rows * size, tables, 2, self.pairs, count, 0)
             edge_numbers |= dict(pairs=len(tables), pair_step=len(tables), first_edge=tables.start)

@@ -334,13 +334,49 @@ def test_far_tiles_are_counted_once(monkeypatch, kernel_blocks, clip):
 
 
 @needs_kernels
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("clip", [7, None])
+def test_matrices_of_a_table_are_added_up_first(monkeypatch, clip, per_head):
+    """As where there are many: the kernel that folds distances has a program for some rows of a table only."""
+    from relattn.backends import triton_backward
+
+    launched, launch = [], gpu.Call._launch
+
+    def noted(self, kernel, *given, **arguments):
+        launched.append(kernel)
+        launch(self, kernel, *given, **arguments)
+
+    monkeypatch.setattr(gpu.Call, "_launch", noted)
+    length = 40
+    rows = 2 * (length - 1 if clip is None else clip) + 1
+    tensors = inputs(batch=2, heads=3, queries=length, keys=length, rows=rows, per_head=per_head)
+    bias = torch.randn(3, rows, requires_grad=True, device=DEVICE)
+    options = dict(max_relative_position=rows // 2, is_causal=True, query_offset=0)
+
+    def both(backend):
+        output = relattn.relative_attention(*tensors, rel_bias=bias, backend=backend, **options)
+        return [output, *torch.autograd.grad(output, [*tensors, bias], torch.ones_like(output))]
+
+    monkeypatch.setattr(triton_backward, "_MATRICES", 0)
+    added = both("triton")
+    assert "matrix_sum" in launched
+    gpu.forget()
+    launched.clear()
+    monkeypatch.setattr(triton_backward, "_MATRICES", 1000)
+    close(both("triton"), added)
+    assert "table_sum" in launched
+    assert "matrix_sum" not in launched
+    close(added, both("blocked"))
+
+
+@needs_kernels
 def test_a_chip_without_room_gets_a_smaller_configuration(monkeypatch):
     kernels = gpu._kernels()
     launch, tried = gpu.Call._launch, []
 
     def refuse_large(self, kernel, grid, configuration, *clipped, **arguments):
         tried.append((kernel, configuration.block))
-        if configuration.block > 16 and kernel not in ("prepare", "table_sum"):
+        if configuration.block > 16 and kernel not in ("prepare", "matrix_sum", "table_sum"):
             raise kernels.OutOfResources(300000, 232448, "shared memory")
         launch(self, kernel, grid, configuration, *clipped, **arguments)
 
@@ -348,7 +384,7 @@ def test_a_chip_without_room_gets_a_smaller_configuration(monkeypatch):
     monkeypatch.setattr(kernels.configs, "configurations", lambda *_: candidates)
     monkeypatch.setattr(gpu.Call, "_launch", refuse_large)
     tensors = inputs(rows=11)
-    with pytest.warns(RuntimeWarning, match="forward kernel falls from .*block=64.* to .*block=32.*shared memory"):
+    with pytest.warns(RuntimeWarning, match=r"forward kernel falls from \(64.* to \(32.*shared memory"):
         found = gradients(tensors, "triton", max_relative_position=5)
     assert tried.count(("forward", 64)) == 1
     assert ("forward", 16) in tried

@@ -75,6 +75,13 @@ def test_padding_on_the_left_changes_nothing(model, tokens):
         model(padded, attention_mask=mask[:, 1:])
 
 
+def test_the_cache_by_its_newer_name(model, tokens):
+    """As generate() passes it on since transformers 5.24."""
+    first = model(tokens[:, :20], use_cache=True)
+    rest = model(tokens[:, 20:], cache=first.past_key_values)
+    torch.testing.assert_close(rest.logits, model(tokens).logits[:, 20:])
+
+
 @pytest.mark.parametrize("drawing", [dict(top_k=3), dict(top_p=0.6), dict(temperature=0.5), dict(num_beams=3, do_sample=False)])
 def test_generate_is_the_same_with_and_without_cache(model, tokens, drawing):
     lengths = [20, 31]  # primes of two lengths in one batch, padded on the left

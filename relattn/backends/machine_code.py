@@ -1,0 +1,84 @@
+"""Looks through the machine code of Triton's kernels before they are launched, where NVIDIA's compiler is one that makes wrong code.
+
+That is ptxas before 12.9, for Hopper (relattn.kernels.gpu.descriptors says what it does). What was found of a kernel is kept by its hash in
+the folder of `autotune.cache_file`, so that only the first process that compiles it looks, for half a second beside ten of compiling.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from relattn.backends.autotune import cache_file
+
+
+class MiscompiledError(RuntimeError):
+    """A kernel whose machine code does not do what its source says."""
+
+
+@functools.cache
+def suspected(target: str) -> bool:
+    """Whether kernels for a GPU are to be looked through before they are launched."""
+    return target == "sm_90" and _compiler() < (12, 9)
+
+
+def _compiler() -> tuple[int, int]:
+    """The version of the ptxas that Triton calls; (0, 0) if it does not say."""
+    try:
+        told = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas_version(90)
+        found = re.search(r"release (\d+)\.(\d+)", told)
+    except Exception:  # no part of Triton's interface
+        found = None
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def check(compiled: Any) -> None:
+    """
+    Raises:
+        MiscompiledError: one of the kernel's matrix descriptors is overwritten.
+    """
+    if "wgmma" not in compiled.asm["ptx"]:
+        return
+    place = cache_file().parent / "descriptors" / str(compiled.hash)
+    found = _read(place)
+    if found is None:
+        found = _look(compiled.asm["cubin"])
+        _write(place, found)
+    if found:
+        raise MiscompiledError(f"ptxas before 12.9 overwrites a matrix descriptor in it ({found[0]})")
+
+
+def _look(cubin: bytes) -> list[str]:
+    tool = importlib.import_module("triton.knobs").nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    return list(importlib.import_module("relattn.kernels.gpu.descriptors").overwritten(sass))
+
+
+def _read(place: Path) -> list[str] | None:
+    """What was found before; None if nobody looked, or the file is not one that was written to its end."""
+    try:
+        *lines, last = place.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return lines if last == "looked through" else None
+
+
+def _write(place: Path, found: list[str]) -> None:
+    """Whole or not at all: another process may be reading. A folder that cannot be written to is no reason to stop."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=place.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write("\n".join([*found, "looked through"]))
+        os.replace(name, place)
+    except OSError:
+        pass
