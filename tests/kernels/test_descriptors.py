@@ -1,8 +1,11 @@
 """Matrix descriptors that ptxas overwrites (kernels/gpu/descriptors.py), in made-up machine code; what becomes of such kernels."""
 
 import pytest
+import torch
 
 from relattn.backends import machine_code
+from relattn.backends import triton as gpu
+from relattn.backends.tape import Slot, Tape
 
 pytest.importorskip("triton")
 descriptors = pytest.importorskip("relattn.kernels.gpu.descriptors")
@@ -70,6 +73,7 @@ class Compiled:
 
 def test_a_kernel_is_looked_through_once(monkeypatch, tmp_path):
     monkeypatch.setenv("RELATTN_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine_code, "_RIGHT", set())
     looked = []
     monkeypatch.setattr(machine_code, "_look", lambda cubin: looked.append(cubin) or ["UR7 holds ULDC"] * (len(looked) == 1))
     for _ in range(2):
@@ -81,6 +85,10 @@ def test_a_kernel_is_looked_through_once(monkeypatch, tmp_path):
     assert len(looked) == 2
     machine_code.check(Compiled("another", ptx="mma.sync"))  # has no descriptors
     assert len(looked) == 2
+    machine_code._RIGHT.clear()  # another process
+    machine_code.check(Compiled("right"))
+    assert len(looked) == 2
+    machine_code._RIGHT.clear()
     (tmp_path / "descriptors" / "right").write_text("looked thr")  # damaged: looked through anew
     machine_code.check(Compiled("right"))
     assert len(looked) == 3
@@ -97,3 +105,33 @@ def test_only_compilers_before_12_9_are_suspected(monkeypatch):
 
 def test_the_compilers_version_is_found():
     assert machine_code._compiler() >= (12, 0)
+
+
+class Kernel:
+    """A Triton kernel whose launches are counted."""
+
+    def __init__(self) -> None:
+        self.launched = 0
+
+    def warmup(self, *arguments, grid, **options) -> Compiled:
+        return Compiled("of this kernel")
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.launched += 1
+
+        return launch
+
+
+def test_what_is_miscompiled_is_not_launched_and_another_block_size_is_tried(monkeypatch):
+    def refuse(compiled) -> None:
+        raise machine_code.MiscompiledError(compiled.hash)
+
+    tape, kernel = Tape({"query": torch.zeros(1)}), Kernel()
+    with pytest.raises(machine_code.MiscompiledError, match="of this kernel") as raised:
+        tape.launch(kernel, (1,), (Slot("query"),), {}, refuse)
+    assert kernel.launched == 0
+    assert len(tape) == 0
+    assert gpu._does_not_go(raised.value)
+    tape.launch(kernel, (1,), (Slot("query"),), {}, lambda compiled: None)
+    assert kernel.launched == 1
