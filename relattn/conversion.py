@@ -130,9 +130,23 @@ def _package_of(module: nn.Module) -> str:
     return f"{package} {getattr(sys.modules.get(package), '__version__', '(of unknown version)')}"
 
 
+# Parameters that have another name in newer versions, which takes the known one for a while too: in transformers 5.24.
+_RENAMED = {"cache": "past_key_values"}
+
+
+class _Renamed:
+    """A replacement of a method that has newer names of parameters; no closure, since it is pickled together with its module."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function, self.__module__ = function, function.__module__
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.function(*arguments, **{_RENAMED.get(name, name): value for name, value in keywords.items()})
+
+
 def check_parameters(module: nn.Module, method: str, parameters: str) -> None:
     given = getattr(type(module), method, None)
-    names = None if given is None else " ".join(inspect.signature(given).parameters)
+    names = None if given is None else " ".join(_RENAMED.get(name, name) for name in inspect.signature(given).parameters)
     if names != f"self {parameters}":
         raise unknown(module, f"{method}({names}), expected {method}(self {parameters})")
 
@@ -158,6 +172,8 @@ def replacement(
         raise ValueError(
             f"model: {method} of a {type(module).__name__} was replaced already (by accelerate's hooks?); convert the model before that"
         )
+    if not _RENAMED.keys().isdisjoint(inspect.signature(getattr(type(module), method)).parameters):
+        function = _Renamed(function)
     return Replacement(module, method, function, is_attention)
 
 

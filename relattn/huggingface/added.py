@@ -94,9 +94,11 @@ class _WithoutPositions(nn.Module):
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
         *,
+        cache_length: int = 0,
         task_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """(B, L, hidden). `position_ids` and `past_key_values_length` are the original's, and change nothing."""
+        """(B, L, hidden). `position_ids`, `past_key_values_length` and `cache_length`, its name since transformers 5.24, are the
+        original's, and change nothing."""
         embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         # Not the buffer of the original: it ends at max_position_embeddings.
         none = torch.zeros(embeddings.shape[:-1], dtype=torch.long, device=embeddings.device)

@@ -59,10 +59,10 @@ def _nemotron_encoder(
     )
 
     if use_cache or past_key_values is not None or padding_cache is not None:
-        given = dict(
-            position_ids=position_ids, past_key_values=past_key_values, padding_cache=padding_cache, use_cache=use_cache
-        )
-        given |= dict(output_attention_mask=output_attention_mask, num_lookahead_tokens=num_lookahead_tokens)
+        given: dict[str, Any] = dict(position_ids=position_ids, padding_cache=padding_cache, use_cache=use_cache)
+        # Unwrapped, it does not take the name that it had before transformers 5.24.
+        cache = "cache" if "cache" in inspect.signature(type(module).forward).parameters else "past_key_values"
+        given |= {cache: past_key_values} | dict(output_attention_mask=output_attention_mask, num_lookahead_tokens=num_lookahead_tokens)
         return inspect.unwrap(type(module).forward)(module, input_features, attention_mask, **given, **kwargs)
     hidden = module.subsampling(input_features, attention_mask)
     hidden = hidden * module.input_scale
