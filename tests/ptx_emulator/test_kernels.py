@@ -34,7 +34,7 @@ RUN = {
     "join": {"forward", "prepare", "query_gradient", "product", "join", "table_sum"},
     "parts 128": {"forward", "prepare", "query_gradient", "product", "table_sum"},
     "packed clipped": {"forward", "prepare", "query_gradient", "key_gradient", "table_gradient", "table_sum"},
-    "decoding": {"decode", "prepare", "query_gradient", "key_gradient", "product", "table_sum"},
+    "decoding": {"decode", "prepare", "query_gradient", "key_gradient", "product", "matrix_sum", "table_sum"},
     "decoding clipped": {"decode", "combine", "prepare", "query_gradient", "key_gradient", "table_gradient", "table_sum"},
 }
 
