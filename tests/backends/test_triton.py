@@ -334,8 +334,7 @@ def test_far_tiles_are_counted_once(monkeypatch, kernel_blocks, clip):
 
 
 @needs_kernels
-@pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize("clip", [7, None])
+@pytest.mark.parametrize(("clip", "per_head"), [(7, False), (None, True)])
 def test_matrices_of_a_table_are_added_up_first(monkeypatch, clip, per_head):
     """As where there are many: the kernel that folds distances has a program for some rows of a table only."""
     from relattn.backends import triton_backward
