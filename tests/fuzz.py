@@ -310,7 +310,7 @@ def errors(
     global DEVICE
     DEVICE = "cuda" if backend == "triton" and not gpu.INTERPRETED else "cpu"
     sizes_of_heads = [call.tensors[name].shape[-1] for name in ("query", "value")]
-    if DEVICE == "cuda" and dtype.itemsize == 2 and min(sizes_of_heads) < gpu.SMALLEST_HALF and gpu._is_doubtful(torch.device("cuda", 0)):
+    if DEVICE == "cuda" and gpu.is_doubtful(torch.device("cuda", 0), dtype, *sizes_of_heads):
         raise SkipTest("16-bit heads that the backend leaves to others on this GPU")
     rounded = Call(call.seed, {name: tensor.double() for name, tensor in call.cast(dtype)[0].items()}, call.arguments)
     if "attn_mask" in call.tensors:

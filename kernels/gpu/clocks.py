@@ -18,11 +18,16 @@ from __future__ import annotations
 
 import heapq
 import re
+import subprocess
+import tempfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import NamedTuple
+
+import triton
 
 SCHEDULERS = 4
 REGISTERS = 65536  # of an SM
@@ -122,6 +127,15 @@ class Instruction(NamedTuple):
     def goes_to(self) -> int | None:
         """The address that it may or does go on at."""
         return int(self.operands[-1], 16) if self.name == "BRA" and self.operands[-1].startswith("0x") else None
+
+
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the CUDA toolkit's program, which Triton brings, prints of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def parse(sass: str) -> list[Instruction]:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from .clocks import Instruction, parse
+from .clocks import Instruction, cuobjdump, parse
 
 _REGISTER = re.compile(r"\b(U?R)(\d+)\b")
-_COPIES = ("UMOV", "MOV", "R2UR", "IMAD.MOV.U32", "IMAD.U32")
+_COPIES = ("UMOV", "MOV", "IMAD.MOV.U32", "IMAD.U32")
 _LOADS = ("ULDC", "LDC", "S2R", "S2UR", "LDG", "LDS")
 _WITHOUT_RESULT = (
     "ST", "BAR", "BRA", "BSSY", "BSYNC", "EXIT", "NOP", "RED", "MEMBAR", "FENCE", "WARP", "LDGSTS", "LDGDEPBAR", "DEPBAR", "CCTL", "ERRBAR",
@@ -31,6 +31,11 @@ _State = dict[str, frozenset[int]]  # by register: the places of the instruction
 def overwritten(sass: str) -> list[str]:
     """What `cuobjdump -sass` prints of a kernel -> a line for each descriptor that does not hold one. Empty: none was found."""
     return list(_overwritten(parse(sass)))
+
+
+def overwritten_in(cubin: bytes) -> list[str]:
+    """The same of a compiled kernel."""
+    return overwritten(cuobjdump(cubin, "-sass"))
 
 
 def _overwritten(code: Sequence[Instruction]) -> Iterator[str]:
@@ -77,7 +82,7 @@ def _written(instruction: Instruction) -> list[str]:
 
 def _source(instruction: Instruction) -> str | None:
     """What a copy copies."""
-    if instruction.opcode in _COPIES or instruction.name == "R2UR":
+    if instruction.opcode in _COPIES or instruction.name == "R2UR":  # of that there are variants
         found = _REGISTER.match(instruction.operands[-1])
         return found[0] if found else None
     return None

@@ -16,11 +16,8 @@ import itertools
 import math
 import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what the launches ask for, too
@@ -131,19 +128,11 @@ def measure(case: Case, configuration: Configuration) -> tuple[Resources, dict[s
         registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
         stack, products = 4 * spilled, len(re.findall(r"\bv_mfma", text))
     else:
-        usage = _cuobjdump(assembly["cubin"], "-res-usage")
+        usage = clocks.cuobjdump(assembly["cubin"], "-res-usage")
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         products = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", assembly["ptx"]))
     fits = shared <= configs.SHARED_MEMORY[case.target] and getattr(compiled.metadata, "tmem_size", 0) <= TENSOR_MEMORY
     return Resources(registers, stack, shared, products, fits), assembly
-
-
-def _cuobjdump(cubin: bytes, option: str) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _attempt(case: Case, configuration: Configuration) -> tuple[Resources, dict[str, Any]] | str:
@@ -173,7 +162,7 @@ def _shipped(case: Case) -> tuple[str, bool]:
                 break
             continue
         what, assembly = found
-        wrong = descriptors.overwritten(_cuobjdump(assembly["cubin"], "-sass")) if case.target == "sm_90" else []
+        wrong = descriptors.overwritten_in(assembly["cubin"]) if case.target == "sm_90" else []
         row = f"{configuration!s:>21}{what.registers:10}{what.stack:6}{what.shared:8}{what.products:9}"
         remarks = [] if what.fits else ["does not fit"]
         remarks += [f"overwrites matrix descriptors: {len(wrong)}"] if wrong else []
@@ -232,7 +221,7 @@ def candidate(case: Case, configuration: Configuration) -> Candidate:
     loops: list[clocks.Loop] = []
     if clocks.modelled(case.target):
         misses = clocks.spills_miss(case.target, found.stack, found.shared, configuration.num_warps, count)
-        loops = clocks.estimates(_cuobjdump(assembly["cubin"], "-sass"), case.target, configuration.num_warps, count, misses)
+        loops = clocks.estimates(clocks.cuobjdump(assembly["cubin"], "-sass"), case.target, configuration.num_warps, count, misses)
     scale = 64 * 64 / configuration.block**2
     loops = sorted((loop._replace(clocks=scale * loop.clocks, bytes=scale * loop.bytes) for loop in loops), key=lambda loop: -loop.clocks)
     if case.variant == "hides":  # a loop is there twice, and the careful one is not what is run

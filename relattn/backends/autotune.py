@@ -114,14 +114,18 @@ def _parsed(path: Path, *_state: int) -> dict[str, dict[str, float]]:
 
 
 def _write(new: dict[str, dict[str, float]]) -> None:
-    """Add to the file, which is replaced whole: a reader never sees half of it."""
-    path = cache_file()
+    """Add to the file."""
+    write_whole(cache_file(), json.dumps(_read() | new, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file of the cache: a reader never sees half of it. In a folder that cannot be written to, nothing is kept."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump(_read() | new, file, indent=1)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())  # the new name must not outlive a crash that the content does not
         os.replace(file.name, path)
     except OSError:
-        return  # a read-only home: the next process times again
+        return  # a read-only home: the next process finds it out again

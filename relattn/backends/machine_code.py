@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import re
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from relattn.backends.autotune import cache_file
+from relattn.backends.autotune import cache_file, write_whole
 
+_END = "looked through"  # the last line of what is kept
 _RIGHT: set[str] = set()  # hashes of kernels, in this process
 
 
@@ -51,19 +49,14 @@ def check(compiled: Any) -> None:
     found = _read(place)
     if found is None:
         found = _look(compiled.asm["cubin"])
-        _write(place, found)
+        write_whole(place, "\n".join([*found, _END]))
     if found:
         raise MiscompiledError(f"ptxas before 12.9 overwrites a matrix descriptor in it ({found[0]})")
     _RIGHT.add(compiled.hash)
 
 
 def _look(cubin: bytes) -> list[str]:
-    tool = importlib.import_module("triton.knobs").nvidia.cuobjdump.path
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    return list(importlib.import_module("relattn.kernels.gpu.descriptors").overwritten(sass))
+    return list(importlib.import_module("relattn.kernels.gpu.descriptors").overwritten_in(cubin))
 
 
 def _read(place: Path) -> list[str] | None:
@@ -72,16 +65,4 @@ def _read(place: Path) -> list[str] | None:
         *lines, last = place.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError):
         return None
-    return lines if last == "looked through" else None
-
-
-def _write(place: Path, found: list[str]) -> None:
-    """Whole or not at all: another process may be reading. A folder that cannot be written to is no reason to stop."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=place.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("\n".join([*found, "looked through"]))
-        os.replace(name, place)
-    except OSError:
-        pass
+    return lines if last == _END else None

@@ -20,7 +20,7 @@ from relattn.backends import autotune, blocked, machine_code
 from relattn.backends.tape import Slot, Tape
 
 # Of 16-bit heads that Hopper gets, whatever ptxas is: a smaller one was wrong on an H200, and nobody knows why (docs/gpus.md).
-SMALLEST_HALF = 16
+_SMALLEST_HALF = 16
 _LOG2_E = 1.0 / math.log(2.0)
 _UNBOUNDED = 2**62 + 1
 _TABLES = ("rel_k", "rel_q", "rel_v", "rel_bias")
@@ -102,8 +102,8 @@ def unsupported(tensors: Tensors, settings: Settings) -> str | None:
         return f"head sizes go to 256, and these are {query.shape[3]} and {tensors.value.shape[3]}"
     if tensors.attn_mask is not None and tensors.attn_mask.requires_grad:
         return "attn_mask requires a gradient"
-    if query.dtype.itemsize == 2 and min(query.shape[3], tensors.value.shape[3]) < SMALLEST_HALF and _is_doubtful(query.device):
-        return f"16-bit heads below {SMALLEST_HALF} gave wrong results on an H200 with this version of Triton's compiler"
+    if is_doubtful(query.device, query.dtype, query.shape[3], tensors.value.shape[3]):
+        return f"16-bit heads below {_SMALLEST_HALF} gave wrong results on an H200 with this version of Triton's compiler"
     return _FAILED.get(_kind(tensors, settings)) if _FAILED else None
 
 
@@ -431,7 +431,7 @@ class Call:
         options: dict[str, Any] = dict(num_warps=configuration.num_warps, num_stages=configuration.num_stages, enable_fp_fusion=True)
         if configuration.registers is not None:
             options["maxnreg"] = configuration.registers
-        check = machine_code.check if not INTERPRETED and machine_code.suspected(_target(self.device)) else None
+        check = machine_code.check if _is_suspected(self.device) else None
         self.tape.launch(function, grid, tuple(arguments[name] for name in function.arg_names), options, check)
 
     def _splits(self, programs: int, block: int) -> int:
@@ -498,9 +498,8 @@ def _columns(size: int) -> int:
 
 def _does_not_go(error: Exception) -> bool:
     """Whether a configuration failed for want of room, or because it is beyond this version of the compilers."""
-    if isinstance(error, machine_code.MiscompiledError):
-        return True
-    return isinstance(error, _kernels().OutOfResources) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
+    refused = (_kernels().OutOfResources, machine_code.MiscompiledError)
+    return isinstance(error, refused) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
 
 
 def _tf32() -> bool:
@@ -532,8 +531,14 @@ def _target(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def _is_doubtful(device: torch.device) -> bool:
+def _is_suspected(device: torch.device) -> bool:
+    """Whether the compiler for a GPU makes mistakes that are known."""
     return not INTERPRETED and machine_code.suspected(_target(device))
+
+
+def is_doubtful(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether heads are too small for what is known of the GPU: then the backend leaves them to others."""
+    return dtype.itemsize == 2 and min(sizes) < _SMALLEST_HALF and _is_suspected(device)
 
 
 @functools.cache
