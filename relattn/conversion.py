@@ -130,25 +130,29 @@ def _package_of(module: nn.Module) -> str:
     return f"{package} {getattr(sys.modules.get(package), '__version__', '(of unknown version)')}"
 
 
-# Parameters that have another name in newer versions, which takes the known one for a while too: in transformers 5.24.
+# Newer names of parameters, and those by which plans know them: of transformers 5.24. To other packages' plans the newer one is known.
 _RENAMED = {"cache": "past_key_values"}
 
 
 class _Renamed:
     """A replacement of a method that has newer names of parameters; no closure, since it is pickled together with its module."""
 
-    def __init__(self, function: Callable) -> None:
-        self.function, self.__module__ = function, function.__module__
+    def __init__(self, function: Callable, renamed: Mapping[str, str]) -> None:
+        self.function, self.renamed, self.__module__ = function, renamed, function.__module__
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return self.function(*arguments, **{_RENAMED.get(name, name): value for name, value in keywords.items()})
+        return self.function(*arguments, **{self.renamed.get(name, name): value for name, value in keywords.items()})
 
 
-def check_parameters(module: nn.Module, method: str, parameters: str) -> None:
+def check_parameters(module: nn.Module, method: str, parameters: str) -> dict[str, str]:
+    """Raise if the method has others than `parameters`; newer names of these, if it has such."""
     given = getattr(type(module), method, None)
-    names = None if given is None else " ".join(_RENAMED.get(name, name) for name in inspect.signature(given).parameters)
+    renamed = {newer: known for newer, known in _RENAMED.items() if known in parameters.split()}
+    own = () if given is None else inspect.signature(given).parameters
+    names = None if given is None else " ".join(renamed.get(name, name) for name in own)
     if names != f"self {parameters}":
         raise unknown(module, f"{method}({names}), expected {method}(self {parameters})")
+    return {newer: known for newer, known in renamed.items() if newer in own}
 
 
 def part(module: nn.Module, name: str, kind: str = "ModuleList") -> Any:
@@ -166,15 +170,13 @@ def replacement(
         value = getattr(module, name, None)
         if not isinstance(value, kind):
             raise unknown(module, f"its attribute {name} is {type(value).__name__}")
-    check_parameters(module, method, parameters)
+    renamed = check_parameters(module, method, parameters)
     present = vars(module).get(method)
     if present is not None and not is_bound(present):
         raise ValueError(
             f"model: {method} of a {type(module).__name__} was replaced already (by accelerate's hooks?); convert the model before that"
         )
-    if not _RENAMED.keys().isdisjoint(inspect.signature(getattr(type(module), method)).parameters):
-        function = _Renamed(function)
-    return Replacement(module, method, function, is_attention)
+    return Replacement(module, method, _Renamed(function, renamed) if renamed else function, is_attention)
 
 
 # ---- putting methods in place ----

@@ -290,7 +290,8 @@ def test_onnx_of_the_layer_quantised_too(tmp_path):
     check_onnx(model, layer_inputs, (2, 5), layer_sizes(), [(3, 9), (1, 1), (1, 40)], path, rows=4)
     onnx, quantization = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime.quantization")
     small, inputs = str(tmp_path / "small.onnx"), layer_inputs(3, 9)
-    quantization.quantize_dynamic(str(path), small, weight_type=quantization.QuantType.QInt8)
+    # In seven bits: on processors without VNNI sums of two products of eight saturate in onnxruntime.
+    quantization.quantize_dynamic(str(path), small, weight_type=quantization.QuantType.QInt8, reduce_range=True)
     assert sum(node.op_type == "MatMulInteger" for node in onnx.load(small).graph.node) == 2
     assert_near(onnx_runs(small)(*inputs)[0], model(*inputs))
 
