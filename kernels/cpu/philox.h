@@ -23,7 +23,13 @@ static Dropout make_dropout(const Call& call) {
           call.first_key / 4};
 }
 
+constexpr int kRounds = 7;
+constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kKeyStep0 = 0x9E3779B9u, kKeyStep1 = 0xBB67AE85u;
+
+// keep_of_counters: 1 or 0 for each of the 4 * kCounters keys from 4 * quarter on, four keys a counter.
 #if defined(__AVX2__)
+constexpr int kCounters = kWidth;
 typedef uint64_t LongVec __attribute__((vector_size(4 * kWidth)));
 
 INLINE UVec splat_word(uint32_t word) { return word - (UVec){}; }
@@ -47,18 +53,18 @@ INLINE UVec multiply(UVec a, UVec b, UVec& high) {
   return even_odd(even, odd << 32);
 }
 
-constexpr int kCounters = kWidth;  // at a time
 INLINE void keep_of_counters(const Dropout& dropout, uint32_t batch, uint32_t head, uint32_t query, uint32_t quarter,
                              float* to) {
   // Of each group of four lanes the counters lie kWidth / 4 apart: then results that are transposed within these
   // groups, which instructions can do, lie in order.
   UVec w0 = splat_word(batch), w1 = splat_word(head), w2 = splat_word(query), w3 = splat_word(quarter);
   for (int lane = 0; lane < kWidth; ++lane) w3[lane] += lane % 4 * (kWidth / 4) + lane / 4;
-  for (int round = 0; round < 7; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     UVec high0, high1;
-    const UVec low0 = multiply(w0, splat_word(0xD2511F53u), high0), low1 = multiply(w2, splat_word(0xCD9E8D57u), high1);
-    w0 = high1 ^ w1 ^ splat_word(dropout.key0 + round * 0x9E3779B9u);
-    w2 = high0 ^ w3 ^ splat_word(dropout.key1 + round * 0xBB67AE85u);
+    const UVec low0 = multiply(w0, splat_word(kMultiplier0), high0);
+    const UVec low1 = multiply(w2, splat_word(kMultiplier1), high1);
+    w0 = high1 ^ w1 ^ splat_word(dropout.key0 + round * kKeyStep0);
+    w2 = high0 ^ w3 ^ splat_word(dropout.key1 + round * kKeyStep1);
     w1 = low1;
     w3 = low0;
   }
@@ -85,17 +91,15 @@ INLINE void keep_of_counters(const Dropout& dropout, uint32_t batch, uint32_t he
     w2[lane] = query;
     w3[lane] = quarter + lane;
   }
-  uint32_t key0 = dropout.key0, key1 = dropout.key1;
-  for (int round = 0; round < 7; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
+    const uint32_t key0 = dropout.key0 + round * kKeyStep0, key1 = dropout.key1 + round * kKeyStep1;
     for (int lane = 0; lane < kCounters; ++lane) {
-      const uint64_t product0 = (uint64_t)w0[lane] * 0xD2511F53u, product1 = (uint64_t)w2[lane] * 0xCD9E8D57u;
+      const uint64_t product0 = (uint64_t)w0[lane] * kMultiplier0, product1 = (uint64_t)w2[lane] * kMultiplier1;
       w0[lane] = (uint32_t)(product1 >> 32) ^ w1[lane] ^ key0;
       w2[lane] = (uint32_t)(product0 >> 32) ^ w3[lane] ^ key1;
       w1[lane] = (uint32_t)product1;
       w3[lane] = (uint32_t)product0;
     }
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
   }
   for (int lane = 0; lane < kCounters; ++lane) {
     to[4 * lane] = w0[lane] >= dropout.threshold ? 1.0f : 0.0f;
@@ -106,9 +110,9 @@ INLINE void keep_of_counters(const Dropout& dropout, uint32_t batch, uint32_t he
 }
 #endif
 
-// 1 or 0 for each of the keys [first, last), at to[0 ...]. Whole counters are written: up to 3 elements before, and 66
-// after.
-constexpr int64_t kKeepBefore = 16, kKeepAfter = 80;
+// 1 or 0 for each of the keys [first, last), at to[0 ...]. Whole groups of counters are written: up to 3 elements
+// before it, and fewer than a group's after.
+constexpr int64_t kKeepBefore = 16, kKeepAfter = 4 * kCounters;
 static void dropout_keep(const Dropout& dropout, int64_t batch, int64_t head, int64_t query, int64_t first,
                          int64_t last, float* to) {
   to -= first & 3;

@@ -23,10 +23,13 @@ def wanted() -> bool:
     return os.environ.get("RELATTN_AUTOTUNE", "0") not in ("", "0")
 
 
-def cache_file() -> Path:
-    """Where timings are kept: autotune.json in the folder RELATTN_CACHE, or else relattn in XDG_CACHE_HOME or ~/.cache."""
-    folder = os.environ.get("RELATTN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "relattn")
-    return Path(folder).expanduser() / "autotune.json"
+def cache_folder() -> Path:
+    """RELATTN_CACHE, or else relattn in XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("RELATTN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "relattn")).expanduser()
+
+
+def _timings_file() -> Path:
+    return cache_folder() / "autotune.json"
 
 
 def by_speed(
@@ -92,7 +95,7 @@ def _machine(device: torch.device) -> str:
 
 
 def _read() -> dict[str, dict[str, float]]:
-    path = cache_file()
+    path = _timings_file()
     try:
         state = path.stat()
         return _parsed(path, state.st_mtime_ns, state.st_size)
@@ -115,7 +118,7 @@ def _parsed(path: Path, *_state: int) -> dict[str, dict[str, float]]:
 
 def _write(new: dict[str, dict[str, float]]) -> None:
     """Add to the file."""
-    write_whole(cache_file(), json.dumps(_read() | new, indent=1))
+    write_whole(_timings_file(), json.dumps(_read() | new, indent=1))
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """Looks through the machine code of Triton's kernels before they are launched, where NVIDIA's compiler is one that makes wrong code.
 
 That is ptxas before 12.9, for Hopper (relattn.kernels.gpu.descriptors says what it does). What was found of a kernel is kept by its hash in
-the folder of `autotune.cache_file`, so that only the first process that compiles it looks, for half a second beside ten of compiling.
+the folder of `autotune.cache_folder`, so that only the first process that compiles it looks, for half a second beside ten of compiling.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from relattn.backends.autotune import cache_file, write_whole
+from relattn.backends.autotune import cache_folder, write_whole
 
 _END = "looked through"  # the last line of what is kept
 _RIGHT: set[str] = set()  # hashes of kernels, in this process
@@ -45,7 +45,7 @@ def check(compiled: Any) -> None:
     """
     if compiled.hash in _RIGHT or "wgmma" not in compiled.asm["ptx"]:
         return
-    place = cache_file().parent / "descriptors" / str(compiled.hash)
+    place = cache_folder() / "descriptors" / str(compiled.hash)
     found = _read(place)
     if found is None:
         found = _look(compiled.asm["cubin"])

@@ -74,9 +74,8 @@ def _voice_parts(parts: list) -> list:
 
 def cache_path() -> Path:
     """The cache file: under RELATTN_CACHE, else XDG_CACHE_HOME/relattn, else ~/.cache/relattn."""
-    chosen = os.environ.get("RELATTN_CACHE")
-    folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "relattn"
-    return folder / "chorales-16th.bin"
+    folder = os.environ.get("RELATTN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "relattn")
+    return Path(folder).expanduser() / "chorales-16th.bin"
 
 
 def load_corpus(workers: int | None = None) -> Splits:

@@ -4,12 +4,14 @@ import collections
 import csv
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from examples.chorales.data import corpus
 from examples.chorales.data.files import SILENT, load_file
+from relattn.backends import autotune
 
 SMALL = {
     "train": [np.array([[72, 65, 60, 48], [72, SILENT, 60, 48]], dtype=np.int16)],
@@ -102,12 +104,22 @@ def test_cache_that_cannot_be_written_is_no_error(cache, capsys, monkeypatch, tm
     assert "could not be cached" in capsys.readouterr().err
 
 
-def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("RELATTN_CACHE", str(tmp_path / "a"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert corpus.cache_path().parent == tmp_path / "a"
-    monkeypatch.delenv("RELATTN_CACHE")
-    assert corpus.cache_path().parent == tmp_path / "b" / "relattn"
+@pytest.mark.parametrize(
+    ("chosen", "folder"),
+    [
+        ({"RELATTN_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"RELATTN_CACHE": "~/a"}, "/home/someone/a"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/relattn"),
+        ({"RELATTN_CACHE": ""}, "/home/someone/.cache/relattn"),
+    ],
+)
+def test_cache_folder_follows_the_environment(monkeypatch, chosen, folder):
+    """The kernels' cache and the chorales' lie in one folder."""
+    for name in ("RELATTN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/home/someone", **chosen}.items():
+        monkeypatch.setenv(name, value)
+    assert corpus.cache_path().parent == autotune.cache_folder() == Path(folder)
 
 
 def test_missing_music21_names_the_extra(run_command, tmp_path):
