@@ -64,13 +64,14 @@ def prepare_folder(out: Path, config: dict, arms: Iterable[str], overwrite: bool
     Raises:
         ValueError: the folder holds a run with another configuration.
     """
-    path = out / "config.json"
+    path, arms = out / "config.json", list(arms)
     if overwrite:
         for name in ("config.json", "results.json", "loss.png"):
             (out / name).unlink(missing_ok=True)
         for arm in arms:
             shutil.rmtree(out / arm, ignore_errors=True)
-    if path.is_file():
+    # A run that was refused before any training has left nothing but its configuration.
+    if path.is_file() and any((out / name).exists() for name in ("results.json", *arms)):
         earlier = read_json(path)
         changed = [f"{k} {earlier.get(k)!r} -> {config.get(k)!r}" for k in config if earlier.get(k) != config.get(k)]
         if changed:
@@ -80,3 +81,8 @@ def prepare_folder(out: Path, config: dict, arms: Iterable[str], overwrite: bool
             )
     else:
         write_json(path, config)
+
+
+def finished_results(out: Path, arms: Iterable[str]) -> dict[str, dict]:
+    """What the arms' result.json say, of those of the folder's run that have ended, by this command or an earlier one."""
+    return {arm: read_json(out / arm / "result.json") for arm in arms if (out / arm / "result.json").is_file()}

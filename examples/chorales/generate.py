@@ -55,6 +55,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(options, name)}")
     if not options.temperature > 0:
         parser.error(f"--temperature: expected more than 0, got {options.temperature}")
+    if options.beams > 1:
+        drawing = ("samples", "temperature", "top_k", "top_p", "seed")
+        given = [f"--{name.replace('_', '-')}" for name in drawing if getattr(options, name) != parser.get_default(name)]
+        if given:
+            parser.error(f"{given[0]}: of sampling; --beams {options.beams} draws nothing, and finds one piece")
     if not 0 < options.top_p <= 1:
         parser.error(f"--top-p: expected more than 0 and at most 1, got {options.top_p}")
     if not 20 <= options.bpm <= 400:
@@ -261,11 +266,12 @@ def run(options: argparse.Namespace) -> dict:
     else:
         how = f"temperature {options.temperature:g}, top-p {options.top_p:g}"
         how += f", top-k {options.top_k}" if options.top_k else ""
+        how += f", seed {options.seed}"
     samples = []
     for index, row in enumerate(drawn):
         ended = END in row[len(ids) :]
         row = row[: row.index(END, len(ids)) + 1] if ended else [token for token in row if token != PAD]
-        title = f"{model.config.positions} positions, {how}, seed {options.seed}"
+        title = f"{model.config.positions} positions, {how}"
         title += f", continues {prime_name}" if prime_name else ""
         sample = write_sample(row, language, options, f"sample-{index}", title, len(ids), trained)
         samples.append({"tokens": len(row), "ended": row[-1] == END, **sample, "copying": None, "ids": row})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .command import prepare_process, quiet_transformers, require_packages
+from .compare.masking import VOICES_MODE
 from .data.files import SILENT, SPLITS, VOICES, Splits
 from .storage import read_json, write_json, write_part
 from .terminal import exit_code, printable, progress_bar
@@ -68,7 +69,7 @@ def load_model(folder: Path):
 
     Raises:
         FileNotFoundError: there is no model in `folder`.
-        ValueError: it was not trained on the lower voices of chorales, or by an older version.
+        ValueError: it was not trained on hidden lower voices of chorales, or by an older version.
     """
     import torch
 
@@ -76,8 +77,9 @@ def load_model(folder: Path):
 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"--checkpoint {folder}: no config.json there; compare writes <out>/both/model")
-    if not read_json(folder / "config.json").get("pitches"):
-        raise ValueError(f"--checkpoint {folder}: expected a model of compare --preset harmonize; its config.json lists no pitches")
+    masking = read_json(folder / "config.json").get("masking")
+    if masking != VOICES_MODE:
+        raise ValueError(f"--checkpoint {folder}: expected a model of compare --preset harmonize; its config.json has masking {masking!r}")
     quiet_transformers()
     model = from_pretrained(folder, dtype=torch.float32).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")

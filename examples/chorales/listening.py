@@ -5,6 +5,7 @@ Everything but the checkpoints is fixed, so that nobody chose. Writes --out DIR/
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,9 +60,7 @@ def sing(arm: str, options: argparse.Namespace) -> dict:
         sound.write_recording(options.out / f"{name}.mp3", folder / f"sample-{index}.wav", SECONDS)
         rolls[f"{name}: {sample['seconds']:.0f} s{'' if sample['ended'] else ', cut'}"] = sound.open_midi(content)
     sound.draw_piano_rolls(options.figures / f"samples-{arm}.png", rolls, SECONDS, f"{arm} positions, the first {SECONDS} seconds")
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+    shutil.rmtree(folder)
     return result
 
 

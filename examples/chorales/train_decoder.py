@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from .command import prepare_folder, prepare_process, quiet_transformers, require_packages, training_threads
+from .command import finished_results, prepare_folder, prepare_process, quiet_transformers, require_packages, training_threads
 from .decoder.settings import POSITIONS, PRECISIONS, PRESETS, DecoderSettings
 from .reporting import aligned, draw_curves, environment, save_figure
 from .storage import write_json
@@ -55,7 +55,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="FILE", help="classic chorales, JSON, npz or pickle (default: music21's corpus)")
     add("--midi", metavar="DIR", help="train on the MIDI files in a folder instead, MAESTRO's for instance")
     add("--preset", choices=PRESETS, default="small", help="default: small")
-    add("--positions", default="relative,absolute", help="some of relative, absolute, both; default: relative,absolute")
+    some = "some of relative, absolute, both; default: relative,absolute; the report has those of earlier runs in --out, too"
+    add("--positions", default="relative,absolute", help=some)
     add("--out", metavar="DIR", type=Path, help="default: runs/decoder-<preset>")
     add("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
     add("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
@@ -113,12 +114,11 @@ def run(options: argparse.Namespace) -> dict:
     if state.is_main_process:
         prepare_folder(options.out, config, POSITIONS, options.overwrite)
     state.wait_for_everyone()
-    models = {}
     for positions in options.positions:
-        models[positions] = train_one(positions, music, settings, options.out / positions, state, options.workers, context, tensor)
+        train_one(positions, music, settings, options.out / positions, state, options.workers, context, tensor)
     results = {}
     if state.is_main_process:
-        results = {"models": models, "config": config, "environment": environment(state.num_processes)}
+        results = {"models": finished_results(options.out, POSITIONS), "config": config, "environment": environment(state.num_processes)}
         if options.midi is not None:
             results["left_out"] = {"count": len(music.left_out), "files": music.left_out}
         if music.language.name == "chorale":

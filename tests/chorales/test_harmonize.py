@@ -109,10 +109,11 @@ def test_what_cannot_be_is_refused_in_one_line(options, message, small_json, tmp
     assert message in capsys.readouterr().err
 
 
-def test_a_model_of_another_kind_is_refused(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "relattn-bert"}))
+@pytest.mark.parametrize("masking", [None, "step"])  # of an older version; of the comparison's other presets
+def test_a_model_of_another_kind_is_refused(masking, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "relattn-bert", "pitches": [60], "masking": masking}))
     assert harmonize.main(["--checkpoint", str(tmp_path)]) == 2
-    assert "its config.json lists no pitches" in capsys.readouterr().err
+    assert f"its config.json has masking {masking!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--steps=0", "--temperature=0", "--temperature=2", "--samples=0", "--evaluate=0", "--bpm=0"])

@@ -34,6 +34,9 @@ def test_a_recording_is_the_beginning_of_its_sound(tmp_path):
 
 def test_both_checkpoints_sing_for_the_manual(small_json, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(listening, "TOKENS", 65)
+    left = tmp_path / "out" / ".relative" / ".sound-killed"  # by a run that was killed while fluidsynth played
+    left.mkdir(parents=True)
+    (left / "sound.wav").write_text("")
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- listening -->\n<!-- /listening -->\nafter\n", encoding="utf-8")
     given = ["--data", str(small_json), "--samples=2", "--out", str(tmp_path / "out"), "--readme", str(page)]

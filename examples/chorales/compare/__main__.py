@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from ..command import prepare_folder, prepare_process, quiet_transformers, require_packages, training_threads
+from ..command import finished_results, prepare_folder, prepare_process, quiet_transformers, require_packages, training_threads
 from ..terminal import exit_code
 from .masking import MODES, VOICES_MODE
 from .model import ARMS, NOTEBOOK_POSITIONS
@@ -53,7 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", metavar="PATH", help="classic JSON, npz or pickle file (default: music21's corpus)")
     add("--preset", choices=PRESETS, default="quick", help="default: quick")
-    add("--arms", default=",".join(ARMS), help=f"default: {','.join(ARMS)}")
+    add("--arms", default=",".join(ARMS), help=f"default: {','.join(ARMS)}; the report has those of earlier runs in --out, too")
     add("--out", metavar="DIR", type=Path, help="default: runs/chorales-<preset>")
     add("--overwrite", action="store_true", help="delete what an earlier run left in --out, start anew")
     add("--workers", type=int, default=0, help="processes per process that prepare batches (default 0)")
@@ -109,9 +109,8 @@ def run(options: argparse.Namespace) -> dict:
             print(f"window {settings.window} exceeds {NOTEBOOK_POSITIONS}: positions raised to {settings.window}")
     state.wait_for_everyone()
     windows = cut_windows(chorales, settings)
-    arms = {}
     for arm in options.arms:
-        arms[arm] = run_arm(arm, chorales, windows, settings, options.out / arm, state, options.workers)
+        run_arm(arm, chorales, windows, settings, options.out / arm, state, options.workers)
     if not state.is_main_process:
         state.destroy_process_group()
         return {}
@@ -121,7 +120,7 @@ def run(options: argparse.Namespace) -> dict:
         for name, collator in collators.items()
     }
     results = {
-        "arms": arms,
+        "arms": finished_results(options.out, ARMS),
         "baseline": baseline,
         "config": config,
         "windows": {name: len(split) for name, split in windows.items()},

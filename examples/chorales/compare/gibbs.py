@@ -81,17 +81,19 @@ def harmonize(model, melody: np.ndarray, samples: int, annealing: Annealing, see
     """Grids (samples, T, 4) of MIDI pitches whose first voice is `melody`, (T,), without rests.
 
     Args:
-        model: a masked language model whose configuration lists the `pitches` of its vocabulary.
+        model: a masked language model whose configuration lists the `pitches` of its vocabulary, and its `training_length`.
         samples: Gibbs chains that run side by side.
         seed: of all that is drawn.
         progress: called after every step.
 
     Raises:
-        ValueError: the melody has pitches that the model does not know.
+        ValueError: the melody has pitches that the model does not know, or the model's windows are shorter than a quarter.
     """
     import torch
 
-    size, pitches = model.config.max_position_embeddings, np.array(model.config.pitches)
+    size, pitches = model.config.training_length, np.array(model.config.pitches)
+    if size < _BEAT:
+        raise ValueError(f"model: expected one trained on windows of at least {_BEAT} tokens, a quarter, got {size}")
     unknown = np.setdiff1d(melody, pitches)
     if len(unknown):
         raise ValueError(f"melody: expected MIDI pitches {pitches.min()} to {pitches.max()}, got {unknown.tolist()}")

@@ -42,6 +42,8 @@ class Settings(TrainingSettings):
             raise ValueError("window: expected at least 2 tokens, got 1")
         self.check_positive("epochs", "learning_rate")
         self.check_at_least(0, "transpose", "easy_epochs")
+        limits = ("train_windows", "valid_windows", "test_windows")
+        self.check_at_least(1, *(name for name in limits if getattr(self, name) is not None))
         self.check_dropout(self.dropout)
         if self.max_relative_position is None:
             object.__setattr__(self, "max_relative_position", self.window - 1)

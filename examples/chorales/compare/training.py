@@ -116,6 +116,7 @@ def run_arm(
     if state.is_main_process:
         saved = cast(BertForMaskedLM, trainer.model)
         saved.config.pitches = chorales.vocabulary.pitches.tolist()  # what its ids mean
+        saved.config.masking, saved.config.training_length = settings.masking, settings.window
         (saved.half() if settings.half else saved).save_pretrained(folder / "model")
         write_json(finished, result)
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -38,7 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="DIR", type=Path, help="gets the JSON files (default: runs/study-<preset>)")
     add("--jobs", type=int, default=1, metavar="N", help="processes, of one thread each (default 1)")
     add("--hours", type=float, metavar="H", help="start no cell after so many hours")
-    add("--results", metavar="DIR", type=Path, default=COMMITTED, help="report: on these (default: the committed)")
+    add("--results", metavar="DIR", type=Path, help="report: on these (default: the committed)")
     add("--readme", metavar="FILE", type=Path, help="report: the file whose marked part is written anew")
     options = parser.parse_args(arguments)
     for name, least in (("jobs", 1), ("seeds", 1)):
@@ -46,11 +46,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name}: expected at least {least}, got {getattr(options, name)}")
     if options.hours is not None and not options.hours > 0:
         parser.error(f"--hours: expected more than 0, got {options.hours}")
-    if options.action == "report" and options.out:
-        parser.error("--out: of a run; report reads and writes --results DIR")
+    for name, value in vars(options).items():
+        of = "report" if name in ("results", "readme") else "run"
+        if name != "action" and value != parser.get_default(name) and of != options.action:
+            parser.error(f"--{name}: of the action {of}, not of {options.action}")
     options.out = options.out or Path("runs") / f"study-{options.preset}"
-    if not selected(options):
-        parser.error(f"--only: no cell of preset {options.preset} matches {options.only!r}; --list shows their names")
+    options.results = options.results or COMMITTED
     return options
 
 

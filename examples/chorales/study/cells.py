@@ -12,7 +12,7 @@ POSITIONS = ("none", "absolute", "relative", "both")
 SKEWS = ("correct", "published")
 TABLES = ("small", "normal")
 MASKING = ("time", "step", "token", "span")
-PHASES = ("any", "four")
+PHASES = ("any", "steps", "beats")
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ class Cell:
     """One training run. `skew` and `tables` are None where there are no relative positions.
 
     positions: what the model knows of places. skew: "published" is the notebook's. tables: start N(0, 0.02) ("small")
-    or N(0, 1) ("normal", the notebook's). masking: a name in masking.GROUPINGS. phase: windows start at any token, or
-    at multiples of "four", which lets absolute positions tell the voice. voice: every token's voice is given to the
-    model. window: tokens.
+    or N(0, 1) ("normal", the notebook's). masking: a name in masking.GROUPINGS. phase: windows start at any token, at any
+    time step (four tokens), which lets absolute positions tell the voice, or at beats (16 tokens), which lets them tell
+    the place in the beat as well. voice: every token's voice is given to the model. window: tokens.
     """
 
     positions: str
@@ -155,6 +155,8 @@ class Cell:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, accepted))}, got {value!r}")
         if self.window < 8 or self.window % 4:
             raise ValueError(f"window: expected a multiple of 4, at least 8 tokens, got {self.window}")
+        if self.phase == "beats" and self.window < 64:
+            raise ValueError(f"window: expected at least 64 tokens, so that four may start at beats, got {self.window}")
         if self.seed < 0:
             raise ValueError(f"seed: expected 0 or more, got {self.seed}")
 
@@ -180,16 +182,24 @@ class Cell:
 
     @property
     def stride(self) -> int:
-        """Tokens between the starts of training windows; odd where windows may start at any token."""
+        """Tokens between the starts of training windows: an odd number, an odd one of steps, or a number of beats."""
         if self.settings.dense:
-            return 4 if self.phase == "four" else 1
-        return self.window // 4 // 4 * 4 or 4 if self.phase == "four" else max(3, self.window // 4 - 1)
+            return 4 if self.phase == "steps" else 1
+        return {
+            "any": max(3, self.window // 4 - 1),
+            "steps": max(4, (self.window // 4 - 4) // 8 * 8 + 4),
+            "beats": self.window // 4 // 16 * 16,
+        }[self.phase]
 
     def test_stride(self, window: int) -> int:
         """Tokens between the starts of validation and test windows of a length: every token is in about two windows."""
         if self.settings.dense:
             return self.stride
-        return window // 2 // 4 * 4 if self.phase == "four" else window // 2 - 1
+        return {
+            "any": window // 2 - 1,
+            "steps": max(4, (window // 2 - 4) // 8 * 8 + 4),
+            "beats": window // 2 // 16 * 16,
+        }[self.phase]
 
     @property
     def longer_window(self) -> int | None:
@@ -234,8 +244,9 @@ def _grid() -> list[tuple[float, dict]]:
     # 4. Every window.
     for window in (16, 512, 64, 256):
         add(4, MAIN, window=window, masking="step", phase="any")
-    # 5. Windows in step with the voices, and the voice told to every arm.
-    add(5, MAIN, **longer | dict(phase="four"))
+    # 5. Windows in step with the voices, with the beats too, and the voice told to every arm.
+    for phase in ("beats", "steps"):
+        add(5, MAIN, **longer | dict(phase=phase))
     add(5, MAIN, **longer, voice=True)
     # 7. Masks.
     for masking in ("time", "token", "span"):

@@ -25,11 +25,12 @@ ARM_TEXT = {
 
 def factor_text(field: str, value: str | int | bool) -> str:
     """A level of a factor in a few words; "" for what goes without saying."""
+    starts = {"any": "any start", "steps": "starts at steps", "beats": "starts at beats"}
     budgets = {"short": "", "long": "4x budget", "notebook": "notebook's schedule", "tiny": "tiny"}
     return {
         "window": f"window {value}",
         "masking": f"{value} masks",
-        "phase": "any start" if value == "any" else "starts at 4n",
+        "phase": starts.get(str(value), ""),
         "voice": "voice given" if value else "",
         "schedule": budgets.get(str(value), ""),
     }[field]

@@ -22,10 +22,22 @@ CONTINUES = "the same command continues"
 
 
 def selected(options: argparse.Namespace) -> list[Cell]:
-    """The cells that the options ask for, as far as it is known by now: some wait for a learning rate."""
+    """The cells that the options ask for, as far as it is known by now: some wait for a learning rate.
+
+    Raises:
+        ValueError: --only matches none, or a result that chooses a rate is damaged or of other settings.
+    """
     chosen = chosen_in(options.out) if options.preset == "rates" else {}
     cells = preset_cells(options.preset, options.seeds, chosen)
-    return [cell for cell in cells if fnmatch.fnmatchcase(cell.name, options.only or "*")]
+    found = [cell for cell in cells if fnmatch.fnmatchcase(cell.name, options.only or "*")]
+    if not found:
+        raise ValueError(f"--only: no cell of preset {options.preset} matches {options.only!r}; --list shows their names")
+    return found
+
+
+def lock_path(folder: Path, cell: Cell) -> Path:
+    """Of the cell alone: names have dots in them, so with_suffix would give several cells one file."""
+    return folder / "unfinished" / f"{cell.name}.lock"
 
 
 @contextlib.contextmanager
@@ -85,7 +97,7 @@ def work(options: argparse.Namespace) -> None:
             print(f"--hours {options.hours:g} are over; the same command continues", flush=True)
             return
         scratch = options.out / "unfinished" / cell.name
-        with claim(scratch.with_suffix(".lock")) as mine:
+        with claim(lock_path(options.out, cell)) as mine:
             if not mine or path.is_file():
                 continue
             described = {"configuration": cell.configuration(), "data_fingerprint": fingerprint}
@@ -107,6 +119,7 @@ def run(options: argparse.Namespace) -> None:
     prepare_process()
     if options.data and not Path(options.data).is_file():
         raise FileNotFoundError(f"--data {options.data}: no such file")
+    selected(options)  # what is wrong with it is told once, not by every process
     if options.jobs == 1:
         work(options)
         return

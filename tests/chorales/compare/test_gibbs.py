@@ -2,6 +2,8 @@
 
 # ruff: noqa: E402 (what cannot be imported is skipped first)
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ SIZE = 64
 def model():
     """With random weights."""
     model = build_model("both", len(SPECIALS) + len(PITCHES), SIZE, SIZE - 1, seed=0)
-    model.config.pitches, model.config.max_position_embeddings = PITCHES, SIZE
+    model.config.pitches, model.config.training_length = PITCHES, SIZE
     return model.eval()
 
 
@@ -95,3 +97,11 @@ def test_annealing_goes_from_all_to_few_and_from_hot_to_cold():
 def test_unknown_pitches_are_named(model):
     with pytest.raises(ValueError, match=r"melody: expected MIDI pitches 40 to 79, got \[90\]"):
         harmonize(model, np.array([60, 90, 60]), 1, Annealing(steps=1), 0)
+
+
+def test_a_model_of_windows_shorter_than_a_quarter_is_refused(model):
+    short = copy.copy(model)
+    short.config = copy.copy(model.config)
+    short.config.training_length = 15
+    with pytest.raises(ValueError, match="model: expected one trained on windows of at least 16 tokens, a quarter, got 15"):
+        harmonize(short, np.array([60] * 8), 1, Annealing(steps=1), seed=0)

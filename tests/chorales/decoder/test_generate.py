@@ -165,3 +165,10 @@ def test_impossible_drawing_is_refused(option, capsys):
     with pytest.raises(SystemExit):
         generate.parse_arguments([option])
     assert option.split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--samples=2", "--temperature=0.5", "--top-k=4", "--top-p=0.5", "--seed=1"])
+def test_beam_search_draws_nothing(option, capsys):
+    with pytest.raises(SystemExit):
+        generate.parse_arguments(["--beams=2", option])
+    assert f"{option.split('=')[0]}: of sampling; --beams 2" in capsys.readouterr().err

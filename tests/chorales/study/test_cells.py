@@ -96,7 +96,9 @@ def test_impossible_cells_are_refused(changes, message):
 
 
 @pytest.mark.parametrize(
-    "options", [["--jobs", "0"], ["--seeds", "0"], ["--hours", "0"], ["--only", "w017-*"], ["--preset", "huge"], ["walk"]]
+    "options",
+    [["--jobs", "0"], ["--seeds", "0"], ["--hours", "0"], ["--preset", "huge"], ["walk"], ["--results", "runs"], ["--readme", "x"]]
+    + [["--jobs", "2", "report"], ["--only", "w016-*", "report"], ["--out", "runs", "report"], ["--list", "report"]],
 )
 def test_impossible_options_are_refused(options, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +17,9 @@ require("transformers", "accelerate", "matplotlib", "tqdm")
 
 from examples.chorales.study import training, work
 from examples.chorales.study.__main__ import main
-from examples.chorales.study.cells import SCHEDULES, preset_cells
+from examples.chorales.study.cells import CHOICES, PRESETS, SCHEDULES, preset_cells
 from examples.chorales.study.results import read_result
-from examples.chorales.study.work import claim
+from examples.chorales.study.work import claim, lock_path
 
 pytestmark = pytest.mark.xdist_group("chorales_study")  # the runs share a costly fixture
 
@@ -47,7 +48,7 @@ def test_killed_cell_continues_to_the_same_result(small_json, finished, tmp_path
     scratch = tmp_path / "unfinished" / name
     assert any(scratch.glob("checkpoints/checkpoint-*/trainer_state.json"))
     assert not results_of(tmp_path)
-    assert scratch.with_suffix(".lock").exists()  # stale now
+    assert Path(f"{scratch}.lock").exists()  # stale now
     begun = (scratch / "cell.json").read_text()
     (scratch / "cell.json").write_text(re.sub(r'("data_fingerprint": )"\w+"', r'\1"another"', begun))
     refused = run_command(*line)
@@ -124,6 +125,24 @@ def test_locks_of_the_dead_are_free(tmp_path):
     with claim(lock) as mine:
         assert mine
     assert not lock.exists()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_cell_has_a_lock_of_its_own(preset, tmp_path):
+    cells = preset_cells(preset, seeds=3, chosen=dict.fromkeys(CHOICES, "1e-3"))
+    assert len({lock_path(tmp_path, cell) for cell in cells}) == len(cells) > 1
+
+
+@pytest.mark.parametrize("options", [["--list"], ["--jobs=1"], ["--jobs=2"]])
+def test_what_cannot_be_selected_is_told_in_one_line(options, small_json, tmp_path, capfd):
+    line = [f"--data={small_json}", f"--out={tmp_path}", *options]
+    assert main([*line, "--only=w017-*"]) == 2
+    assert capfd.readouterr().err == "error: --only: no cell of preset grid matches 'w017-*'; --list shows their names\n"
+    (tmp_path / "w128-step-any-relative-trial@1e-3-s0.json").write_text("{}")
+    assert main([*line, "--preset=rates"]) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
 
 
 def test_no_cell_starts_after_the_hours(small_json, tmp_path, monkeypatch, capsys):
