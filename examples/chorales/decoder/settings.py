@@ -50,7 +50,7 @@ class DecoderSettings(TrainingSettings):
 
 
 PRESETS = {
-    # The committed checkpoints: an hour and a half of one core for each kind of positions.
+    # The committed checkpoints: an hour and a half to two and a quarter of one core for each kind.
     "small": DecoderSettings(
         layers=4, width=128, heads=4, feed_forward=512, window=512, max_relative_position=256,
         epochs=128, batch=4, learning_rate=2e-3, warmup=300, evaluations=32, saved_precision="fp16",

@@ -280,19 +280,19 @@ def _tokens_shown(points: Points) -> list[tuple[int, float]]:
 
 def _where_it_stands(by_arm: dict[str, dict[int, Points]]) -> str:
     """What the last quarter of the tokens still gained, and an extrapolation where the absolute arm lies behind."""
-    lines = []
-    for arm, found in by_arm.items():
-        falls = {seed: points[-1][1] - points[len(points) * 3 // 4 - 1][1] for seed, points in found.items()}
-        if falls:
-            lines.append(f"Over the last quarter of the tokens the validation loss of {arm} changed by {_cell(estimate(falls), '+.3f')}.")
+    falls = {
+        arm: {seed: points[-1][1] - points[len(points) * 3 // 4 - 1][1] for seed, points in found.items()} for arm, found in by_arm.items()
+    }
+    changed = " and ".join(f"{_cell(estimate(values), '+.3f')} ({arm})" for arm, values in falls.items() if values)
+    lines = [f"Over the last quarter of the tokens the validation loss changed by {changed}."]
     goals = {seed: points[-1][1] for seed, points in by_arm["relative"].items()}
     reach = {seed: tokens_to_reach(points, goals[seed]) for seed, points in by_arm["absolute"].items() if seed in goals}
     behind = {seed: tokens for seed, tokens in reach.items() if by_arm["absolute"][seed][-1][1] > goals[seed]}
     if behind:
-        each = ", ".join(f"{tokens / 1e6:,.0f} M (seed {seed})" for seed, tokens in sorted(behind.items()))
+        each = ", ".join(f"{tokens / 1e6:,.0f} M tokens (seed {seed})" for seed, tokens in sorted(behind.items()))
         lines.append(
             f"Extrapolated, not measured: a power law through the second half of its curve brings the absolute arm to the relative "
-            f"arm's last loss at {each} tokens. The rate decays to 0 at the end of the curve, which makes its end steep, so this "
+            f"arm's last loss at {each}. The rate decays to 0 at the end of the curve, which makes its end steep, so this "
             f"errs in favour of absolute positions."
         )
     return " ".join(lines)
