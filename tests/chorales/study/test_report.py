@@ -131,9 +131,9 @@ def test_report_on_rates_of_their_own(tmp_path):
     assert "| window 512, 16 M tokens, relative | 0.500 | 0.400 | 0.500 | 2e-3 | 1.000 (1) | the same runs | -1.828 (1) |" in text
     assert "| 16.0 M | 2.828 (1) | 1.000 (1) | -1.828 (1) |" in text
     assert "| 8.0 M | 4.000 (1) | 1.000 (1) | -3.000 (1) |" in text
-    assert "the validation loss of absolute changed by -0.438 (1)." in text  # from 4 / sqrt(1.5)
+    assert "the validation loss changed by -0.438 (1) (absolute) and +0.000 (1) (relative)." in text  # from 4 / sqrt(1.5)
     assert "Extrapolated, not measured: " in text
-    assert "at 128 M (seed 0) tokens" in text
+    assert "at 128 M tokens (seed 0)." in text
     assert "trial" not in text.split("## Every setting")[1].split("##")[0]
     missing = text.split("## Missing")[1]
     assert "w512-step-any-absolute-curve@4e-3 (1, 2)" in missing
@@ -169,7 +169,7 @@ def test_report_refuses_what_does_not_compare(tmp_path, capsys):
     assert "was made with other settings (schedule" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["report", f"--out={tmp_path}"])
-    assert "--out: of a run" in capsys.readouterr().err
+    assert "--out: of the action run, not of report" in capsys.readouterr().err
     (tmp_path / "other.json").write_text('{"loss": 1}')
     with pytest.raises(ValueError, match=r"other\.json is not the result of a cell"):
         Results(tmp_path)
