@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def prepare_folder(out: Path, config: dict, arms: Iterable[str], overwrite: bool) -> None:
+def prepare_folder(out: Path, config: dict, arms: Sequence[str], overwrite: bool) -> None:
     """Write config.json, or check that the one from an earlier run agrees.
 
     Args:
@@ -64,7 +64,7 @@ def prepare_folder(out: Path, config: dict, arms: Iterable[str], overwrite: bool
     Raises:
         ValueError: the folder holds a run with another configuration.
     """
-    path, arms = out / "config.json", list(arms)
+    path = out / "config.json"
     if overwrite:
         for name in ("config.json", "results.json", "loss.png"):
             (out / name).unlink(missing_ok=True)

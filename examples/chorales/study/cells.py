@@ -182,24 +182,21 @@ class Cell:
 
     @property
     def stride(self) -> int:
-        """Tokens between the starts of training windows: an odd number, an odd one of steps, or a number of beats."""
+        """Tokens between the starts of training windows."""
         if self.settings.dense:
             return 4 if self.phase == "steps" else 1
-        return {
-            "any": max(3, self.window // 4 - 1),
-            "steps": max(4, (self.window // 4 - 4) // 8 * 8 + 4),
-            "beats": self.window // 4 // 16 * 16,
-        }[self.phase]
+        return self._stride(self.window // 4)
 
     def test_stride(self, window: int) -> int:
         """Tokens between the starts of validation and test windows of a length: every token is in about two windows."""
         if self.settings.dense:
             return self.stride
-        return {
-            "any": window // 2 - 1,
-            "steps": max(4, (window // 2 - 4) // 8 * 8 + 4),
-            "beats": window // 2 // 16 * 16,
-        }[self.phase]
+        return self._stride(window // 2)
+
+    def _stride(self, most: int) -> int:
+        """About `most` tokens: one less, as windows are even; an odd number of steps; or a number of beats."""
+        strides = {"any": max(3, most - 1), "steps": max(4, (most - 4) // 8 * 8 + 4), "beats": most // 16 * 16}
+        return strides[self.phase]
 
     @property
     def longer_window(self) -> int | None:
